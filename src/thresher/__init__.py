@@ -1,0 +1,23 @@
+"""Thresher: train sparse attention.
+
+The public functions are imported on first use, so that a command line can answer before torch is there.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thresher.calibration import calibrate
+    from thresher.compute import ComputeMeter
+    from thresher.hosts import densify, inject, mount, sparsify
+
+__all__ = ["ComputeMeter", "calibrate", "densify", "inject", "mount", "sparsify"]
+__version__ = "0.1.0"
+
+_HOMES = {"calibrate": "thresher.calibration", "ComputeMeter": "thresher.compute"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES.get(name, "thresher.hosts")), name)

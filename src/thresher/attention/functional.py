@@ -1,0 +1,189 @@
+"""Arithmetic that mechanisms share: visibility, masked softmax, straight-through, pair counts.
+
+Masks are boolean, True is visible, and None is "everything", which costs nothing to apply.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from thresher.attention.base import Call, Pattern
+
+MAX_EXCESS = 30.0
+
+
+def visible_pairs(
+    call: "Call", pattern: "Pattern", n: int, m: int, device: torch.device
+) -> Bool[Tensor, "#b #h #n m"] | None:
+    """Combine causality, padding and `call.pairs` into one broadcastable mask, or None if all is visible.
+
+    With fewer queries than keys a causal mask is aligned to the lower right: the queries are the last ones.
+
+    Raises:
+        ValueError: Causal self attention with more queries than keys.
+    """
+    visible: Tensor | None = None
+    if pattern.causal and not pattern.cross and n > 1:
+        if n > m:
+            raise ValueError(f"causal self attention needs at least as many keys as queries, got {n} queries, {m} keys")
+        visible = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)[None, None]
+    for part in (
+        None if call.keys is None else call.keys[:, None, None, :],
+        None if call.queries is None else call.queries[:, None, :, None].expand(-1, -1, -1, m),
+        call.pairs,
+    ):
+        if part is not None:
+            visible = part if visible is None else visible & part
+    return visible
+
+
+def hide_tokens(
+    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m dv"], call: "Call"
+) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h m d"], Float[Tensor, "b h m dv"]]:
+    """Zero the tokens that no pair can see, so that nothing (NaN included) leaks out of padding."""
+    if call.queries is not None:
+        q = q.masked_fill(~call.queries[:, None, :, None], 0)
+    hidden_keys = None if call.keys is None else ~call.keys[:, None, :, None]
+    if call.pairs is not None:
+        q = q.masked_fill(~call.pairs.any(-1)[..., None], 0)
+        unseen = ~call.pairs.any(-2)[..., None]
+        hidden_keys = unseen if hidden_keys is None else hidden_keys | unseen
+    if hidden_keys is not None:
+        k, v = k.masked_fill(hidden_keys, 0), v.masked_fill(hidden_keys, 0)
+    return q, k, v
+
+
+def expand_heads(x: Float[Tensor, "b hk m d"], num_heads: int) -> Float[Tensor, "b h m d"]:
+    """Repeat grouped key/value heads until there is one for each query head.
+
+    Raises:
+        ValueError: The number of query heads is not a multiple of the number of key heads.
+    """
+    groups = x.shape[1]
+    if groups == num_heads:
+        return x
+    if num_heads % groups:
+        raise ValueError(f"{num_heads} query heads cannot share {groups} key/value heads evenly")
+    return x.repeat_interleave(num_heads // groups, dim=1)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Return `x` in fp32, or as it is when it already has that precision or more."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def fill_hidden(x: Tensor, visible: Tensor | None, value: float) -> Tensor:
+    """Put `value` where nothing is visible."""
+    return x if visible is None else x.masked_fill(~visible, value)
+
+
+def masked_softmax(
+    scores: Float[Tensor, "b h n m"], visible: Bool[Tensor, "#b #h #n m"] | None
+) -> Float[Tensor, "b h n m"]:
+    """Softmax over the visible keys; a row that sees none has weight and gradient zero."""
+    if visible is None:
+        return scores.softmax(-1)
+    empty = ~visible.any(-1, keepdim=True)
+    return scores.masked_fill(~visible & ~empty, float("-inf")).softmax(-1).masked_fill(~visible, 0)
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """Return the value of `hard` with the gradient of `soft`."""
+    return hard + (soft - soft.detach())
+
+
+def count_pairs(pairs: Bool[Tensor, "#b #h #n m"] | None, shape: tuple[int, int, int, int]) -> Float[Tensor, "b h"]:
+    """Count the pairs of a broadcastable mask for each example and head of `shape` = (b, h, n, m)."""
+    b, h, n, m = shape
+    if pairs is None:
+        return torch.full((b, h), float(n * m))
+    return pairs.expand(-1, -1, n, m).sum((-2, -1)).float().expand(b, h)
+
+
+class _WithSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, slope: Tensor, variable: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        ctx.shape = variable.shape
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
+        (slope,) = ctx.saved_tensors
+        return None, None, (grads[0] * slope).sum_to_size(ctx.shape)
+
+
+def with_slope(value: Tensor, slope: Tensor, variable: Tensor) -> Tensor:
+    """Return `value`, with d value / d variable = slope: a surrogate gradient known in closed form.
+
+    Unlike `value + slope * (variable - variable.detach())` it is right where `variable` is infinite.
+    """
+    return _WithSlope.apply(value, slope, variable)
+
+
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.low = low
+        return x.clamp_min(low)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grads[0].masked_fill((x < ctx.low) & (grads[0] > 0), 0), None
+
+
+def bounded_below(x: Tensor, low: float) -> Tensor:
+    """Clamp from below, but let gradients pass that would bring `x` back above the bound.
+
+    Under a plain clamp a parameter that has crossed the bound never receives a gradient again.
+    """
+    return _Bounded.apply(x, low)
+
+
+class _GatedSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, theta: Tensor, keep: Tensor, slope: Tensor, into_scores: bool) -> Tensor:
+        best = scores.masked_fill(~keep, float("-inf")).amax(-1, keepdim=True)
+        best = best.masked_fill(best == float("-inf"), 0)
+        share = (scores - best).clamp_max_(MAX_EXCESS).exp_()
+        weights = share * keep
+        total = weights.sum(-1, keepdim=True)
+        total = total.masked_fill(total == 0, 1)
+        ctx.save_for_backward(share.div_(total), keep, slope)
+        ctx.into_scores, ctx.theta_shape = into_scores, theta.shape
+        return weights.div_(total)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        share, keep, slope = ctx.saved_tensors
+        weights = share * keep
+        benefit = grads[0] - (grads[0] * weights).sum(-1, keepdim=True)
+        through_gate = (share * slope).mul_(benefit)
+        through_scores = weights.mul_(benefit)
+        if ctx.into_scores:
+            through_scores = through_scores.add_(through_gate)
+        return through_scores, through_gate.sum_to_size(ctx.theta_shape), None, None, None
+
+
+def gated_softmax(
+    scores: Float[Tensor, "b h n m"],
+    theta: Float[Tensor, "h 1 1"],
+    keep: Bool[Tensor, "b h n m"],
+    slope: Float[Tensor, "b h n m"],
+    into_scores: bool,
+) -> Float[Tensor, "b h n m"]:
+    """Softmax over the kept keys, in which a threshold receives the gradient of its gate.
+
+    With e = exp(score), Z the sum of e over kept keys and P the result, dL/dgate = (e / Z) (dL/dP - sum P dL/dP),
+    for kept and dropped keys alike, and dL/dtheta = sum dL/dgate * slope: what autograd would find for
+    gate * e / sum(gate * e) with a straight-through gate, in a third of the passes over memory. Scores receive the
+    gradient of the masked softmax and, if `into_scores`, that of the gate besides, the row's best held constant.
+
+    A dropped key can outweigh the kept ones, if an estimate misjudged it; its excess counts up to 30 nats.
+    """
+    return _GatedSoftmax.apply(scores, theta, keep, slope, into_scores)

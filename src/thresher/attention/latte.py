@@ -1,0 +1,157 @@
+"""LATTE: head-wise trainable thresholds on low-precision score estimates (arXiv 2404.07519).
+
+Keeps      key j of row i iff max_j S_ij - S_ij <= theta_h, S estimated from the top bits of 8-bit codes. Since
+           P_ij / max_j P_ij = exp(S_ij - max_j S_ij), this keeps the keys whose probability is at least
+           exp(-theta_h) of the row's largest.
+Costs      in 8-bit MACs: D (bits/8)^2 a visible pair for the estimate, and for each kept pair the rest of
+           its score, D (1 - (bits/8)^2), and Dv for its value. With 4 bits and D = Dv that is (1 + 7 kept) / 8
+           of dense. The exact score of a kept pair is counted as the 8-bit one that it stands for;
+           `scoring=int8` computes that one. Comparisons, maxima and the softmax are not counted.
+Trains     theta, one for each head (see `thresholds.py` for base and offset). `ste`: hard gate forward,
+           gradient of a sigmoid of width tau; `soft`: that sigmoid also forward in training; `hard`: theta is fixed.
+Emulates   the pruning accelerator of the paper: this file computes all scores and discards. Training needs them (a
+           dropped key near theta is what raises theta again); inference would not.
+Ours       what the paper's abstract leaves open: the scale of the codes (one for each example and head; one for
+           each token in causal attention, where a shared scale would see the future), rounding instead of
+           truncation in the split, the surrogate, and where its gradient goes. The gradient of the compute term
+           never reaches the scores: a model could otherwise save pairs by inflating its logits.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
+from thresher.attention.functional import (
+    at_least_fp32,
+    count_pairs,
+    expand_heads,
+    fill_hidden,
+    gated_softmax,
+    hide_tokens,
+    masked_softmax,
+    straight_through,
+    visible_pairs,
+)
+from thresher.attention.quantise import Split, completed_product, estimated_product, quantise, split_codes
+from thresher.attention.thresholds import Gate, Thresholds
+
+Mode = Literal["ste", "soft", "hard"]
+Scoring = Literal["exact", "int8"]
+
+
+class Latte(Mechanism):
+    """Attention over the keys whose estimated score lies within theta of the row's best.
+
+    Args:
+        est_bits: Bits of the estimate: 2, 4, 8, or "exact" for unquantised scores.
+        split: How codes are split into high and low bits, "round" or "truncate".
+        scoring: Scores of kept pairs: "exact", or "int8" for the completed 8-bit product.
+        mode: "ste", "soft" or "hard"; evaluation is hard in all three.
+        theta: Initial threshold in nats, at least 0.
+        tau: Width of the surrogate gradient in nats.
+        trainable: Whether thresholds receive gradients; `hard` implies that they do not.
+        gate_grad_to_scores: Let the task's gate gradient reach the scores too, so that a dropped key can climb back.
+        always_keep: Number of leading keys (class token, sink) that are kept wherever visible.
+
+    Raises:
+        ValueError: A hyper-parameter outside its range.
+    """
+
+    dense_limit = {"theta": float("inf"), "est_bits": "exact"}
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        pattern: Pattern,
+        *,
+        est_bits: int | str = 4,
+        split: Split = "round",
+        scoring: Scoring = "exact",
+        mode: Mode = "ste",
+        theta: float = 6.9,
+        tau: float = 0.5,
+        trainable: bool = True,
+        gate_grad_to_scores: bool = True,
+        always_keep: int = 0,
+    ) -> None:
+        super().__init__(num_heads, head_dim, pattern)
+        for name, got, allowed in (
+            ("est_bits", est_bits, (2, 4, 8, "exact")),
+            ("split", split, get_args(Split)),
+            ("scoring", scoring, get_args(Scoring)),
+            ("mode", mode, get_args(Mode)),
+        ):
+            if got not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {got!r}")
+        if always_keep < 0:
+            raise ValueError(f"always_keep counts leading keys and must be at least 0, got {always_keep}")
+        self.est_bits = est_bits
+        self.split: Split = split
+        self.scoring = scoring
+        self.mode = mode
+        self.gate_grad_to_scores = gate_grad_to_scores
+        self.always_keep = always_keep
+        self.thresholds = Thresholds(num_heads, init=theta, tau=tau, trainable=trainable and mode != "hard")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        shape = (*q.shape[:3], k.shape[2])
+        k, v = expand_heads(k, shape[1]), expand_heads(v, shape[1])
+        q, k, v = hide_tokens(q, k, v, call)
+        visible = visible_pairs(call, self.pattern, shape[2], shape[3], q.device)
+        with torch.autocast(q.device.type, enabled=False):
+            scores, estimate = self.scores(at_least_fp32(q), at_least_fp32(k), call)
+            best = fill_hidden(estimate, visible, float("-inf")).amax(-1, keepdim=True)
+            difference = best.masked_fill(best == float("-inf"), 0) - estimate
+            gate = self.thresholds(difference, visible, self.always_keep, surrogate=self.mode != "hard")
+            weights = self.weights(scores, difference, gate, visible)
+            weights = F.dropout(weights, self.dropout, self.training)
+        return Attended(weights.to(v.dtype) @ v, self.cost(gate, count_pairs(visible, shape).to(q.device), v.shape[-1]))
+
+    def scores(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Return the scores [b, h, n, m] that weigh kept pairs, and the estimates that decide which are kept."""
+        scale = q.shape[-1] ** -0.5
+        scores = (q * scale) @ k.transpose(-2, -1)
+        estimate = scores.detach()
+        if self.est_bits != "exact" or self.scoring == "int8":
+            (q_codes, q_scale), (k_codes, k_scale) = (quantise(x, self.pattern.causal) for x in (q, k))
+            unit = scale * q_scale * k_scale.transpose(-2, -1)
+            bits = 8 if isinstance(self.est_bits, str) else self.est_bits
+            q_half, k_half = (split_codes(x, bits, self.split) for x in (q_codes, k_codes))
+            product = estimated_product(q_half, k_half)
+            if self.est_bits != "exact":
+                estimate = product * unit
+            if self.scoring == "int8":
+                scores = straight_through(completed_product(product, q_half, k_half) * unit, scores)
+        if call.bias is not None:
+            scores, estimate = scores + call.bias, estimate + call.bias.detach()
+        return scores, estimate
+
+    def weights(self, scores: Tensor, difference: Tensor, gate: Gate, visible: Tensor | None) -> Tensor:
+        """Return the softmax over kept keys, with the gate's gradient when one is wanted."""
+        if gate.slope is None:
+            return masked_softmax(scores, gate.keep)
+        if self.mode == "soft" and self.training:
+            if self.gate_grad_to_scores:
+                difference = straight_through(difference, -scores)
+            return masked_softmax(
+                scores + F.logsigmoid(self.thresholds.margin(difference, visible, self.always_keep)), visible
+            )
+        return gated_softmax(scores, gate.theta, gate.keep, gate.slope, self.gate_grad_to_scores)
+
+    def cost(self, gate: Gate, visible: Tensor, value_dim: int) -> Cost:
+        share = 1.0 if isinstance(self.est_bits, str) else (self.est_bits / 8) ** 2
+        return Cost(
+            score=gate.kept * (self.head_dim * (1 - share)),
+            value=gate.kept * value_dim,
+            select=visible * (self.head_dim * share),
+            dense=visible * (self.head_dim + value_dim),
+            kept=gate.kept,
+            visible=visible,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, est_bits={self.est_bits}, scoring={self.scoring}, mode={self.mode}"

@@ -1,0 +1,114 @@
+"""One trainable threshold for each head, and the gate that it opens.
+
+A key of a row is kept iff its difference, how far its score lies below the row's best, is at most theta:
+
+    keep_ij  <=>  max_j S_ij - S_ij <= theta_h,  theta_h = max(0, base_h + offset_h)
+
+The difference of the best key is 0, so no row with a visible key is ever emptied. `base` is calibrated, and may
+follow an annealed budget (`thresher.calibration`); `offset` is trained. Started from its own quantile each
+head can be moved in either direction, where a threshold trained from scratch tends to run to zero and stay there.
+
+The surrogate gradient is that of g = sigmoid((theta - difference) / tau) in place of the step function.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from thresher.attention.functional import bounded_below, fill_hidden, with_slope
+
+
+class Gate(NamedTuple):
+    """What a threshold decided.
+
+    Attributes:
+        keep: The pairs kept.
+        slope: g (1 - g) / tau, the surrogate's d keep / d theta; None when no gradient is wanted.
+        kept: The number of pairs kept, with the surrogate gradient towards theta.
+        theta: The thresholds, differentiable towards `offset`.
+    """
+
+    keep: Bool[Tensor, "b h n m"]
+    slope: Float[Tensor, "b h n m"] | None
+    kept: Float[Tensor, "b h"]
+    theta: Float[Tensor, "h 1 1"]
+
+
+class Thresholds(nn.Module):
+    """Head-wise thresholds on score differences, in nats.
+
+    Args:
+        num_heads: Number of thresholds.
+        init: Initial base, at least 0; infinity keeps everything.
+        tau: Width of the surrogate, in nats.
+        trainable: Whether `offset` receives gradients.
+
+    Raises:
+        ValueError: `init` is negative or not a number, or `tau` is not positive.
+    """
+
+    base: Tensor
+    tau: Tensor
+
+    def __init__(self, num_heads: int, *, init: float, tau: float, trainable: bool) -> None:
+        super().__init__()
+        if not init >= 0:
+            raise ValueError(f"a threshold must be at least 0, got {init}: below 0 even the best key would be dropped")
+        if not tau > 0:
+            raise ValueError(f"tau must be positive, got {tau}")
+        self.register_buffer("base", torch.full((num_heads,), float(init)))
+        self.register_buffer("tau", torch.tensor(float(tau)))
+        self.offset = nn.Parameter(torch.zeros(num_heads), requires_grad=trainable)
+
+    def values(self) -> Float[Tensor, " h"]:
+        """Return theta, differentiable towards `offset`."""
+        return bounded_below(self.base + self.offset, 0.0)
+
+    def forward(
+        self,
+        difference: Float[Tensor, "b h n m"],
+        visible: Bool[Tensor, "#b #h #n m"] | None,
+        always_keep: int = 0,
+        surrogate: bool = True,
+    ) -> Gate:
+        """Gate every pair; the first `always_keep` keys stay open. `difference` may be anything where hidden."""
+        theta = self.values()[:, None, None]
+        difference = difference.detach()
+        keep = difference <= theta
+        if always_keep:
+            keep[..., :always_keep] = True
+        if visible is not None:
+            keep = keep & visible
+        kept = keep.sum((-2, -1)).to(difference.dtype)
+        if not (surrogate and torch.is_grad_enabled()):
+            return Gate(keep, None, kept, theta)
+        with torch.no_grad():
+            soft = self.margin(difference, visible, always_keep).sigmoid_()
+            slope = torch.addcmul(soft, soft, soft, value=-1).div_(self.tau)
+        return Gate(keep, slope, with_slope(kept, slope.sum((-2, -1)), self.values()), theta)
+
+    def margin(
+        self, difference: Float[Tensor, "b h n m"], visible: Bool[Tensor, "#b #h #n m"] | None, always_keep: int = 0
+    ) -> Float[Tensor, "b h n m"]:
+        """Return (theta - difference) / tau, differentiable; -inf where hidden and inf where always kept."""
+        margin = fill_hidden((self.values()[:, None, None] - difference) / self.tau, visible, float("-inf"))
+        if always_keep:
+            first = torch.arange(margin.shape[-1], device=margin.device) < always_keep
+            first = first if visible is None else first & visible
+            margin = margin.masked_fill(first, float("inf"))
+        return margin
+
+    def transfer_length(self, old: int, new: int) -> None:
+        """Scale for another number of keys: theta(new) = theta(old) + ln(new / old).
+
+        Holds the error bound of the dropped mass, which grows with the number of dropped keys times exp(-theta).
+        """
+        if old < 1 or new < 1:
+            raise ValueError(f"lengths must be at least 1, got {old} and {new}")
+        self.base += math.log(new / old)
+
+    def extra_repr(self) -> str:
+        return f"heads={len(self.base)}, trainable={self.offset.requires_grad}"

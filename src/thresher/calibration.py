@@ -1,0 +1,128 @@
+"""Thresholds from data: the theta at which a head keeps a given share of its visible pairs."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from thresher.attention.thresholds import Thresholds
+
+
+def difference_quantile(
+    difference: Float[Tensor, "b h n m"], visible: Bool[Tensor, "#b #h #n m"] | None, kept: float
+) -> Float[Tensor, " h"]:
+    """Return, for each head, the difference below or at which a share `kept` of the visible pairs lies.
+
+    A head without a visible pair yields nan.
+    """
+    b, h, n, m = difference.shape
+    flat = difference.transpose(0, 1).reshape(h, -1)
+    if visible is None:
+        k = min(max(round(kept * flat.shape[1]), 1), flat.shape[1])
+        return flat.kthvalue(k, dim=-1).values.float()
+    shown = visible.expand(b, h, n, m).transpose(0, 1).reshape(h, -1)
+    ordered = flat.masked_fill(~shown, float("inf")).sort(dim=-1).values
+    count = shown.sum(-1)
+    rank = (kept * count).round().long().clamp_min(1).minimum(count) - 1
+    return ordered.gather(1, rank.clamp_min(0)[:, None])[:, 0].float().masked_fill(count == 0, float("nan"))
+
+
+class ThresholdProbe:
+    """Reads, from forward passes of `model`, the quantiles that calibrated thresholds would have.
+
+    Hooks stay registered and do nothing while `level` is None; make the probe before `torch.compile`.
+
+    Args:
+        model: Any model with `Thresholds` inside.
+        examples: Number of examples of a batch that are read.
+
+    Attributes:
+        level: The share of visible pairs to keep, or None to read nothing.
+        thresholds: The thresholds found, by dotted name.
+
+    Raises:
+        ValueError: The model has no thresholds.
+    """
+
+    def __init__(self, model: nn.Module, examples: int = 16) -> None:
+        self.level: float | None = None
+        self.examples = examples
+        self.thresholds = {name: m for name, m in model.named_modules() if isinstance(m, Thresholds)}
+        if not self.thresholds:
+            raise ValueError(f"{type(model).__name__} has no thresholds to calibrate; sparsify() it with 'latte' first")
+        self._read: dict[str, list[Tensor]] = {name: [] for name in self.thresholds}
+        self._handles = [
+            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            for name, module in self.thresholds.items()
+        ]
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.level is not None:
+                difference, visible = args[:2]
+                if visible is not None and visible.shape[0] > 1:
+                    visible = visible[: self.examples]
+                quantile = difference_quantile(difference.detach()[: self.examples], visible, self.level)
+                self._read[name].append(quantile)
+
+        return read
+
+    @torch.no_grad()
+    def collect(self) -> dict[str, Float[Tensor, " h"]]:
+        """Return the mean quantiles read since the last call, over all processes; heads that saw nothing are nan."""
+        means = {}
+        for name, read in self._read.items():
+            stacked = torch.stack(read) if read else torch.full_like(self.thresholds[name].base, float("nan"))[None]
+            seen = ~stacked.isnan()
+            sums = torch.stack([stacked.nan_to_num().sum(0), seen.sum(0).to(stacked.dtype)])
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(sums)
+            means[name] = sums[0] / sums[1]
+            read.clear()
+        return means
+
+    def remove(self) -> None:
+        """Take the hooks out again."""
+        for handle in self._handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], kept: float, forward: Callable[[Any], Any] | None = None
+) -> dict[str, Float[Tensor, " h"]]:
+    """Set every head's threshold so that it keeps a share `kept` of its visible pairs on these batches.
+
+    Layers are read in one pass, with the thresholds that the model has: for an aggressive `kept` call it
+    twice, so that deep layers are read behind sparse ones.
+
+    Args:
+        model: A model with thresholds inside, in the mode (train or eval) in which it will be used.
+        batches: Model inputs, already on the model's device.
+        kept: Share of the visible pairs to keep, in (0, 1].
+        forward: How to run the model on a batch; `model(batch)` by default.
+
+    Returns:
+        The thresholds set, by dotted name.
+
+    Raises:
+        ValueError: `kept` is out of range, there are no batches, or the model has no thresholds.
+    """
+    if not 0 < kept <= 1:
+        raise ValueError(f"kept is a share of the visible pairs and must lie in (0, 1], got {kept}")
+    probe = ThresholdProbe(model, examples=2**31)
+    probe.level = kept
+    try:
+        run = forward or model
+        if not sum(1 for batch in batches if run(batch) is not None):
+            raise ValueError("calibration needs at least one batch, got none")
+        found = probe.collect()
+    finally:
+        probe.remove()
+    for name, base in found.items():
+        thresholds = probe.thresholds[name]
+        thresholds.base.copy_(torch.where(base.isnan(), thresholds.base, base))
+        thresholds.offset.zero_()
+    return {name: thresholds.values() for name, thresholds in probe.thresholds.items()}
