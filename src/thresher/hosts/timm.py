@@ -1,0 +1,56 @@
+"""Host for `timm.layers.Attention`, the attention of ViT, DeiT, DeiT-3, DINOv2 and their relatives."""
+
+import torch
+from timm.layers.attention import Attention
+from torch import Tensor, nn
+
+from thresher.attention.base import Call, MakeMechanism, Pattern
+from thresher.hosts.core import Host, mount
+
+
+class TimmAttention(Host):
+    """timm's multi-head self attention around a mechanism."""
+
+    qkv: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    norm: nn.Module
+    gate: nn.Module | None
+    proj: nn.Module
+    proj_drop: nn.Module
+
+    def __init__(self, original: Attention, make: MakeMechanism) -> None:
+        mechanism = make(num_heads=original.num_heads, head_dim=original.head_dim, pattern=Pattern.NONCAUSAL_SELF)
+        super().__init__(original, mechanism, dropout=original.attn_drop.p)
+        if original.gate is None:
+            self.gate = None
+        self.num_heads, self.head_dim = original.num_heads, original.head_dim
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend over tokens [b, n, c]; `attn_mask` broadcasts to [b, heads, n, n], boolean or additive."""
+        if is_causal:
+            raise ValueError("this attention was mounted as noncausal; a causal call would need another mechanism")
+        b, n, _ = x.shape
+        gate = None if self.gate is None else self.gate(x).sigmoid()
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        x = self.mechanism(q, k, v, _call(attn_mask)).out.transpose(1, 2).reshape(b, n, -1)
+        x = self.norm(x)
+        if gate is not None:
+            x = x * gate
+        return self.proj_drop(self.proj(x))
+
+
+@mount.register
+def _(module: Attention, make: MakeMechanism) -> Host:
+    return TimmAttention(module, make)
+
+
+def _call(attn_mask: Tensor | None) -> Call:
+    if attn_mask is None:
+        return Call()
+    mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+    if mask.dtype == torch.bool:
+        return Call(pairs=mask)
+    visible = mask != float("-inf")
+    return Call(pairs=visible, bias=mask.masked_fill(~visible, 0))

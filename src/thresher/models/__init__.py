@@ -1,0 +1,1 @@
+"""Networks: built dense, then given their attention."""

@@ -1,0 +1,54 @@
+"""Create a network, then inject the mechanism."""
+
+from typing import Any
+
+from torch import nn
+
+from thresher.attention.base import MakeMechanism
+from thresher.hosts import inject
+
+
+def timm_classifier(
+    *,
+    attention: MakeMechanism,
+    num_classes: int,
+    channels: int,
+    image_size: int,
+    name: str = "vit_tiny_patch16_224",
+    pretrained: bool = False,
+    where: str | None = None,
+    **architecture: Any,
+) -> nn.Module:
+    """Build an image classifier of timm's with another attention.
+
+    Args:
+        attention: Builds one mechanism for each attention module.
+        num_classes: Number of logits.
+        channels: Channels of the images.
+        image_size: Side of the images in pixels.
+        name: Any model name of timm whose attention a host knows.
+        pretrained: Whether to load timm's weights (needs a network).
+        where: Regular expression for the names of the attention modules to replace; all by default.
+        **architecture: Passed to `timm.create_model`.
+
+    Raises:
+        ValueError: timm knows no such model or option, or the model has no attention to replace.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
+        raise ValueError(f"timm has no model {name!r}; similar: {close}")
+    try:
+        net: nn.Module = timm.create_model(
+            name,
+            pretrained=pretrained,
+            num_classes=num_classes,
+            in_chans=channels,
+            img_size=image_size,
+            **architecture,
+        )
+    except TypeError as error:
+        raise ValueError(f"timm's {name} refuses an option of model.*: {error}") from error
+    inject(net, attention, where=where)
+    return net
