@@ -1,0 +1,118 @@
+"""What each head did: threshold and kept share by layer and head, to the logger, as a picture and as heads.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from torch import Tensor
+
+from thresher.attention.base import Cost
+from thresher.callbacks.thresholds import thresholds_of
+from thresher.tasks.base import Task
+
+
+class HeadStatistics(pl.Callback):
+    """Collect kept / visible pairs of every head during validation and test.
+
+    Args:
+        path: Where to write the last statistics as JSON, or None:
+            `{"layers": [{"name", "heads": [{"threshold", "kept", "compute"}]}]}`, threshold null without one.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+        self._sums: dict[str, Tensor] = {}
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sums = {}
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sums = {}
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._add(pl_module)
+
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._add(pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._log(trainer, self.heads(pl_module))
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        heads = self.heads(pl_module)
+        if self.path is not None and trainer.is_global_zero:
+            layers = [{"name": name, "heads": rows} for name, rows in heads.items()]
+            Path(self.path).write_text(json.dumps({"layers": layers}, indent=1))
+
+    def _add(self, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        for name, cost in pl_module.meter.calls:
+            sums = _sums_by_head(cost)
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+    def heads(self, task: pl.LightningModule) -> dict[str, list[dict[str, float | None]]]:
+        """Return threshold, kept and compute of each head by layer, summed over all processes."""
+        assert isinstance(task, Task)
+        thresholds = {name.rpartition(".")[0]: t.values().tolist() for name, t in thresholds_of(task).items()}
+        heads = {}
+        for name, sums in self._sums.items():
+            gathered: Any = task.all_gather(sums)
+            kept, visible, spent, dense = (gathered.sum(0) if gathered.ndim > sums.ndim else gathered).tolist()
+            theta = thresholds.get(name, [None] * len(kept))
+            heads[name] = [
+                {"threshold": t, "kept": k / max(v, 1.0), "compute": s / max(d, 1.0)}
+                for t, k, v, s, d in zip(theta, kept, visible, spent, dense, strict=True)
+            ]
+        return heads
+
+    def _log(self, trainer: pl.Trainer, heads: Mapping[str, list[dict[str, float | None]]]) -> None:
+        scalars = {
+            f"heads/{layer}.{i}/{key}": row[key]
+            for layer, rows in heads.items()
+            for i, row in enumerate(rows)
+            for key in ("threshold", "kept")
+            if row[key] is not None
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)  # type: ignore[arg-type]
+            if isinstance(logger, (WandbLogger, TensorBoardLogger)) and trainer.is_global_zero:
+                log_heat_maps(logger, heads, trainer.global_step)
+
+
+def _sums_by_head(cost: Cost) -> Tensor:
+    parts = (cost.kept, cost.visible, cost.total, cost.dense)
+    return torch.stack([part.detach().sum(0).double() for part in parts])
+
+
+def log_heat_maps(logger: Logger, heads: Mapping[str, list[dict[str, float | None]]], step: int) -> None:
+    """Send one picture, layers down and heads across, for kept and one for the thresholds."""
+    from matplotlib.figure import Figure
+
+    for key in ("kept", "threshold"):
+        rows = [[row[key] for row in layer] for layer in heads.values()]
+        if any(value is None for row in rows for value in row):
+            continue
+        width = max(len(row) for row in rows)
+        table = [[float("nan") if v is None else v for v in row] + [float("nan")] * (width - len(row)) for row in rows]
+        figure = Figure(figsize=(1.5 + 0.6 * width, 1.2 + 0.45 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0.0, vmax=1.0 if key == "kept" else None)
+        axes.set_yticks(range(len(rows)), list(heads))
+        axes.set_xticks(range(width))
+        axes.set_xlabel("head")
+        axes.set_title("share of visible pairs kept" if key == "kept" else "threshold (nats)")
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white", fontsize=7)
+        figure.colorbar(image)
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            logger.experiment.log({f"heads/{key}": wandb.Image(figure), "trainer/global_step": step})
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(f"heads/{key}", figure, step)

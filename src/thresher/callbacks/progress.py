@@ -1,0 +1,105 @@
+"""Progress: a Rich bar on a terminal, plain lines elsewhere; both with compute, budget gap and time left."""
+
+import sys
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
+
+SHOWN = {"train/loss": "loss", "train/acc": "acc", "train/kept": "kept", "train/gap": "gap", "val/acc": "val_acc"}
+
+
+def progress() -> ProgressBar:
+    """Return the progress display that suits where standard output goes."""
+    return TerminalProgress() if sys.stdout.isatty() else PlainProgress()
+
+
+class TimeLeft:
+    """Estimates the time left from the share of training done since the clock was started."""
+
+    def __init__(self) -> None:
+        self._start = (0.0, 0.0)
+
+    def start(self, share: float) -> None:
+        self._start = (time.monotonic(), share)
+
+    def text(self, share: float) -> str:
+        began, first = self._start
+        if share <= first:
+            return "?"
+        left = (time.monotonic() - began) * (1 - share) / (share - first)
+        return time.strftime("%H:%M:%S" if left >= 3600 else "%M:%S", time.gmtime(left))
+
+
+def shown_metrics(trainer: pl.Trainer) -> dict[str, str]:
+    """Return the metrics worth a place in a line, under short names."""
+    metrics = trainer.callback_metrics | trainer.progress_bar_metrics
+    return {short: f"{float(metrics[name]):.3f}" for name, short in SHOWN.items() if name in metrics}
+
+
+def share_done(trainer: pl.Trainer) -> float:
+    """Return the share of the training steps that are done."""
+    return min(trainer.global_step / max(float(trainer.estimated_stepping_batches), 1.0), 1.0)
+
+
+class TerminalProgress(RichProgressBar):
+    """Rich's moving bar, with the time left of the whole training."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=False)
+        self._left = TimeLeft()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._left.start(share_done(trainer))
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        shown: dict[str, Any] = shown_metrics(trainer)
+        if trainer.training:
+            shown["left"] = self._left.text(share_done(trainer))
+        return shown
+
+
+class PlainProgress(ProgressBar):
+    """One line every few seconds, for logs and pipes.
+
+    Args:
+        every: Seconds between two lines.
+    """
+
+    def __init__(self, every: float = 10.0) -> None:
+        super().__init__()
+        self.every = every
+        self._left = TimeLeft()
+        self._next = 0.0
+        self._on = True
+
+    def disable(self) -> None:
+        self._on = False
+
+    def enable(self) -> None:
+        self._on = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._left.start(share_done(trainer))
+        self._next = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + self.every
+            self._line(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.training:
+            self._line(trainer)
+
+    def _line(self, trainer: pl.Trainer) -> None:
+        if self._on and trainer.is_global_zero:
+            values = "  ".join(f"{name} {value}" for name, value in shown_metrics(trainer).items())
+            done = share_done(trainer)
+            left = self._left.text(done)
+            print(
+                f"{done:4.0%}  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {values}  left {left}",
+                flush=True,
+            )

@@ -1,0 +1,177 @@
+"""Thresholds during training: calibrated to the budget, annealed in width, and watched."""
+
+import itertools
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+
+from thresher.attention.thresholds import Thresholds
+from thresher.calibration import ThresholdProbe, calibrate
+from thresher.tasks.base import Task
+from thresher.tasks.optimizer import threshold_parameters
+
+
+def thresholds_of(task: Task) -> dict[str, Thresholds]:
+    return {name: m for name, m in task.net.named_modules() if isinstance(m, Thresholds)}
+
+
+class CalibrateThresholds(pl.Callback):
+    """Set every head's base threshold by quantiles of its score differences.
+
+    With a budget that has a target, the base follows it: after each training step it moves towards the
+    quantile that keeps the share which the budget aims at, so each head starts from its own scale, the annealing
+    cannot run away, and the trained offsets are left with what calibration cannot know, which head deserves
+    more. Without a target, `initial` sets the base once, before training; leave it null for a network that is trained
+    from scratch, whose scores do not differ yet.
+
+    Args:
+        momentum: Share by which the base moves towards each new quantile.
+        examples: Examples of a batch that are read.
+        initial: Share of the visible pairs to keep when there is no target, or None.
+        batches: Training batches read for `initial`.
+    """
+
+    def __init__(
+        self, momentum: float = 0.1, examples: int = 16, initial: float | None = None, batches: int = 8
+    ) -> None:
+        if not 0 < momentum <= 1:
+            raise ValueError(f"callbacks.calibrate.momentum must lie in (0, 1], got {momentum}")
+        if initial is not None and not 0 < initial <= 1:
+            raise ValueError(f"callbacks.calibrate.initial is a share of the visible pairs in (0, 1], got {initial}")
+        if examples < 1 or batches < 1:
+            raise ValueError(f"callbacks.calibrate needs examples and batches >= 1, got {examples} and {batches}")
+        self.momentum = momentum
+        self.examples = examples
+        self.initial = initial
+        self.batches = batches
+        self._probe: ThresholdProbe | None = None
+        self._begun = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, Task)
+        if stage == "fit" and thresholds_of(pl_module) and pl_module.budget.bound is not None:
+            self._probe = ThresholdProbe(pl_module.net, self.examples)
+            pl_module.budget.calibrated = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether the base has left its initial value."""
+        return {"begun": self._begun}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint stopped."""
+        self._begun = state_dict["begun"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        if self.initial is None or self._probe or trainer.global_step or not thresholds_of(pl_module):
+            return
+        loader: Any = trainer.train_dataloader
+        batches = [
+            pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+            for batch in itertools.islice(iter(loader), self.batches)
+        ]
+        calibrate(pl_module.net, batches, self.initial, forward=pl_module.step)
+        rank_zero_info(f"thresholds calibrated on {len(batches)} batches to keep {self.initial:g} of the visible pairs")
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, Task)
+        if self._probe:
+            self._probe.level = self._level(pl_module)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._probe and self._probe.level is not None:
+            for name, quantile in self._probe.collect().items():
+                base = self._probe.thresholds[name].base
+                base.lerp_(torch.where(quantile.isnan(), base, quantile), self.momentum if self._begun else 1.0)
+            self._begun = True
+            self._probe.level = None
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._probe:
+            self._probe.remove()
+            self._probe = None
+
+    @staticmethod
+    def _level(task: Task) -> float | None:
+        """Return the share of pairs to keep that meets the budget's aim."""
+        aim = task.budget.aim(task.progress)
+        if aim is None or task.budget.quantity == "kept" or not task.meter.calls:
+            return aim
+        fixed = task.meter.fixed_ratio()
+        return max((aim - fixed) / (1 - fixed), 0.0)
+
+
+class AnnealTemperature(pl.Callback):
+    """Narrow the surrogate of every threshold geometrically over training.
+
+    Args:
+        end: Share of each tau that is left at the last step; 1 leaves it as it is.
+    """
+
+    def __init__(self, end: float = 1.0) -> None:
+        if not end > 0:
+            raise ValueError(f"callbacks.temperature.end is a positive share of tau, got {end}")
+        self.end = end
+        self._start: dict[str, torch.Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        done = self.end**pl_module.progress
+        self._start = {name: t.tau / done for name, t in thresholds_of(pl_module).items()}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, Task)
+        for name, thresholds in thresholds_of(pl_module).items():
+            thresholds.tau.copy_(self._start[name] * self.end**pl_module.progress)
+
+
+class WatchThresholds(pl.Callback):
+    """Warn, once each, when trained thresholds have not moved or have collapsed.
+
+    Args:
+        moved: Offsets that have all stayed within this many nats of their start after half of the training
+            count as not moved.
+        collapsed: Share of heads at threshold zero (only the best key is kept) that counts as collapse.
+    """
+
+    def __init__(self, moved: float = 1e-3, collapsed: float = 0.5) -> None:
+        self.moved = moved
+        self.collapsed = collapsed
+        self._start: dict[str, torch.Tensor] = {}
+        self._warned: set[str] = set()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        self._start = {name: p.detach().clone() for name, p in threshold_parameters(pl_module.net).items()}
+
+    @torch.no_grad()
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        if not self._start:
+            return
+        now = threshold_parameters(pl_module.net)
+        farthest = max(float((now[name] - start).abs().max()) for name, start in self._start.items())
+        values = torch.cat([t.values() for t in thresholds_of(pl_module).values()])
+        at_zero = float((values <= 0).float().mean())
+        pl_module.log("thresholds/moved", farthest, rank_zero_only=True)
+        pl_module.log("thresholds/at_zero", at_zero, rank_zero_only=True)
+        if pl_module.progress >= 0.5 and farthest < self.moved:
+            self._warn(
+                "moved",
+                f"trained thresholds have moved by {farthest:.1e} nats at most in half of the training: they receive "
+                "no gradient. Raise optimizer.threshold_lr or attention.tau, or set callbacks.calibrate.initial",
+            )
+        if at_zero >= self.collapsed:
+            self._warn(
+                "collapsed",
+                f"{at_zero:.0%} of the heads have threshold 0 and keep only their best key. Lower compute.weight or "
+                "optimizer.threshold_lr, anneal longer (compute.end), or raise the target",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            rank_zero_warn(message)

@@ -1,0 +1,220 @@
+"""What all tasks share: the meter around the forward pass, the budget in the loss, the logs of both."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric, Metric
+
+from thresher.budgets import Budget
+from thresher.compute import ComputeMeter, ComputeRatio
+from thresher.tasks.optimizer import threshold_parameters
+
+GRADIENT_LOG_EVERY = 10  # steps between two looks at the thresholds' gradients
+
+
+class Step(NamedTuple):
+    """What a task makes of one batch."""
+
+    loss: Tensor  # mean over the batch
+    size: int  # number of examples
+    predictions: Tensor
+    targets: Tensor
+
+
+class Task(pl.LightningModule, ABC):
+    """Trains a network under a compute budget. A subclass says what the loss and the metrics are.
+
+    Args:
+        net: The network, with its mechanisms mounted.
+        optimizer: Builds the optimiser for a network.
+        scheduler: Builds the schedule of the learning rates for an optimiser and a number of steps.
+        budget: What compute may cost.
+        clip: Largest gradient norm of the weights; thresholds are clipped by a norm of their own, so that
+            neither can shrink the other. None does not clip.
+
+    Attributes:
+        metric: Name of the metric that says how good the network is, for example "acc".
+        attention: What runs inside, for messages.
+        stored: Plain values that every checkpoint carries under the key "thresher".
+    """
+
+    metric: str
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        optimizer: Callable[[nn.Module], Optimizer],
+        scheduler: Callable[..., Any],
+        budget: Budget,
+        clip: float | None = 1.0,
+    ) -> None:
+        super().__init__()
+        if clip is not None and not clip > 0:
+            raise ValueError(f"task.clip must be positive or null, got {clip}")
+        self.net = net
+        self.meter = ComputeMeter(net)
+        self.budget = budget
+        self.attention = "this attention"
+        self.stored: dict[str, Any] = {}
+        self._make_optimizer = optimizer
+        self._make_scheduler = scheduler
+        self._clip = clip
+        self._settled = False
+        self._compute_gradient: list[Tensor] = []
+        self.evaluation = nn.ModuleDict({stage: self._metrics_of(stage) for stage in ("val_", "test_")})
+
+    @abstractmethod
+    def step(self, batch: Any) -> Step:
+        """Run the network on a batch."""
+
+    @abstractmethod
+    def make_metrics(self, stage: str) -> dict[str, Metric]:
+        """Return the metrics of an evaluation, each taking predictions and targets; `self.metric` among them."""
+
+    def _metrics_of(self, stage: str) -> nn.ModuleDict:
+        shared: dict[str, Metric] = {
+            "loss": MeanMetric(),
+            "kept": ComputeRatio("kept"),
+            "compute": ComputeRatio("macs"),
+        }
+        return nn.ModuleDict(shared | self.make_metrics(stage.rstrip("_")))
+
+    # Training
+
+    @property
+    def progress(self) -> float:
+        """Share of the training steps that are done."""
+        return min(self.global_step / self.total_steps, 1.0)
+
+    @property
+    def total_steps(self) -> int:
+        total = self.trainer.estimated_stepping_batches
+        if total in (float("inf"), -1):
+            raise ValueError("budgets and schedules need a known length: set trainer.max_epochs or trainer.max_steps")
+        return max(int(total), 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        progress = self.progress
+        with self.meter:
+            step = self.step(batch)
+        ratio = self.meter.ratio(self.budget.quantity)
+        if not self._settled:
+            self._settled = True
+            rank_zero_info(self.budget.settle(ratio, self.attention))
+            self._refuse_unreachable_bound()
+        compute_loss = self.budget.loss(ratio, progress)
+        self._last_ratio = ratio.detach()
+        self._keep_compute_gradient(compute_loss)
+        aim = self.budget.aim(progress)
+        self.log("train/loss", step.loss.detach(), prog_bar=True, batch_size=step.size)
+        self.log("train/compute_loss", compute_loss.detach(), batch_size=step.size)
+        self.log("train/kept", self.meter.kept().detach(), prog_bar=True, batch_size=step.size)
+        self.log("train/compute", self.meter.ratio("macs").detach(), batch_size=step.size)
+        if aim is not None:
+            self.log("train/aim", aim, batch_size=step.size)
+            self.log("train/gap", ratio.detach() - aim, prog_bar=True, batch_size=step.size)
+        with torch.no_grad():
+            for name, value in self.training_metrics(step).items():
+                self.log(f"train/{name}", value, prog_bar=name == self.metric, batch_size=step.size)
+        return step.loss + compute_loss
+
+    def training_metrics(self, step: Step) -> dict[str, Tensor]:
+        """Return what to log of a training batch besides its loss."""
+        return {}
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.budget.update(self._last_ratio, self.progress)
+
+    def _refuse_unreachable_bound(self) -> None:
+        bound, fixed = self.budget.bound, self.meter.fixed_ratio()
+        if bound is not None and self.budget.quantity == "macs" and bound <= fixed:
+            raise ValueError(
+                f"compute.target={bound:g} of dense macs is out of reach: selection alone costs {fixed:.3g}. "
+                f"Choose a target above that, fewer attention.est_bits, or compute.quantity=kept"
+            )
+
+    # Gradients
+
+    def _keep_compute_gradient(self, compute_loss: Tensor) -> None:
+        thresholds = list(threshold_parameters(self.net).values())
+        if thresholds and compute_loss.requires_grad and self.global_step % GRADIENT_LOG_EVERY == 0:
+            scaled = compute_loss / self.trainer.accumulate_grad_batches
+            gradients = torch.autograd.grad(scaled, thresholds, retain_graph=True, allow_unused=True)
+            flat = torch.cat(
+                [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, thresholds, strict=True)]
+            )
+            self._compute_gradient.append(flat)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log how hard the task and the budget pull at the thresholds."""
+        thresholds = list(threshold_parameters(self.net).values())
+        if not thresholds or self.global_step % GRADIENT_LOG_EVERY:
+            return
+        total = torch.cat([torch.zeros_like(t) if t.grad is None else t.grad for t in thresholds])
+        compute = sum(self._compute_gradient, torch.zeros_like(total))
+        self._compute_gradient = []
+        self.log("thresholds/task_gradient", (total - compute).norm())
+        self.log("thresholds/compute_gradient", compute.norm())
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if self._clip is None:
+            return
+        for names in (("decay", "no_decay"), ("thresholds",)):
+            parameters = [p for g in optimizer.param_groups if g["name"] in names for p in g["params"]]
+            if parameters:
+                nn.utils.clip_grad_norm_(parameters, self._clip)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._make_optimizer(self.net)
+        scheduler = self._make_scheduler(optimizer, total_steps=self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Evaluation
+
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        with self.meter:
+            step = self.step(batch)
+        metrics: dict[str, Any] = dict(self.evaluation[f"{stage}_"].items())  # type: ignore[operator]
+        for name, metric in metrics.items():
+            if name == "loss":
+                metric.update(step.loss, weight=step.size)
+            elif isinstance(metric, ComputeRatio):
+                metric.update(self.meter.costs())
+            else:
+                metric.update(step.predictions, step.targets)
+            self.log(f"{stage}/{name}", metric, prog_bar=name in (self.metric, "kept"), batch_size=step.size)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/score: the metric where the budget holds, minus the excess (below any metric) where it does not.
+
+        Checkpoints are chosen by it: by the metric alone the best epoch would be one of the dense warm-up.
+        """
+        metrics: Any = self.evaluation["val_"]
+        score = metrics[self.metric].compute()
+        if self.budget.bound is not None:
+            ratio = metrics["kept" if self.budget.quantity == "kept" else "compute"].compute()
+            score = torch.where(ratio <= self.budget.bound, score, self.budget.bound - ratio)
+        self.log("val/score", score.float(), rank_zero_only=False, sync_dist=False)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["thresher"] = self.stored
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._settled = False

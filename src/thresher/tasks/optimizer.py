@@ -1,0 +1,96 @@
+"""Optimisers with the parameter groups that this kind of network needs, and their schedules.
+
+Thresholds live on another scale than weights (nats), must not decay, and profit from little momentum: a threshold
+with a long memory runs through its budget. They get a group of their own in the one optimiser; a second optimiser would
+be skipped by gradient scalers.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from thresher.attention.thresholds import Thresholds
+
+
+def threshold_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable thresholds of a network by name."""
+    modules = ((name, m) for name, m in net.named_modules() if isinstance(m, Thresholds))
+    return {f"{name}.offset": m.offset for name, m in modules if m.offset.requires_grad}
+
+
+def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters of a network into groups called decay, no_decay and thresholds.
+
+    Not decayed: biases, norms and other vectors, and what the network's own `no_weight_decay()` names.
+    Empty groups are left out.
+    """
+    thresholds = threshold_parameters(net)
+    spared = set(getattr(net, "no_weight_decay", set)())
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad and name not in thresholds:
+            (no_decay if parameter.ndim <= 1 or name in spared else decay).append(parameter)
+    groups = [
+        {"name": "decay", "params": decay, "weight_decay": weight_decay},
+        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
+        {"name": "thresholds", "params": list(thresholds.values()), "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(
+    net: nn.Module,
+    *,
+    lr: float = 2e-3,
+    weight_decay: float = 0.05,
+    betas: Sequence[float] = (0.9, 0.999),
+    threshold_lr: float = 3e-3,
+    threshold_betas: Sequence[float] = (0.5, 0.999),
+) -> Optimizer:
+    """Build AdamW over the groups of `parameter_groups`."""
+    groups = parameter_groups(net, weight_decay)
+    for group in groups:
+        if group["name"] == "thresholds":
+            group |= {"lr": threshold_lr, "betas": tuple(threshold_betas)}
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]))
+
+
+def sgd(
+    net: nn.Module,
+    *,
+    lr: float = 0.1,
+    weight_decay: float = 1e-4,
+    momentum: float = 0.9,
+    threshold_lr: float = 1.0,
+) -> Optimizer:
+    """Build SGD with Nesterov momentum over the groups of `parameter_groups`; thresholds go without momentum."""
+    groups = parameter_groups(net, weight_decay)
+    for group in groups:
+        if group["name"] == "thresholds":
+            group |= {"lr": threshold_lr, "momentum": 0.0, "nesterov": False}
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+
+
+def warmup_cosine(optimizer: Optimizer, *, total_steps: int, warmup: float = 0.1, final: float = 0.01) -> LambdaLR:
+    """Raise all learning rates linearly over a share `warmup` of the steps, then lower them by a cosine to `final`."""
+    rise = max(round(warmup * total_steps), 1)
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        fall = (step - rise) / max(total_steps - rise, 1)
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(fall, 1.0)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def constant(optimizer: Optimizer, *, total_steps: int, warmup: float = 0.0) -> LambdaLR:
+    """Keep all learning rates constant, after a linear rise over a share `warmup` of the steps."""
+    rise = max(round(warmup * total_steps), 1)
+    return LambdaLR(optimizer, lambda step: min((step + 1) / rise, 1.0))
