@@ -1,0 +1,113 @@
+"""What a checkpoint says about itself, and what of that may be believed.
+
+A checkpoint carries the resolved config of its run as plain values, so that it can be rebuilt without the
+command that made it. It may come from a stranger: it is loaded with `weights_only=True`, and its config may name only
+targets that this project's own `conf/` names. A target is code that `instantiate` would run.
+"""
+
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+RECORD = "thresher"
+SECRET = re.compile(r"(api_?key|token|secret|passw(or)?d|credential)s?$", re.IGNORECASE)
+
+
+def redacted(node: Any) -> Any:
+    """Return a copy of nested plain values without whatever is named like a secret."""
+    if isinstance(node, Mapping):
+        return {k: "(redacted)" if SECRET.search(str(k)) and v else redacted(v) for k, v in node.items()}
+    return [redacted(child) for child in node] if isinstance(node, list) else node
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this project onto the CPU, executing nothing.
+
+    Raises:
+        FileNotFoundError: There is no such file; the message names those nearby.
+        ValueError: It is not readable as weights, or is not one of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}{_nearby(path)}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise ValueError(
+            f"{path} cannot be read as weights: the file is damaged or holds more than weights ({reason})"
+        ) from error
+    if not isinstance(checkpoint, dict) or RECORD not in checkpoint or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} was not written by this project's train.py: it carries no config to rebuild from")
+    return checkpoint
+
+
+def check_config(config: Any, conf: Path, source: str | Path) -> None:
+    """Refuse a stored config that names a target not named in the folder `conf`, or that wants to be interpolated.
+
+    Raises:
+        ValueError: It does.
+    """
+    files = (OmegaConf.to_container(OmegaConf.load(path), resolve=False) for path in conf.rglob("*.yaml"))
+    allowed = {target for file in files for target in _values(file, "_target_")}
+    for target in _values(config, "_target_"):
+        if target not in allowed:
+            raise ValueError(f"{source} asks to run {target!r}, which no file of {conf} names: refused")
+    for value in _values(config, None):
+        if isinstance(value, str) and "${" in value:
+            raise ValueError(f"the config stored in {source} holds an interpolation, {value!r}: refused")
+
+
+def load_weights(task: nn.Module, state: Mapping[str, Tensor], other_attention: bool) -> None:
+    """Load a stored state into a task, whatever wrapped the network when it was stored.
+
+    Args:
+        task: The task to load into.
+        state: The stored state; `_orig_mod.` (torch.compile) and `module.` (DDP) in its keys are understood.
+        other_attention: Whether the stored run used another mechanism, whose own state is then left out.
+
+    Raises:
+        ValueError: Keys are missing or left over; the message shows which.
+    """
+    plain = {re.sub(r"(^|\.)(_orig_mod\.|module\.)+", r"\1", key): value for key, value in state.items()}
+    own = task.state_dict()
+    # Metrics and the budget's state belong to the run that made them.
+    run_state = ("evaluation.", "budget.")
+    plain = {key: value for key, value in plain.items() if not key.startswith(run_state)}
+    own = {key: value for key, value in own.items() if not key.startswith(run_state)}
+    if other_attention:
+        plain = {key: value for key, value in plain.items() if ".mechanism." not in key}
+        own = {key: value for key, value in own.items() if ".mechanism." not in key}
+    missing, extra = sorted(own.keys() - plain.keys()), sorted(plain.keys() - own.keys())
+    shapes = [k for k in own.keys() & plain.keys() if own[k].shape != plain[k].shape]
+    if missing or extra or shapes:
+        raise ValueError(
+            "the checkpoint does not fit this network: "
+            + "; ".join(
+                f"{what} {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
+                for what, keys in (("missing", missing), ("left over", extra), ("of another shape", shapes))
+                if keys
+            )
+        )
+    task.load_state_dict(plain, strict=False)
+
+
+def _values(node: Any, key: str | None) -> Iterator[Any]:
+    """Yield the values of every entry called `key`, or every value, of nested dicts and lists."""
+    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in children:
+        if key is None or name == key:
+            yield child
+        yield from _values(child, key)
+
+
+def _nearby(path: Path) -> str:
+    folder = next((p for p in path.parents if p.is_dir()), Path())
+    found = sorted(folder.rglob("*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True)[:5]
+    return f"; near it: {', '.join(map(str, found))}" if found else ", and none below the nearest folder that exists"

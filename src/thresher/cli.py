@@ -1,0 +1,278 @@
+"""The two commands: train a network as a config says, and evaluate a checkpoint as its own config says."""
+
+import logging
+import os
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+from pytorch_lightning.utilities import rank_zero_info
+
+from thresher import __version__, overrides
+from thresher.attention.base import Mechanism
+from thresher.callbacks.heads import HeadStatistics
+from thresher.callbacks.progress import progress
+from thresher.checkpoint import RECORD, check_config, load, load_weights, redacted
+from thresher.results import attention_name, print_results, write_metrics
+from thresher.tasks.base import Task
+
+EVAL_KEYS = ("ckpt", "run.dir")
+REPLACEABLE = ("attention", "data", "trainer", "compute")
+
+
+# Training
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Train and test a network as `conf/train.yaml` and its groups say; return the metrics of the run.
+
+    Raises:
+        ValueError: Something in the config cannot be; the message says what to change.
+        FileNotFoundError: Data are not where the config says.
+    """
+    quiet_lightning()
+    folder = _new_run_folder(cfg)
+    config = _plain(cfg)
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    data = _make(cfg.data)
+    data.order_seed = cfg.seed
+    data.prepare_data()
+    data.setup("fit")
+    task = build_task(cfg, data)
+    loggers = [_make(logger) for logger in (cfg.logger or {}).values()]
+    callbacks = [_make(callback) for callback in (cfg.callbacks or {}).values()]
+    trainer: pl.Trainer = _make(cfg.trainer)(
+        logger=loggers,
+        callbacks=callbacks,
+        default_root_dir=str(folder),
+        enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
+        enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
+        enable_model_summary=False,
+    )
+    task.stored = {
+        "version": __version__,
+        "config": config,
+        "classes": list(data.class_names),
+        "loggers": _identities(loggers),
+    }
+    for logger in loggers:
+        logger.log_hyperparams(config)
+    rank_zero_info(describe(task))
+    if cfg.compile:
+        compile_network(task)
+    with _closed_loggers():
+        start = time.monotonic()
+        if cfg.train:
+            trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path)
+        seconds = time.monotonic() - start
+        metrics = dict(trainer.callback_metrics) | {"train/seconds": seconds}
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "") if cfg.train else ""
+        if cfg.test:
+            if best:
+                load_weights(task, load(best)["state_dict"], other_attention=False)
+            trainer.test(task, datamodule=data, verbose=False)
+            metrics |= trainer.callback_metrics
+    written = write_metrics(folder, metrics)
+    if trainer.is_global_zero:
+        print_results(f"{cfg.run.name}  →  {folder}", written, folder / "heads.json", _commands(cfg, best))
+    return written
+
+
+def build_task(cfg: DictConfig, data: Any) -> Task:
+    """Build the network and what trains it, for the kind of data at hand."""
+    net = _make(cfg.model, num_classes=data.num_classes, channels=data.channels, image_size=data.image_size)
+    task: Task = _make(cfg.task)(
+        net,
+        optimizer=_make(cfg.optimizer),
+        scheduler=_make(cfg.scheduler),
+        budget=_make(cfg.compute),
+        num_classes=data.num_classes,
+    )
+    task.attention = attention_name(net)
+    return task
+
+
+def describe(task: Task) -> str:
+    """Say in one line how large the network is and what attends in it."""
+    mounted = [(name, m) for name, m in task.net.named_modules() if isinstance(m, Mechanism)]
+    heads = sum(m.num_heads for _, m in mounted)
+    parameters = sum(p.numel() for p in task.net.parameters())
+    names = ", ".join(name.removesuffix(".mechanism") for name, _ in mounted)
+    return f"{type(task.net).__name__}, {parameters:,} parameters; {task.attention} in {names} ({heads} heads)"
+
+
+def quiet_lightning() -> None:
+    """Leave out messages of Lightning's that nobody can act on."""
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    idle = ("💡", "GPU available", "TPU available", "Loading `train_dataloader`")
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(idle))
+
+
+def compile_network(task: Task) -> None:
+    """Compile the network in place, so that state-dict keys stay as they are."""
+    import torch._functorch.config
+
+    # The gradient of the budget is logged apart from the task's, from the same graph.
+    torch._functorch.config.donated_buffer = False
+    task.net.compile()
+
+
+def _new_run_folder(cfg: DictConfig) -> Path:
+    """Make the folder of the run; one that already holds a run is only entered to go on with that run."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        cfg.run.dir = HydraConfig.get().runtime.output_dir
+    folder = Path(cfg.run.dir)
+    continued = cfg.ckpt_path is not None and folder.resolve() in Path(cfg.ckpt_path).resolve().parents
+    if (folder / "config.yaml").exists() and not continued:
+        raise ValueError(f"{folder} already holds a run: choose another run.dir, or go on with it by ckpt_path")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _identities(loggers: Sequence[Any]) -> dict[str, str]:
+    """Return what a later run must know to go on with the same wandb run."""
+    return {type(logger).__name__: str(logger.version) for logger in loggers}
+
+
+def _commands(cfg: DictConfig, best: str) -> dict[str, str]:
+    commands = {}
+    if best:
+        commands["evaluate this checkpoint"] = f"python eval.py ckpt={_quoted(best)}"
+    if HydraConfig.initialized():
+        given = [
+            o
+            for o in HydraConfig.get().overrides.task
+            if o.partition("=")[0].lstrip("+~") not in ("attention", "compute", "run.dir")
+            and not o.lstrip("+~").startswith(("attention.", "compute."))
+        ]
+        dense = ["attention=dense", "compute=free", *given]
+        commands["train the dense baseline of the same schedule"] = " ".join(
+            ["python train.py", *(shlex.quote(o) for o in dense)]
+        )
+    return commands
+
+
+def _quoted(path: str | Path) -> str:
+    """Quote a path for Hydra's grammar inside a shell word, where it needs it."""
+    text = os.path.relpath(path)
+    plain = all(c.isalnum() or c in "/._-+:" for c in text)
+    return text if plain else shlex.quote("'" + text.replace("'", "\\'") + "'")
+
+
+# Evaluation
+
+
+def evaluate(arguments: Sequence[str], conf: Path) -> dict[str, float]:
+    """Test a checkpoint, rebuilt from its own config with `arguments` as overrides; return its metrics.
+
+    Raises:
+        ValueError: An override is wrong, or the checkpoint cannot be read, trusted or rebuilt.
+        FileNotFoundError: There is no such checkpoint, or its data are not there.
+    """
+    quiet_lightning()
+    given = overrides.parse(arguments)
+    own = {o.key_or_group: o.value() for o in given if o.key_or_group in EVAL_KEYS}
+    if "ckpt" not in own:
+        raise ValueError("which checkpoint? python eval.py ckpt=runs/.../checkpoints/best.ckpt [overrides]")
+    path = Path(str(own["ckpt"]))
+    checkpoint = load(path)
+    record = checkpoint[RECORD]
+    check_config(record["config"], conf, path)
+    cfg = OmegaConf.create(record["config"])
+    was = OmegaConf.to_container(cfg)
+    if cfg.model.get("attention") == cfg.attention:
+        cfg.model.attention = "${attention}"
+    for override in given:
+        if override.key_or_group not in EVAL_KEYS:
+            _apply(cfg, override, conf)
+    default = path.parent.parent / "eval" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = Path(str(own.get("run.dir") or default))
+    if (folder / "config.yaml").exists():
+        raise ValueError(f"{folder} already holds a run: choose another run.dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg.run.dir = str(folder)
+
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    data = _make(cfg.data)
+    data.prepare_data()
+    data.setup("fit")
+    if list(data.class_names) != record["classes"]:
+        raise ValueError(
+            f"the checkpoint tells {len(record['classes'])} classes apart ({', '.join(record['classes'][:5])}, ...), "
+            f"the data have {data.num_classes} ({', '.join(data.class_names[:5])}, ...)"
+        )
+    task = build_task(cfg, data)
+    other = cfg.attention["_target_"] != was["attention"]["_target_"]  # type: ignore[index,call-overload]
+    load_weights(task, checkpoint["state_dict"], other_attention=other)
+    trainer: pl.Trainer = _make(cfg.trainer)(
+        logger=False,
+        callbacks=[HeadStatistics(str(folder / "heads.json")), progress()],
+        enable_checkpointing=False,
+        default_root_dir=str(folder),
+        enable_model_summary=False,
+    )
+    trainer.test(task, datamodule=data, verbose=False)
+    written = write_metrics(folder, trainer.callback_metrics)
+    OmegaConf.save(OmegaConf.create(_plain(cfg)), folder / "config.yaml")
+    if trainer.is_global_zero:
+        print_results(f"{path}  →  {folder}", written, folder / "heads.json", {})
+    return written
+
+
+def _apply(cfg: DictConfig, override: Any, conf: Path) -> None:
+    """Apply one override to a stored config: a choice of a group, or a value."""
+    key = override.key_or_group
+    if override.is_sweep_override():
+        raise ValueError(f"eval.py takes one value for {key}; call it once for each")
+    if override.is_delete():
+        raise ValueError(f"eval.py cannot delete {key}: a checkpoint is rebuilt as a whole")
+    if overrides.is_group(conf, key):
+        if key not in REPLACEABLE:
+            raise ValueError(f"eval.py can replace {', '.join(REPLACEABLE)}; {key} is part of what was trained")
+        overrides.check_choice(conf, key, str(override.value()))
+        cfg[key] = overrides.compose_config(conf, "train", [f"{key}={override.value()}"])[key]
+        return
+    if not override.is_add():
+        overrides.check_key(cfg, key)
+    OmegaConf.update(cfg, key, override.value(), force_add=override.is_add())
+
+
+# Both
+
+
+def _make(node: DictConfig, **arguments: Any) -> Any:
+    return instantiate(node, **arguments, _convert_="all")
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """Resolve a config into plain values without secrets."""
+    plain: dict[str, Any] = redacted(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    return plain
+
+
+@contextmanager
+def _closed_loggers() -> Iterator[None]:
+    """Close a wandb run with the right exit code, whatever happens."""
+    code = 1
+    try:
+        yield
+        code = 0
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish(exit_code=code)

@@ -1,0 +1,67 @@
+"""The command line around `cli.py`: overrides are checked and errors told before anything heavy is imported."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from thresher import overrides
+
+
+def checked(conf: Path, name: str, arguments: Sequence[str]) -> None:
+    """Exit with one message if an override of the primary config `name` cannot be meant."""
+    flags = {"--multirun", "-m", "--hydra-help", "--help", "-h", "--version", "--resolve"}
+    given = [a for a in arguments if a not in flags]
+    if not any(a.startswith("-") for a in given):
+        told(lambda: overrides.check(conf, name, given))
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Train as `cfg` says; return the metric that a sweep optimises."""
+
+    def run() -> float | None:
+        from thresher import cli
+
+        metrics = cli.train(cfg)
+        wanted = cfg.optimized_metric
+        if wanted is None:
+            return None
+        if wanted not in metrics:
+            raise ValueError(f"optimized_metric={wanted} was not measured; there are: {', '.join(metrics)}")
+        return metrics[wanted]
+
+    return told(run)
+
+
+def evaluate(arguments: Sequence[str], conf: Path) -> None:
+    """Evaluate a checkpoint as the overrides say."""
+
+    def run() -> None:
+        from thresher import cli
+
+        cli.evaluate(arguments, conf)
+
+    told(run)
+
+
+def told(run: Callable[[], Any]) -> Any:
+    """Run; turn an error that the user can mend into one message and exit code 1."""
+    try:
+        return run()
+    except (ValueError, FileNotFoundError, OmegaConfBaseException, InstantiationException) as error:
+        if os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        print(f"error: {reason(error)}\n(HYDRA_FULL_ERROR=1 shows the traceback)", file=sys.stderr)
+        sys.exit(1)
+
+
+def reason(error: BaseException) -> str:
+    """Return what was wrong, without the layers through which it was reported."""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or repr(error)

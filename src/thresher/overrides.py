@@ -1,0 +1,105 @@
+"""Command-line overrides, checked before Hydra sees them, so that a typo is answered with the nearest names."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+
+def parse(arguments: Iterable[str]) -> list[Override]:
+    """Parse overrides such as `attention=latte` or `compute.target=0.1`.
+
+    Raises:
+        ValueError: One does not follow Hydra's grammar.
+    """
+    overrides = []
+    for argument in arguments:
+        try:
+            overrides += OverridesParser.create().parse_overrides([argument])
+        except HydraException as error:
+            raise ValueError(
+                f"{argument!r} is not an override; write key=value. ({str(error).splitlines()[0]})"
+            ) from error
+    return overrides
+
+
+def compose_config(conf: Path, name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose a primary config of the folder `conf`."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def check(conf: Path, name: str, arguments: Sequence[str]) -> None:
+    """Check the groups, choices and keys that overrides of the primary config `name` speak of.
+
+    Additions (`+key`) and Hydra's own settings are left to Hydra.
+
+    Raises:
+        ValueError: A group has no such choice, or the config has no such key; the message says what is near.
+    """
+    overrides = [o for o in parse(arguments) if not o.is_add() and not (o.key_or_group + ".").startswith("hydra.")]
+    groups = [o for o in overrides if is_group(conf, o.key_or_group)]
+    for override in groups:
+        for choice in choices_of(override):
+            check_choice(conf, override.key_or_group, choice)
+    values = [o for o in overrides if o not in groups]
+    if values:
+        chosen = [f"{o.key_or_group}={choices_of(o)[0]}" for o in groups if not o.is_delete()]
+        config = compose_config(conf, name, chosen)
+        for override in values:
+            check_key(config, override.key_or_group)
+
+
+def is_group(conf: Path, key: str) -> bool:
+    return "." not in key and (conf / key).is_dir()
+
+
+def choices_of(override: Override) -> list[Any]:
+    """Return the choices an override of a group names: several in a sweep, none in a deletion."""
+    if override.is_sweep_override():
+        return [str(choice) for choice in override.sweep_string_iterator()]
+    value = override.value()
+    return [choice for choice in (value if isinstance(value, list) else [value]) if choice is not None]
+
+
+def check_choice(conf: Path, group: str, choice: str) -> None:
+    """Raise a ValueError unless the folder `conf` has the file for a choice of a group."""
+    available = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+    if choice not in available:
+        raise ValueError(f"there is no {group}={choice}{_nearest(choice, available)} Available: {', '.join(available)}")
+
+
+def check_key(config: DictConfig, key: str) -> None:
+    """Raise a ValueError unless `config` has the dotted key."""
+    known = sorted(dotted_keys(OmegaConf.to_container(config, resolve=False)))
+    if key in known:
+        return
+    parent, _, last = key.rpartition(".")
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent and "._" not in f".{k}"]
+    if siblings:
+        raise ValueError(
+            f"{parent or 'the config'} has no key {last!r}{_nearest(last, siblings)} It has: {', '.join(siblings)}. "
+            f"(+{key}=... adds a key)"
+        )
+    raise ValueError(f"there is no key {key!r}{_nearest(key, known)} (+{key}=... adds a key)")
+
+
+def dotted_keys(node: Any, prefix: str = "") -> Iterable[str]:
+    """Yield the dotted names of every entry of nested dicts."""
+    if isinstance(node, dict):
+        for key, child in node.items():
+            yield f"{prefix}{key}"
+            yield from dotted_keys(child, f"{prefix}{key}.")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else "."
