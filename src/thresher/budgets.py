@@ -52,9 +52,9 @@ class Budget(nn.Module):
 
     def _refuse(self, attention: str) -> ValueError:
         return ValueError(
-            f"compute.quantity={self.quantity} cannot be trained: nothing in attention={attention} can change "
-            "its cost by gradient or calibration. Choose compute=free and set the sparsity by the mechanism's own hyper-parameters, or "
-            "choose a mechanism with thresholds (attention=latte, attention.trainable=true)"
+            f"compute.quantity={self.quantity} cannot be trained: nothing in attention={attention} can change its "
+            "cost by gradient or calibration. Choose compute=free and set the sparsity by the mechanism's own "
+            "hyper-parameters, or a mechanism with thresholds (attention=latte attention.trainable=true)"
         )
 
 

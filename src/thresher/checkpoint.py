@@ -16,7 +16,10 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 RECORD = "thresher"
-SECRET = re.compile(r"(api_?key|token|secret|passw(or)?d|credential)s?$", re.IGNORECASE)
+SECRET = re.compile(
+    r"^token$|(^|_)(api_?key|secret(_key)?|passw(or)?d|credentials?|(access|api|auth|bearer|hf|refresh)_token)$",
+    re.IGNORECASE,
+)
 
 
 def redacted(node: Any) -> Any:

@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_info
 
 from thresher import __version__, overrides
@@ -44,6 +45,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """
     quiet_lightning()
     folder = _new_run_folder(cfg)
+    _continue_loggers(cfg)
     config = _plain(cfg)
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -52,43 +54,54 @@ def train(cfg: DictConfig) -> dict[str, float]:
     data.prepare_data()
     data.setup("fit")
     task = build_task(cfg, data)
-    loggers = [_make(logger) for logger in (cfg.logger or {}).values()]
+    rank_zero_info(describe(task))
+    if cfg.compile:
+        compile_network(task)
+    with _closed_loggers():
+        trainer = _trainer(cfg, folder)
+        task.stored = {
+            "version": __version__,
+            "config": config,
+            "classes": list(data.class_names),
+            "loggers": _identities(trainer.loggers),
+        }
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
+        metrics, best = _fit_and_test(cfg, trainer, task, data)
+    written = write_metrics(folder, metrics)
+    if trainer.is_global_zero:
+        print_results(f"{cfg.run.name}  →  {folder}", written, folder / "heads.json", _commands(cfg, best))
+    return written
+
+
+def _trainer(cfg: DictConfig, folder: Path) -> pl.Trainer:
     callbacks = [_make(callback) for callback in (cfg.callbacks or {}).values()]
     trainer: pl.Trainer = _make(cfg.trainer)(
-        logger=loggers,
+        logger=[_make(logger) for logger in (cfg.logger or {}).values()],
         callbacks=callbacks,
         default_root_dir=str(folder),
         enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
         enable_model_summary=False,
     )
-    task.stored = {
-        "version": __version__,
-        "config": config,
-        "classes": list(data.class_names),
-        "loggers": _identities(loggers),
-    }
-    for logger in loggers:
-        logger.log_hyperparams(config)
-    rank_zero_info(describe(task))
-    if cfg.compile:
-        compile_network(task)
-    with _closed_loggers():
+    return trainer
+
+
+def _fit_and_test(cfg: DictConfig, trainer: pl.Trainer, task: Task, data: Any) -> tuple[dict[str, Any], str]:
+    """Train and test as far as `cfg` wants; return the metrics and the path of the best checkpoint, if there is one."""
+    metrics: dict[str, Any] = {}
+    best = ""
+    if cfg.train:
         start = time.monotonic()
-        if cfg.train:
-            trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path)
-        seconds = time.monotonic() - start
-        metrics = dict(trainer.callback_metrics) | {"train/seconds": seconds}
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "") if cfg.train else ""
-        if cfg.test:
-            if best:
-                load_weights(task, load(best)["state_dict"], other_attention=False)
-            trainer.test(task, datamodule=data, verbose=False)
-            metrics |= trainer.callback_metrics
-    written = write_metrics(folder, metrics)
-    if trainer.is_global_zero:
-        print_results(f"{cfg.run.name}  →  {folder}", written, folder / "heads.json", _commands(cfg, best))
-    return written
+        trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path)
+        metrics = dict(trainer.callback_metrics) | {"train/seconds": time.monotonic() - start}
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if cfg.test:
+        if best:
+            load_weights(task, load(best)["state_dict"], other_attention=False)
+        trainer.test(task, datamodule=data, verbose=False)
+        metrics |= trainer.callback_metrics
+    return metrics, best
 
 
 def build_task(cfg: DictConfig, data: Any) -> Task:
@@ -118,6 +131,7 @@ def quiet_lightning() -> None:
     """Leave out messages of Lightning's that nobody can act on."""
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     idle = ("💡", "GPU available", "TPU available", "Loading `train_dataloader`")
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(idle))
@@ -144,9 +158,15 @@ def _new_run_folder(cfg: DictConfig) -> Path:
     return folder
 
 
+def _continue_loggers(cfg: DictConfig) -> None:
+    """Let a run that goes on from a checkpoint log into the wandb run that it began."""
+    if cfg.ckpt_path is not None and "wandb" in (cfg.logger or {}) and cfg.logger.wandb.id is None:
+        cfg.logger.wandb.id = load(cfg.ckpt_path)[RECORD]["loggers"].get("wandb")
+
+
 def _identities(loggers: Sequence[Any]) -> dict[str, str]:
     """Return what a later run must know to go on with the same wandb run."""
-    return {type(logger).__name__: str(logger.version) for logger in loggers}
+    return {"wandb": logger.experiment.id for logger in loggers if isinstance(logger, WandbLogger)}  # noqa: B035
 
 
 def _commands(cfg: DictConfig, best: str) -> dict[str, str]:

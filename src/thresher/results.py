@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from thresher.attention.base import Mechanism
@@ -24,7 +25,8 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> dict[str, float]:
 def print_results(title: str, metrics: Mapping[str, float], heads: Path | None, commands: Mapping[str, str]) -> None:
     """Print test metrics, kept by layer, and commands to go on with."""
     console = Console(width=None if sys.stdout.isatty() else 120)
-    table = Table(title=title, title_justify="left", show_header=False)
+    console.print(f"\n[bold]{escape(title)}[/]", soft_wrap=True, highlight=False)
+    table = Table(show_header=False)
     for name, label in (
         ("test/acc", "test accuracy"),
         ("test/top5", "test top-5 accuracy"),

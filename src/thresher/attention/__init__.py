@@ -23,7 +23,7 @@ __all__ = [
 
 def available() -> list[str]:
     """List the names of the mechanisms: the files of this folder that define one."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if _mechanisms_of(m.name))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "__main__" and _mechanisms_of(m.name))
 
 
 def find(name: str) -> type[Mechanism]:

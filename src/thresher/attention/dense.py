@@ -33,6 +33,6 @@ class Dense(Mechanism):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
         if empty is not None:
             out = out.masked_fill(empty, 0)
-        pairs = count_pairs(visible, shape).to(q.device)
+        pairs = count_pairs(visible, shape, q.device)
         score, value = pairs * q.shape[-1], pairs * v.shape[-1]
         return Attended(out, Cost(score, value, pairs * 0, score + value, pairs, pairs))

@@ -95,11 +95,13 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-def count_pairs(pairs: Bool[Tensor, "#b #h #n m"] | None, shape: tuple[int, int, int, int]) -> Float[Tensor, "b h"]:
+def count_pairs(
+    pairs: Bool[Tensor, "#b #h #n m"] | None, shape: tuple[int, int, int, int], device: torch.device
+) -> Float[Tensor, "b h"]:
     """Count the pairs of a broadcastable mask for each example and head of `shape` = (b, h, n, m)."""
     b, h, n, m = shape
     if pairs is None:
-        return torch.full((b, h), float(n * m))
+        return torch.full((b, h), float(n * m), device=device)
     return pairs.expand(-1, -1, n, m).sum((-2, -1)).float().expand(b, h)
 
 

@@ -109,7 +109,7 @@ class Latte(Mechanism):
             gate = self.thresholds(difference, visible, self.always_keep, surrogate=self.mode != "hard")
             weights = self.weights(scores, difference, gate, visible)
             weights = F.dropout(weights, self.dropout, self.training)
-        return Attended(weights.to(v.dtype) @ v, self.cost(gate, count_pairs(visible, shape).to(q.device), v.shape[-1]))
+        return Attended(weights.to(v.dtype) @ v, self.cost(gate, count_pairs(visible, shape, q.device), v.shape[-1]))
 
     def scores(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Return the scores [b, h, n, m] that weigh kept pairs, and the estimates that decide which are kept."""

@@ -26,6 +26,6 @@ class Mean(Mechanism):
         weights = at_least_fp32(v.new_ones(shape)) if visible is None else at_least_fp32(v.new_zeros(shape)) + visible
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1)
         out = F.dropout(weights, self.dropout, self.training).to(v.dtype) @ v
-        pairs = count_pairs(visible, shape).to(q.device)
+        pairs = count_pairs(visible, shape, q.device)
         value = pairs * v.shape[-1]
         return Attended(out, Cost(pairs * 0, value, pairs * 0, pairs * q.shape[-1] + value, pairs, pairs))

@@ -32,7 +32,7 @@ class NoAttention(Mechanism):
         if visible is not None:
             own = visible.expand(-1, -1, n, m).diagonal(m - n, -2, -1).expand(b, h, n)
         out = F.dropout(own.to(v.dtype)[..., None], self.dropout, self.training) * v[:, :, m - n :]
-        pairs = count_pairs(visible, shape).to(q.device)
+        pairs = count_pairs(visible, shape, q.device)
         free = pairs * 0
         dense = pairs * (q.shape[-1] + v.shape[-1])
         return Attended(out, Cost(free, free, free, dense, own.sum(-1).float(), pairs))

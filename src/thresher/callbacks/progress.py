@@ -91,7 +91,7 @@ class PlainProgress(ProgressBar):
             self._line(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.training:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._line(trainer)
 
     def _line(self, trainer: pl.Trainer) -> None:

@@ -27,22 +27,22 @@ class CalibrateThresholds(pl.Callback):
     from scratch, whose scores do not differ yet.
 
     Args:
-        momentum: Share by which the base moves towards each new quantile.
+        window: Share of the training steps over which quantiles are averaged.
         examples: Examples of a batch that are read.
         initial: Share of the visible pairs to keep when there is no target, or None.
         batches: Training batches read for `initial`.
     """
 
     def __init__(
-        self, momentum: float = 0.1, examples: int = 16, initial: float | None = None, batches: int = 8
+        self, window: float = 0.01, examples: int = 16, initial: float | None = None, batches: int = 8
     ) -> None:
-        if not 0 < momentum <= 1:
-            raise ValueError(f"callbacks.calibrate.momentum must lie in (0, 1], got {momentum}")
+        if not 0 <= window <= 1:
+            raise ValueError(f"callbacks.calibrate.window is a share of the training steps in [0, 1], got {window}")
         if initial is not None and not 0 < initial <= 1:
             raise ValueError(f"callbacks.calibrate.initial is a share of the visible pairs in (0, 1], got {initial}")
         if examples < 1 or batches < 1:
             raise ValueError(f"callbacks.calibrate needs examples and batches >= 1, got {examples} and {batches}")
-        self.momentum = momentum
+        self.window = window
         self.examples = examples
         self.initial = initial
         self.batches = batches
@@ -82,10 +82,12 @@ class CalibrateThresholds(pl.Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, Task)
         if self._probe and self._probe.level is not None:
+            share = 1 / max(self.window * pl_module.total_steps, 1.0) if self._begun else 1.0
             for name, quantile in self._probe.collect().items():
                 base = self._probe.thresholds[name].base
-                base.lerp_(torch.where(quantile.isnan(), base, quantile), self.momentum if self._begun else 1.0)
+                base.lerp_(torch.where(quantile.isnan(), base, quantile), share)
             self._begun = True
             self._probe.level = None
 
@@ -145,7 +147,16 @@ class WatchThresholds(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Task)
-        self._start = {name: p.detach().clone() for name, p in threshold_parameters(pl_module.net).items()}
+        if not self._start:
+            self._start = {name: p.detach().clone() for name, p in threshold_parameters(pl_module.net).items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the thresholds that the training began with."""
+        return {"start": self._start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on watching against the beginning of the whole training."""
+        self._start = state_dict["start"]
 
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -153,7 +164,9 @@ class WatchThresholds(pl.Callback):
         if not self._start:
             return
         now = threshold_parameters(pl_module.net)
-        farthest = max(float((now[name] - start).abs().max()) for name, start in self._start.items())
+        farthest = max(
+            float((now[name] - start.to(now[name].device)).abs().max()) for name, start in self._start.items()
+        )
         values = torch.cat([t.values() for t in thresholds_of(pl_module).values()])
         at_zero = float((values <= 0).float().mean())
         pl_module.log("thresholds/moved", farthest, rank_zero_only=True)

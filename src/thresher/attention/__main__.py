@@ -1,0 +1,46 @@
+"""Print the table of mechanisms that README shows: `python -m thresher.attention`."""
+
+import sys
+
+import torch
+
+from thresher.attention import Call, Mechanism, Pattern, available, find
+
+HEAD = ("attention=", "what it keeps", *(p.name.lower().replace("_", " ") for p in Pattern), "budget", "random")
+
+
+def supports(mechanism: type[Mechanism], pattern: Pattern) -> bool:
+    """Try to build a mechanism in a pattern."""
+    try:
+        mechanism(num_heads=2, head_dim=4, pattern=pattern)
+    except ValueError:
+        return False
+    return True
+
+
+def follows_budget(mechanism: type[Mechanism]) -> bool:
+    """Run a mechanism once and see whether its cost has a gradient."""
+    pattern = next(p for p in Pattern if supports(mechanism, p))
+    q, k, v = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
+    return mechanism(num_heads=2, head_dim=4, pattern=pattern)(q, k, v, Call()).cost.total.requires_grad
+
+
+def summary(mechanism: type[Mechanism]) -> str:
+    """Return the first sentence of a mechanism's method card."""
+    card = sys.modules[mechanism.__module__].__doc__ or ""
+    return card.partition("\n\n")[0].replace("\n", " ").partition(": ")[2].rstrip(".")
+
+
+def table() -> str:
+    """Return the table as Markdown."""
+    rows = [HEAD, ("---",) * len(HEAD)]
+    for name in available():
+        mechanism = find(name)
+        patterns = ("yes" if supports(mechanism, p) else "no" for p in Pattern)
+        budget = "trained" if follows_budget(mechanism) else "fixed"
+        rows.append((f"`{name}`", summary(mechanism), *patterns, budget, "yes" if mechanism.stochastic else "no"))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    print(table())
