@@ -1,0 +1,26 @@
+"""A training that takes seconds: the real command, on a few of the real images, with a tiny network."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from thresher.overrides import compose_config
+
+CONF = Path(__file__).parent.parent / "conf"
+TINY = (
+    "data.limit_train=64",
+    "data.batch_size=16",
+    "model.embed_dim=16",
+    "model.depth=2",
+    "model.num_heads=2",
+    "trainer.max_epochs=2",
+    "trainer.limit_val_batches=2",
+    "trainer.limit_test_batches=2",
+    "trainer.log_every_n_steps=1",
+    "run.name=test",
+)
+
+
+def tiny_config(folder: Path, *overrides: str) -> DictConfig:
+    """Compose conf/train.yaml for a tiny run into `folder`."""
+    return compose_config(CONF, "train", [*TINY, f"run.dir='{folder}'", *overrides])

@@ -1,0 +1,84 @@
+"""Who may import whom: the layering of the package, file by file."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "thresher"
+
+# For each part of the package, the other parts that it may import. A file belongs to the longest name that fits.
+MAY_IMPORT = {
+    "__init__": {"calibration", "compute", "hosts"},
+    "attention": set(),
+    "hosts": {"attention"},
+    "models": {"attention", "hosts"},
+    "compute": {"attention"},
+    "budgets": {"compute"},
+    "calibration": {"attention"},
+    "data": set(),
+    "tasks": {"attention", "budgets", "calibration", "compute"},
+    "callbacks": {"attention", "calibration", "compute", "tasks"},
+    "overrides": set(),
+    "checkpoint": set(),
+    "results": {"attention"},
+    "commands": {"cli", "overrides"},
+    "cli": {"__init__", "attention", "callbacks", "checkpoint", "overrides", "results", "tasks"},
+}
+# Libraries that only these parts may import, so that the rest stays light or free of them.
+ONLY_IN = {
+    "timm": {"hosts/timm.py", "models/build.py"},
+    "hydra": {"overrides.py", "commands.py", "cli.py"},
+    "pytorch_lightning": {"tasks", "callbacks", "data", "cli.py"},
+    "wandb": {"callbacks/heads.py"},
+}
+
+
+def parts() -> list[tuple[Path, str]]:
+    return [(path, path.relative_to(SOURCE).parts[0].removesuffix(".py")) for path in sorted(SOURCE.rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            named = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules |= named if node.module == "thresher" else {node.module}
+    return modules
+
+
+def violations(path: Path, part: str) -> list[str]:
+    found = []
+    for module in imported(path):
+        top, _, rest = module.partition(".")
+        if top == "thresher":
+            target = rest.partition(".")[0]
+            target = target if (SOURCE / target).is_dir() or (SOURCE / f"{target}.py").is_file() else "__init__"
+            if target not in MAY_IMPORT[part] | {part}:
+                found.append(f"{path.relative_to(SOURCE)} imports thresher.{target}")
+        where = path.relative_to(SOURCE).as_posix()
+        if top in ONLY_IN and not any(where == place or where.startswith(f"{place}/") for place in ONLY_IN[top]):
+            found.append(f"{where} imports {top}")
+    return found
+
+
+@pytest.mark.parametrize(("path", "part"), parts(), ids=lambda value: value if isinstance(value, str) else value.stem)
+def test_imports_follow_the_layers(path: Path, part: str) -> None:
+    assert violations(path, part) == []
+
+
+def test_a_forbidden_import_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "attention").mkdir()
+    bad = tmp_path / "attention" / "bad.py"
+    bad.write_text("from thresher.hosts.core import mount\nimport timm.layers\nfrom thresher import tasks\n")
+    (tmp_path / "hosts").mkdir()
+    (tmp_path / "tasks").mkdir()
+    monkeypatch.setattr(f"{__name__}.SOURCE", tmp_path)
+    assert len(violations(bad, "attention")) == 3
+
+
+def test_files_stay_short() -> None:
+    long = {path.name: n for path, _ in parts() if (n := len(path.read_text().splitlines())) > 400}
+    assert not long

@@ -1,0 +1,105 @@
+"""Callbacks around training: calibration, temperature, warnings, progress."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.running import tiny_config
+from thresher import cli
+from thresher.callbacks.progress import PlainProgress, TimeLeft, progress
+from thresher.callbacks.thresholds import AnnealTemperature, CalibrateThresholds
+from thresher.checkpoint import load
+
+
+def state_of(folder: Path, name: str) -> list[torch.Tensor]:
+    state = load(folder / "checkpoints" / "last.ckpt")["state_dict"]
+    return [value for key, value in state.items() if key.endswith(f"thresholds.{name}")]
+
+
+def test_temperature_narrows_geometrically_and_survives_a_continuation(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    overrides = ("callbacks.temperature.end=0.25", "attention.tau=1.0", "test=false", "trainer.max_steps=4")
+    cli.train(tiny_config(folder, *overrides))
+    # Set at the start of the last step, at three quarters of the way.
+    for tau in state_of(folder, "tau"):
+        assert float(tau) == pytest.approx(0.25**0.75)
+
+
+def test_the_base_follows_the_aim_and_stops_moving_when_the_probe_is_gone(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path / "run", "compute.target=0.3", "trainer.max_epochs=4")
+    metrics = cli.train(cfg)
+    assert metrics["val/kept"] == pytest.approx(0.3, abs=0.08)
+
+
+def test_without_calibration_thresholds_keep_their_base(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    cli.train(tiny_config(folder, "~callbacks.calibrate", "attention.theta=2.5", "test=false"))
+    for base in state_of(folder, "base"):
+        assert (base == 2.5).all()
+
+
+def test_initial_calibration_is_done_once_where_there_is_no_target(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    cfg = tiny_config(
+        folder,
+        "compute=free",
+        "callbacks.calibrate.initial=0.5",
+        "optimizer.lr=1e-6",
+        "optimizer.threshold_lr=1e-6",
+        "~callbacks.watch",
+    )
+    metrics = cli.train(cfg)
+    assert metrics["val/kept"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_thresholds_that_do_not_move_are_told(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path / "run", "compute=free", "optimizer.threshold_lr=1e-9", "test=false")
+    with pytest.warns(UserWarning, match="thresholds have moved by"):
+        cli.train(cfg)
+
+
+def test_thresholds_that_collapse_are_told(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path / "run", "compute=free", "attention.theta=0.0", "test=false")
+    with pytest.warns(UserWarning, match="have threshold 0"):
+        cli.train(cfg)
+
+
+def test_healthy_thresholds_are_not_warned_about(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        cli.train(tiny_config(tmp_path / "run", "compute.target=0.5", "test=false"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CalibrateThresholds(window=2), "window"),
+        (lambda: CalibrateThresholds(initial=0.0), "initial"),
+        (lambda: CalibrateThresholds(examples=0), "examples"),
+        (lambda: AnnealTemperature(end=0.0), "temperature.end"),
+    ],
+)
+def test_values_out_of_range_are_refused(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()  # type: ignore[operator]
+
+
+def test_time_left_is_estimated_from_where_the_clock_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([100.0, 130.0, 130.0])
+    monkeypatch.setattr("thresher.callbacks.progress.time.monotonic", lambda: next(now))
+    left = TimeLeft()
+    left.start(0.5)
+    assert left.text(0.5) == "?"
+    assert left.text(0.75) == "00:30"
+
+
+def test_plain_lines_say_how_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert isinstance(progress(), PlainProgress)
+    cli.train(tiny_config(tmp_path / "run", "test=false"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "epoch" in line]
+    assert len(lines) >= 2
+    for word in ("loss", "acc", "kept", "gap", "left"):
+        assert word in lines[-1]
+    assert lines[-1].startswith("100%")

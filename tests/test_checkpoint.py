@@ -1,0 +1,85 @@
+"""Checkpoints from strangers, from other wrappers, and of other networks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.running import CONF
+from thresher.checkpoint import check_config, load, load_weights, redacted
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "bad.ckpt"
+    torch.save({"state_dict": {}, "thresher": Bomb(tmp_path / "marker")}, path)
+    with pytest.raises(ValueError, match=r"bad\.ckpt cannot be read as weights"):
+        load(path)
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1000, -1])
+def test_a_truncated_file_is_one_clear_error(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "cut.ckpt"
+    torch.save({"state_dict": {"w": torch.randn(1000)}, "thresher": {}}, path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"cut\.ckpt cannot be read"):
+        load(path)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.ckpt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match="not written by this project"):
+        load(path)
+
+
+@pytest.mark.parametrize("target", ["os.system", "torch.load", "builtins.open", "pathlib.Path.write_text"])
+def test_a_stored_config_may_only_name_targets_of_conf(target: str) -> None:
+    with pytest.raises(ValueError, match="refused"):
+        check_config({"model": {"layers": [{"_target_": target}]}}, CONF, "x.ckpt")
+
+
+def test_a_stored_config_is_not_interpolated() -> None:
+    with pytest.raises(ValueError, match="interpolation"):
+        check_config({"data": {"root": ["${oc.env:HOME}"]}}, CONF, "x.ckpt")
+
+
+def test_targets_of_conf_pass() -> None:
+    check_config({"attention": {"_target_": "thresher.attention.latte.Latte", "theta": 1.0}}, CONF, "x.ckpt")
+
+
+def test_wrappers_are_understood() -> None:
+    net = nn.ModuleDict({"net": nn.Linear(2, 2)})
+    state = {k.replace("net.", "module._orig_mod.net._orig_mod."): v + 1 for k, v in net.state_dict().items()}
+    before = net["net"].weight.clone()
+    load_weights(net, state, other_attention=False)
+    assert torch.equal(net["net"].weight, before + 1)
+
+
+def test_what_does_not_fit_is_told() -> None:
+    net = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"missing bias.*left over extra.*another shape weight"):
+        load_weights(net, {"weight": torch.zeros(3, 3), "extra": torch.zeros(1)}, other_attention=False)
+
+
+def test_secrets_are_redacted_and_nothing_else() -> None:
+    config = {"wandb": {"api_key": "abc", "project": "x"}, "list": [{"password": "p"}], "hf_token": "t"}
+    assert redacted(config) == {
+        "wandb": {"api_key": "(redacted)", "project": "x"},
+        "list": [{"password": "(redacted)"}],
+        "hf_token": "(redacted)",
+    }
+    harmless = {"class_token": True, "token_dropout": 0.1, "api_key": None, "max_tokens": 5}
+    assert redacted(harmless) == harmless

@@ -1,0 +1,139 @@
+"""wandb and TensorBoard: plain configs, pictures, and a run that is marked failed when training fails."""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from tests.running import tiny_config
+from thresher import cli
+from thresher.checkpoint import load
+
+QUICK = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "test=false")
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+
+def records(folder: Path, which: int = 0) -> Iterator[object]:
+    """Yield the records of an offline run, as `wandb sync` would send them.
+
+    The file is a log of LevelDB's form: 7 bytes of header, then blocks of 32 KiB with (crc, length, kind) before each
+    fragment; kinds 1 and 4 end a record.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    path = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))[which]
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    at, payload = 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        payload += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(payload)
+            yield record
+            payload = b""
+
+
+def exit_codes(folder: Path) -> list[int]:
+    return [r.exit.exit_code for r in records(folder) if r.HasField("exit")]  # type: ignore[attr-defined]
+
+
+def test_wandb_offline_logs_a_plain_config_metrics_and_pictures_and_no_key(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    cli.train(tiny_config(folder, "logger=wandb", "logger.wandb.mode=offline", *QUICK))
+    assert exit_codes(folder) == [0]
+    pictures = {
+        p.parent.name + "/" + p.name.split("_")[0] for p in folder.glob("wandb/offline-run-*/files/media/**/*.png")
+    }
+    assert pictures == {"heads/kept", "heads/threshold"}
+    keys = {item.key for r in records(folder) if r.HasField("config") for item in r.config.update}  # type: ignore[attr-defined]
+    assert {"attention", "compute", "seed"} <= keys
+    history = {
+        item.nested_key[0] if item.nested_key else item.key
+        for r in records(folder)
+        if r.HasField("history")  # type: ignore[attr-defined]
+        for item in r.history.item  # type: ignore[attr-defined]
+    }
+    assert {"train/kept", "val/acc", "val/score"} <= history
+    written = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
+    assert b"0123456789abcdef0123456789abcdef01234567" not in written
+
+
+def test_wandb_run_id_is_stored_and_continued(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    overrides = ("logger=wandb", "logger.wandb.mode=offline", *QUICK)
+    cli.train(tiny_config(folder, *overrides))
+    ckpt = folder / "checkpoints" / "last.ckpt"
+    first = load(ckpt)["thresher"]["loggers"]["wandb"]
+    cli.train(tiny_config(folder, *overrides, "trainer.max_epochs=2", "~callbacks.watch", f"ckpt_path='{ckpt}'"))
+    assert load(ckpt)["thresher"]["loggers"]["wandb"] == first
+    assert len({p.name.rpartition("-")[2] for p in folder.glob("wandb/offline-run-*")}) == 1
+
+
+def test_wandb_run_is_marked_failed_when_training_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the training broke")
+
+    monkeypatch.setattr("thresher.tasks.classification.Classification.training_step", fail)
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="the training broke"):
+        cli.train(tiny_config(folder, "logger=wandb", "logger.wandb.mode=offline", *QUICK))
+    assert exit_codes(folder) == [1]
+
+
+def test_wandb_disabled_trains(tmp_path: Path) -> None:
+    metrics = cli.train(tiny_config(tmp_path / "run", "logger=wandb", "logger.wandb.mode=disabled", *QUICK))
+    assert "train/loss" in metrics
+
+
+def test_tensorboard_receives_scalars_and_pictures(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "run"
+    cli.train(tiny_config(folder, "logger=tensorboard", *QUICK))
+    (events,) = (folder / "tensorboard").glob("*/events*")
+    log = EventAccumulator(str(events))
+    log.Reload()
+    assert {"heads/kept", "heads/threshold"} <= set(log.Tags()["images"])
+    assert "train/kept" in log.Tags()["scalars"]
+
+
+def test_no_logger_and_no_callbacks_train(tmp_path: Path) -> None:
+    metrics = cli.train(tiny_config(tmp_path / "run", "logger=none", "callbacks=none", *QUICK))
+    assert "train/loss" in metrics
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_head_without_threshold_has_no_threshold_picture(tmp_path: Path) -> None:
+    from thresher.callbacks.heads import log_heat_maps
+
+    class Recorder(pl.loggers.TensorBoardLogger):
+        shown: list[str]
+
+        @property
+        def experiment(self) -> "Recorder":  # type: ignore[override]
+            return self
+
+        def add_figure(self, name: str, figure: object, step: int) -> None:
+            self.shown.append(name)
+
+    recorder = Recorder(str(tmp_path))
+    recorder.shown = []
+    log_heat_maps(recorder, {"layer": [{"kept": 0.5, "threshold": None, "compute": 1.0}]}, step=1)
+    assert recorder.shown == ["heads/kept"]
+    assert torch.is_grad_enabled()

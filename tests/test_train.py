@@ -1,0 +1,229 @@
+"""Training and evaluation, end to end, on real images with a tiny network."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.running import CONF, tiny_config
+from thresher import cli
+from thresher.attention.thresholds import Thresholds
+from thresher.checkpoint import load
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    folder = tmp_path_factory.mktemp("runs") / "latte"
+    return folder, cli.train(tiny_config(folder, "compute.target=0.5"))
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "csv" / "version_0" / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_everything_it_promises(run: tuple[Path, dict[str, float]]) -> None:
+    folder, metrics = run
+    written = json.loads((folder / "metrics.json").read_text())
+    assert written == pytest.approx(metrics)
+    for key in ("test/acc", "test/loss", "test/kept", "test/compute", "train/seconds"):
+        assert math.isfinite(written[key])
+    assert (folder / "config.yaml").is_file()
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    heads = json.loads((folder / "heads.json").read_text())
+    assert [layer["name"] for layer in heads["layers"]] == ["blocks.0.attn.mechanism", "blocks.1.attn.mechanism"]
+    assert all({"threshold", "kept", "compute"} == set(h) for layer in heads["layers"] for h in layer["heads"])
+    kept = [h["kept"] for layer in heads["layers"] for h in layer["heads"]]
+    assert sum(kept) / len(kept) == pytest.approx(written["test/kept"], abs=1e-6)
+
+
+def test_logs_hold_loss_compute_gap_gradients_and_heads(run: tuple[Path, dict[str, float]]) -> None:
+    columns = set(rows(run[0])[0])
+    wanted = {
+        "train/loss",
+        "train/acc",
+        "train/kept",
+        "train/compute",
+        "train/gap",
+        "thresholds/task_gradient",
+        "thresholds/compute_gradient",
+        "thresholds/moved",
+        "heads/blocks.0.attn.mechanism.1/threshold",
+        "heads/blocks.1.attn.mechanism.0/kept",
+        "val/score",
+        "lr-AdamW/thresholds",
+    }
+    assert wanted <= columns
+
+
+def test_the_budget_is_followed_even_in_eight_steps(run: tuple[Path, dict[str, float]]) -> None:
+    assert run[1]["test/kept"] < 0.9
+
+
+def test_checkpoints_load_as_weights_only_and_hold_a_plain_config(run: tuple[Path, dict[str, float]]) -> None:
+    checkpoint = torch.load(run[0] / "checkpoints" / "last.ckpt", weights_only=True)
+    config = checkpoint["thresher"]["config"]
+    assert type(config) is dict
+    assert json.loads(json.dumps(config)) == config
+    assert config["attention"]["_target_"] == "thresher.attention.latte.Latte"
+
+
+def test_eval_repeats_the_test_of_training_to_all_digits(run: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    folder, metrics = run
+    again = cli.evaluate([f"ckpt='{folder}/checkpoints/best.ckpt'", f"run.dir='{tmp_path}/eval'"], CONF)
+    assert {k: v for k, v in again.items() if k.startswith("test/")} == {
+        k: v for k, v in metrics.items() if k.startswith("test/")
+    }
+    assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["test/acc"] == metrics["test/acc"]
+    assert (tmp_path / "eval" / "heads.json").read_text() == (folder / "heads.json").read_text()
+
+
+def test_eval_takes_overrides_of_values_and_of_the_mechanism(
+    run: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    folder, metrics = run
+    ckpt = f"ckpt='{folder}/checkpoints/best.ckpt'"
+    eight = cli.evaluate([ckpt, "attention.est_bits=8", "data.batch_size=7", f"run.dir='{tmp_path}/8'"], CONF)
+    assert eight["test/kept"] != metrics["test/kept"]
+    dense = cli.evaluate([ckpt, "attention=dense", f"run.dir='{tmp_path}/d'"], CONF)
+    assert dense["test/kept"] == dense["test/compute"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attention.thetaa=1"], "did you mean theta"),
+        (["attention=lattee"], "did you mean latte"),
+        (["optimizer=sgd"], "part of what was trained"),
+        (["~attention"], "cannot delete"),
+        (["attention.theta=1,2"], "one value"),
+        (["attention.theta 1"], "key=value"),
+    ],
+)
+def test_eval_refuses_wrong_overrides(run: tuple[Path, Any], arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cli.evaluate([f"ckpt='{run[0]}/checkpoints/best.ckpt'", *arguments], CONF)
+
+
+def test_eval_says_which_checkpoints_exist(run: tuple[Path, Any]) -> None:
+    with pytest.raises(FileNotFoundError, match=r"best\.ckpt"):
+        cli.evaluate([f"ckpt='{run[0]}/checkpoints/besst.ckpt'"], CONF)
+    with pytest.raises(ValueError, match="which checkpoint"):
+        cli.evaluate([], CONF)
+
+
+def test_a_run_is_not_overwritten(run: tuple[Path, Any]) -> None:
+    with pytest.raises(ValueError, match="already holds a run"):
+        cli.train(tiny_config(run[0]))
+
+
+def test_a_run_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    cli.train(tiny_config(folder, "trainer.max_epochs=1", "test=false"))
+    ckpt = folder / "checkpoints" / "last.ckpt"
+    steps = load(ckpt)["global_step"]
+    cli.train(tiny_config(folder, "trainer.max_epochs=2", "test=false", f"ckpt_path='{ckpt}'"))
+    assert load(folder / "checkpoints" / "last.ckpt")["global_step"] == 2 * steps
+
+
+@pytest.mark.parametrize("attention", sorted(p.stem for p in (CONF / "attention").glob("*.yaml")))
+def test_every_mechanism_trains_by_default(attention: str, tmp_path: Path) -> None:
+    metrics = cli.train(tiny_config(tmp_path / "run", f"attention={attention}", "trainer.max_epochs=1"))
+    assert math.isfinite(metrics["test/loss"])
+
+
+@pytest.mark.parametrize("compute", ["target", "lagrangian", "penalty"])
+def test_a_budget_that_nothing_can_follow_is_refused(compute: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"attention=dense.*compute=free"):
+        cli.train(tiny_config(tmp_path / "run", "attention=dense", f"compute={compute}"))
+
+
+def test_a_target_below_the_price_of_selection_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"selection alone costs 0\.125"):
+        cli.train(tiny_config(tmp_path / "run", "compute.quantity=macs", "compute.target=0.1"))
+
+
+def test_macs_can_be_the_bound(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path / "run", "compute.quantity=macs", "compute.target=0.5", "trainer.max_epochs=4")
+    assert cli.train(cfg)["train/compute"] == pytest.approx(0.5, abs=0.12)
+
+
+def test_fixed_thresholds_follow_a_target_by_calibration(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path / "run", "attention.trainable=false", "compute=target", "trainer.max_epochs=4")
+    metrics = cli.train(cfg)
+    assert metrics["train/kept"] < 0.4
+    state = load(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert not any(value.any() for key, value in state.items() if key.endswith("thresholds.offset"))
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_the_other_modes_train(mode: str, tmp_path: Path) -> None:
+    metrics = cli.train(tiny_config(tmp_path / "run", f"attention.mode={mode}"))
+    assert math.isfinite(metrics["test/loss"])
+
+
+def test_penalty_trains_calibrated_thresholds(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path / "run", "compute=penalty", "callbacks.calibrate.initial=0.5")
+    assert cli.train(cfg)["train/kept"] < 0.8
+
+
+def test_accumulation_bf16_and_ema_train(tmp_path: Path) -> None:
+    overrides = ("trainer.accumulate_grad_batches=2", "trainer.precision=bf16-mixed", "callbacks=ema")
+    metrics = cli.train(tiny_config(tmp_path / "run", *overrides))
+    assert math.isfinite(metrics["test/loss"])
+    state = load(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert all(v.dtype == torch.float32 for k, v in state.items() if "thresholds" in k)
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_checkpoint_keys(tmp_path: Path) -> None:
+    cli.train(tiny_config(tmp_path / "run", "compile=true", "trainer.max_epochs=1", "trainer.limit_train_batches=2"))
+    cli.evaluate([f"ckpt='{tmp_path}/run/checkpoints/best.ckpt'"], CONF)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_would(tmp_path: Path) -> None:
+    metrics = cli.train(tiny_config(tmp_path / "run", "trainer=ddp_sim", "trainer.max_epochs=1", "test=false"))
+    assert math.isfinite(metrics["train/loss"])
+
+
+def test_a_vanished_data_set_is_one_clear_error(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path / "run", "data=fashion_mnist", f"data.root='{tmp_path}/none'")
+    with pytest.raises(FileNotFoundError, match=r"data\.download=true"):
+        cli.train(cfg)
+
+
+def test_thresholds_are_clipped_apart_from_weights(tmp_path: Path) -> None:
+    from thresher.tasks.optimizer import adamw, parameter_groups
+
+    task = cli.build_task(tiny_config(tmp_path), FakeShape())
+    optimizer = adamw(task.net)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.full_like(parameter, 5.0 if group["name"] == "thresholds" else 0.001)
+    before = [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
+    task.configure_gradient_clipping(optimizer)
+    assert all(torch.equal(a, p.grad) for a, p in zip(before, optimizer.param_groups[0]["params"], strict=True))
+    offsets = parameter_groups(task.net, 0.1)[2]["params"]
+    assert torch.cat([p.grad for p in offsets]).norm() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_parameter_groups_hold_each_parameter_once(tmp_path: Path) -> None:
+    from thresher.tasks.optimizer import parameter_groups
+
+    net = cli.build_task(tiny_config(tmp_path), FakeShape()).net
+    groups = {g["name"]: g["params"] for g in parameter_groups(net, 0.1)}
+    together = [id(p) for params in groups.values() for p in params]
+    assert sorted(together) == sorted(id(p) for p in net.parameters())
+    assert {id(p) for p in groups["thresholds"]} == {id(m.offset) for m in net.modules() if isinstance(m, Thresholds)}
+    assert id(net.pos_embed) in {id(p) for p in groups["no_decay"]}
+
+
+class FakeShape:
+    """The shape of the data, for building a network without reading any."""
+
+    num_classes, channels, image_size = 10, 1, 28
