@@ -116,13 +116,17 @@ def calibrate(
     probe.level = kept
     try:
         run = forward or model
-        if not sum(1 for batch in batches if run(batch) is not None):
+        count = 0
+        for count, batch in enumerate(batches, start=1):
+            run(batch)
+        if not count:
             raise ValueError("calibration needs at least one batch, got none")
         found = probe.collect()
     finally:
         probe.remove()
     for name, base in found.items():
         thresholds = probe.thresholds[name]
-        thresholds.base.copy_(torch.where(base.isnan(), thresholds.base, base))
-        thresholds.offset.zero_()
+        seen = ~base.isnan()
+        thresholds.base[seen] = base[seen].to(thresholds.base)
+        thresholds.offset[seen] = 0
     return {name: thresholds.values() for name, thresholds in probe.thresholds.items()}

@@ -21,8 +21,8 @@ class Dense(Mechanism):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
         shape = (*q.shape[:3], k.shape[2])
         k, v = expand_heads(k, shape[1]), expand_heads(v, shape[1])
-        q, k, v = hide_tokens(q, k, v, call)
         visible = visible_pairs(call, self.pattern, shape[2], shape[3], q.device)
+        q, k, v = hide_tokens(q, k, v, visible)
         mask, empty = call.bias, None
         if visible is not None:
             # Backends differ on rows without a key, so such a row attends to everything and is zeroed afterwards.

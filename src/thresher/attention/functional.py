@@ -41,19 +41,16 @@ def visible_pairs(
 
 
 def hide_tokens(
-    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m dv"], call: "Call"
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h m d"],
+    v: Float[Tensor, "b h m dv"],
+    visible: Bool[Tensor, "#b #h #n m"] | None,
 ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h m d"], Float[Tensor, "b h m dv"]]:
     """Zero the tokens that no pair can see, so that nothing (NaN included) leaks out of padding."""
-    if call.queries is not None:
-        q = q.masked_fill(~call.queries[:, None, :, None], 0)
-    hidden_keys = None if call.keys is None else ~call.keys[:, None, :, None]
-    if call.pairs is not None:
-        q = q.masked_fill(~call.pairs.any(-1)[..., None], 0)
-        unseen = ~call.pairs.any(-2)[..., None]
-        hidden_keys = unseen if hidden_keys is None else hidden_keys | unseen
-    if hidden_keys is not None:
-        k, v = k.masked_fill(hidden_keys, 0), v.masked_fill(hidden_keys, 0)
-    return q, k, v
+    if visible is None:
+        return q, k, v
+    unseen = ~visible.any(-2)[..., None]
+    return q.masked_fill(~visible.any(-1)[..., None], 0), k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
 
 
 def expand_heads(x: Float[Tensor, "b hk m d"], num_heads: int) -> Float[Tensor, "b h m d"]:
@@ -87,7 +84,8 @@ def masked_softmax(
     if visible is None:
         return scores.softmax(-1)
     empty = ~visible.any(-1, keepdim=True)
-    return scores.masked_fill(~visible & ~empty, float("-inf")).softmax(-1).masked_fill(~visible, 0)
+    scores = scores.masked_fill(~visible, float("-inf")).masked_fill(empty, 0)
+    return scores.softmax(-1).masked_fill(~visible, 0)
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:

@@ -100,8 +100,8 @@ class Latte(Mechanism):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
         shape = (*q.shape[:3], k.shape[2])
         k, v = expand_heads(k, shape[1]), expand_heads(v, shape[1])
-        q, k, v = hide_tokens(q, k, v, call)
         visible = visible_pairs(call, self.pattern, shape[2], shape[3], q.device)
+        q, k, v = hide_tokens(q, k, v, visible)
         with torch.autocast(q.device.type, enabled=False):
             scores, estimate = self.scores(at_least_fp32(q), at_least_fp32(k), call)
             best = fill_hidden(estimate, visible, float("-inf")).amax(-1, keepdim=True)
@@ -132,14 +132,14 @@ class Latte(Mechanism):
 
     def weights(self, scores: Tensor, difference: Tensor, gate: Gate, visible: Tensor | None) -> Tensor:
         """Return the softmax over kept keys, with the gate's gradient when one is wanted."""
-        if gate.slope is None:
-            return masked_softmax(scores, gate.keep)
         if self.mode == "soft" and self.training:
             if self.gate_grad_to_scores:
                 difference = straight_through(difference, -scores)
             return masked_softmax(
                 scores + F.logsigmoid(self.thresholds.margin(difference, visible, self.always_keep)), visible
             )
+        if gate.slope is None:
+            return masked_softmax(scores, gate.keep)
         return gated_softmax(scores, gate.theta, gate.keep, gate.slope, self.gate_grad_to_scores)
 
     def cost(self, gate: Gate, visible: Tensor, value_dim: int) -> Cost:

@@ -21,8 +21,8 @@ class Mean(Mechanism):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
         shape = (*q.shape[:3], k.shape[2])
         k, v = expand_heads(k, shape[1]), expand_heads(v, shape[1])
-        q, k, v = hide_tokens(q, k, v, call)
         visible = visible_pairs(call, self.pattern, shape[2], shape[3], q.device)
+        q, k, v = hide_tokens(q, k, v, visible)
         weights = at_least_fp32(v.new_ones(shape)) if visible is None else at_least_fp32(v.new_zeros(shape)) + visible
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1)
         out = F.dropout(weights, self.dropout, self.training).to(v.dtype) @ v

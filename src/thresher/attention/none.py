@@ -26,8 +26,8 @@ class NoAttention(Mechanism):
         if n > m:
             raise ValueError(f"self attention needs a value for every query, got {n} queries and {m} values")
         k, v = expand_heads(k, h), expand_heads(v, h)
-        q, k, v = hide_tokens(q, k, v, call)
         visible = visible_pairs(call, self.pattern, n, m, q.device)
+        q, k, v = hide_tokens(q, k, v, visible)
         own = v.new_ones(b, h, n, dtype=torch.bool)
         if visible is not None:
             own = visible.expand(-1, -1, n, m).diagonal(m - n, -2, -1).expand(b, h, n)

@@ -75,13 +75,16 @@ def inject(model: nn.Module, make: MakeMechanism, *, where: str | None = None) -
         ValueError: Nothing matched, or the model already holds a mechanism there.
     """
     _load_hosts()
-    known = [name for name, module in model.named_modules() if mount.dispatch(type(module)) is not _UNKNOWN]
+    if any(isinstance(m, Host) and (where is None or re.search(where, name)) for name, m in model.named_modules()):
+        raise ValueError("the model already holds mechanisms there; call densify() first")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    known = [name for name, module in modules.items() if mount.dispatch(type(module)) is not _UNKNOWN]
     names = [name for name in known if where is None or re.search(where, name)]
     if not names:
         raise ValueError(_nothing_matched(model, where, known))
-    mounted = {name: mount(model.get_submodule(name), make) for name in names}
-    for name, host in mounted.items():
-        _replace(model, name, host)
+    hosts = {module: mount(module, make) for module in dict.fromkeys(modules[name] for name in names)}
+    for name in names:
+        _replace(model, name, hosts[modules[name]])
     return names
 
 
@@ -119,7 +122,7 @@ def densify(model: nn.Module) -> list[str]:
     Raises:
         ValueError: The model holds no mechanism.
     """
-    hosts = {name: module for name, module in model.named_modules() if isinstance(module, Host)}
+    hosts = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Host)}
     if not hosts:
         raise ValueError(f"{type(model).__name__} holds no mechanism: there is nothing to take out")
     for name, host in hosts.items():
