@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -170,6 +170,7 @@ class Mechanism(nn.Module, ABC):
         return f"heads={self.num_heads}, head_dim={self.head_dim}, {self.pattern.name.lower()}"
 
 
+@runtime_checkable
 class MakeMechanism(Protocol):
     """Whatever builds a mechanism for a host: a class, or a class with hyper-parameters bound."""
 

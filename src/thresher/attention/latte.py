@@ -11,8 +11,9 @@ Trains     theta, one for each head (see `thresholds.py` for base and offset). `
            gradient of a sigmoid of width tau; `soft`: that sigmoid also forward in training; `hard`: theta is fixed.
 Emulates   the pruning accelerator of the paper: this file computes all scores and discards. Training needs them (a
            dropped key near theta is what raises theta again); inference would not.
-Ours       what the paper's abstract leaves open: the scale of the codes (one for each example and head; one for
-           each token in causal attention, where a shared scale would see the future), rounding instead of
+Ours       what the paper's abstract leaves open: the scale of the codes (keys: one for each example and head, in
+           causal attention one for each token, where a shared one would see the future; queries: one for each
+           token, since the rule compares within a row and padded queries must not matter), rounding instead of
            truncation in the split, the surrogate, and where its gradient goes. The gradient of the compute term
            never reaches the scores: a model could otherwise save pairs by inflating its logits.
 """
@@ -117,7 +118,7 @@ class Latte(Mechanism):
         scores = (q * scale) @ k.transpose(-2, -1)
         estimate = scores.detach()
         if self.est_bits != "exact" or self.scoring == "int8":
-            (q_codes, q_scale), (k_codes, k_scale) = (quantise(x, self.pattern.causal) for x in (q, k))
+            (q_codes, q_scale), (k_codes, k_scale) = quantise(q, True), quantise(k, self.pattern.causal)
             unit = scale * q_scale * k_scale.transpose(-2, -1)
             bits = 8 if isinstance(self.est_bits, str) else self.est_bits
             q_half, k_half = (split_codes(x, bits, self.split) for x in (q_codes, k_codes))

@@ -1,0 +1,310 @@
+"""What a mechanism promises besides not leaking (see `leaks.py`): shapes, costs, gradients, limits, types, state.
+
+Each takes a built mechanism, any at all, and raises AssertionError if it breaks its word.
+"""
+
+import copy
+import io
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from tests.attention.helpers import (
+    MILD,
+    SHARP,
+    Inputs,
+    attend,
+    cast,
+    cast_bias,
+    draw,
+    gradients,
+    last,
+    lengths_of,
+    masks,
+    noise_like,
+    padded,
+    same,
+    softmax_attention,
+    visible_by_definition,
+)
+from thresher.attention import Attended, Call, Mechanism, Pattern
+
+
+def check_shapes_and_costs(mechanism: Mechanism) -> None:
+    """Outputs and costs have their shapes, are finite, and costs count what the contract calls visible."""
+    for spread in (MILD, SHARP):
+        for value_dim in (mechanism.head_dim, mechanism.head_dim + 3):
+            inputs = draw(mechanism, spread=spread, value_dim=value_dim)
+            for call in (Call(), *masks(mechanism)):
+                for training in (True, False):
+                    mechanism.train(training)
+                    assert_sound(mechanism, inputs, call, attend(mechanism, inputs, call))
+
+
+def check_sizes(mechanism: Mechanism) -> None:
+    """One token, odd numbers of them, and in cross attention more queries than keys or fewer, are fine."""
+    several = [(1, 1), (2, 2), (3, 3), (17, 17)]
+    if mechanism.pattern.cross:
+        several += [(1, 6), (6, 1), (9, 4), (4, 9)]
+    if mechanism.pattern is Pattern.CAUSAL_SELF:
+        several += [(1, 6), (4, 9)]
+    for lengths in several:
+        for training in (True, False):
+            mechanism.train(training)
+            inputs = draw(mechanism, lengths=lengths, spread=SHARP)
+            assert_sound(mechanism, inputs, Call(), attend(mechanism, inputs))
+
+
+def check_gradients_arrive(mechanism: Mechanism) -> None:
+    """Loss and cost together give queries, keys, values and all parameters a finite, non-zero gradient."""
+    mechanism.train()
+    inputs = draw(mechanism, spread=SHARP, lengths=(16, 16))
+    _, found = gradients(mechanism, inputs)
+    for name, gradient in found.items():
+        if name in ("q", "k") and not mechanism.content_based:
+            assert gradient is None or not gradient.any(), f"{name} is declared without influence, but has a gradient"
+            continue
+        assert gradient is not None, f"{name} gets no gradient"
+        assert gradient.isfinite().all(), f"{name} gets a gradient that is not finite"
+        each_head = gradient.transpose(0, 1) if name in inputs.leaves() and gradient.ndim == 4 else gradient
+        assert each_head.flatten(1).any(1).all() if each_head.ndim > 1 else each_head.all(), (
+            f"{name} is dead in some head"
+        )
+
+
+def check_parameters_can_be_sharded(mechanism: Mechanism) -> None:
+    """Parameters are fp32 and have at least one dimension, as FSDP wants them."""
+    for name, parameter in mechanism.named_parameters():
+        assert parameter.ndim > 0, f"{name} has no dimension"
+        assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
+
+
+def check_dense_limit(mechanism: Mechanism) -> None:
+    """A mechanism built at its dense limit is softmax attention: outputs, gradients and total cost."""
+    n, m = lengths_of(mechanism.pattern)
+    groups = [g for g in range(1, mechanism.num_heads + 1) if mechanism.num_heads % g == 0]
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        bias = noise_like(torch.empty(1, mechanism.num_heads, n, m, dtype=dtype))
+        for i, call in enumerate((Call(bias=bias), *masks(mechanism), *(Call() for _ in groups))):
+            inputs = draw(mechanism, groups=groups[i % len(groups)], dtype=dtype)
+            if call.pairs is not None:
+                call = replace(call, bias=bias)
+            wanted = softmax_attention(mechanism, inputs, call)
+            for training in (True, False):
+                mechanism.train(training)
+                attended, found = gradients(mechanism, inputs, call, cost=0)
+                for name, reference in wanted.items():
+                    got = attended.out if name == "out" else found[name]
+                    assert got is not None, f"{name} gets no gradient"
+                    worst = (got - reference).abs().amax().item()
+                    assert_close(
+                        got, reference, atol=tolerance, rtol=tolerance, msg=f"{name} is off by {worst:.1e} in {dtype}"
+                    )
+                assert torch.equal(attended.cost.kept, attended.cost.visible), "not every visible pair is kept"
+                total, dense = attended.cost.total.double(), attended.cost.dense.double()
+                assert ((total - dense).abs() <= 1e-6 * dense).all(), "the total cost is not that of dense attention"
+
+
+def check_expectation_is_forward(mechanism: Mechanism) -> None:
+    """A deterministic mechanism is its own expectation."""
+    assert not mechanism.stochastic, "only deterministic mechanisms promise this"
+    mechanism.eval()
+    inputs = draw(mechanism, spread=SHARP)
+    expected = mechanism.expectation(inputs.q, inputs.k, inputs.v, Call(source=inputs.source))
+    assert torch.equal(expected, attend(mechanism, inputs).out), "expectation() is something else"
+
+
+def check_samples_bring_it_near_expectation(default: Mechanism, precise: Mechanism) -> None:
+    """A stochastic mechanism errs at most half as much with its `precise` hyper-parameters as without."""
+
+    def error(mechanism: Mechanism) -> Tensor:
+        mechanism.train()
+        inputs = draw(mechanism)
+        wanted = mechanism.expectation(inputs.q, inputs.k, inputs.v, Call(source=inputs.source))
+        draws = torch.stack([attend(mechanism, inputs, seed=seed).out for seed in range(16)])
+        return (draws - wanted).square().mean().sqrt()
+
+    assert default.stochastic, "only stochastic mechanisms promise this"
+    assert error(default) > 0, "there is nothing to improve"
+    assert error(precise) <= error(default) / 2, "more samples do not help"
+
+
+def check_layout_does_not_matter(mechanism: Mechanism) -> None:
+    """Inputs that are not contiguous give what contiguous ones give."""
+    inputs = draw(mechanism, spread=SHARP)
+    tokens_first = {
+        name: x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim == 4 else x
+        for name, x in inputs.leaves().items()
+    }
+    every_other = {
+        name: torch.stack([x, noise_like(x)], -1).flatten(-2)[..., ::2] for name, x in inputs.leaves().items()
+    }
+    for training in (True, False):
+        mechanism.train(training)
+        wanted, wanted_gradients = gradients(mechanism, inputs)
+        for leaves in (tokens_first, every_other):
+            assert not leaves["q"].is_contiguous()
+            attended, found = gradients(mechanism, inputs.with_leaves(leaves))
+            for got, reference in zip((attended.out, *attended.cost), (wanted.out, *wanted.cost), strict=True):
+                assert_close(got, reference, atol=1e-12, rtol=1e-12)
+            for name, reference in wanted_gradients.items():
+                assert_close(found[name], reference, atol=1e-6, rtol=1e-6)
+
+
+def check_decoding_continues_the_sequence(mechanism: Mechanism) -> None:
+    """Fewer queries than keys in causal self attention are the last rows: what decoding with a cache computes."""
+    assert mechanism.pattern is Pattern.CAUSAL_SELF, "only causal self attention promises this"
+    mechanism.eval()
+    inputs = draw(mechanism, spread=SHARP, lengths=(9, 9))
+    for keys in (None, last([8, 5], 9)):
+        whole = mechanism.expectation(inputs.q, inputs.k, inputs.v, Call(keys=keys, source=inputs.source))
+        for rows in (1, 2, 5):
+            part = mechanism.expectation(
+                inputs.q[:, :, -rows:], inputs.k, inputs.v, Call(keys=keys, source=inputs.source)
+            )
+            assert_close(part, whole[:, :, -rows:], atol=1e-12, rtol=1e-12)
+
+
+def check_low_precision(mechanism: Mechanism) -> None:
+    """At its dense limit, in bf16, it errs at most twice as much as plain attention; costs and thresholds stay fp32."""
+    lengths = (33, 33)
+    inputs = draw(mechanism, lengths=lengths, dtype=torch.bfloat16)
+    bias = noise_like(torch.empty(1, mechanism.num_heads, *lengths), seed=3).bfloat16()
+    for call in (Call(), padded(mechanism.pattern, lengths=lengths), Call(bias=bias)):
+        exact = softmax_attention(mechanism, cast(inputs, torch.float64), cast_bias(call, torch.float64))["out"]
+        for training in (True, False):
+            mechanism.train(training)
+            plain = softmax_attention(mechanism, inputs, call)["out"]
+            attended, found = gradients(mechanism, inputs, call)
+            assert attended.out.dtype == torch.bfloat16, f"bf16 values come out as {attended.out.dtype}"
+            _assert_as_precise(attended.out, plain, exact)
+            _assert_counts(mechanism, inputs, call, attended)
+            with torch.autocast("cpu", torch.bfloat16):
+                wide, wide_call = cast(inputs, torch.float32), cast_bias(call, torch.float32)
+                plain = softmax_attention(mechanism, wide, wide_call)["out"]
+                attended, under_autocast = gradients(mechanism, wide, wide_call)
+            _assert_as_precise(attended.out, plain, exact)
+            _assert_counts(mechanism, inputs, call, attended)
+            for name, gradient in [*found.items(), *under_autocast.items()]:
+                assert gradient is None or gradient.isfinite().all(), f"the gradient of {name} is not finite"
+
+
+def check_any_float_type(mechanism: Mechanism) -> None:
+    """Outputs have the type of the values, costs are exact, and nothing overflows, in bf16, fp16, fp32 and fp64."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        inputs = draw(mechanism, lengths=(33, 33), spread=SHARP, dtype=dtype)
+        for call in (Call(), padded(mechanism.pattern, lengths=(33, 33))):
+            for training in (True, False):
+                mechanism.train(training)
+                attended = attend(mechanism, inputs, call)
+                assert attended.out.dtype == dtype, f"{dtype} values come out as {attended.out.dtype}"
+                assert attended.out.isfinite().all(), f"output is not finite in {dtype}"
+                _assert_counts(mechanism, inputs, call, attended)
+
+
+def check_dropout_is_for_training(mechanism: Mechanism) -> None:
+    """`dropout` drops weights in training, keeps the mean output and the cost, and does nothing in evaluation."""
+    copies = 1024
+    one = draw(mechanism, batch=1)
+    inputs = one.with_leaves(
+        {name: x if x.ndim == 2 else x.expand(copies, *x.shape[1:]) for name, x in one.leaves().items()}
+    )
+    before = mechanism.dropout
+    try:
+        mechanism.dropout = 0.0
+        mechanism.train()
+        plain = attend(mechanism, inputs)
+        without = attend(mechanism.eval(), one)
+        mechanism.dropout = 0.5
+        assert same(attend(mechanism, one), without), "dropout acts in evaluation"
+        dropped = attend(mechanism.train(), inputs)
+    finally:
+        mechanism.dropout = before
+    assert not torch.equal(dropped.out, plain.out), "dropout does nothing in training"
+    for drops, full in zip(dropped.cost, plain.cost, strict=True):
+        assert torch.equal(drops, full), "dropout changes the cost"
+    change = dropped.out - plain.out
+    standard_error = change.std(0) / copies**0.5
+    assert (change.mean(0).abs() <= 6 * standard_error + 1e-12).all(), "dropout changes the mean output"
+
+
+def check_state_survives_saving(mechanism: Mechanism) -> None:
+    """Everything that an output depends on is in the state dict, and loads with weights_only."""
+    mechanism.eval()
+    inputs = draw(mechanism, spread=SHARP)
+    fresh, changed = copy.deepcopy(mechanism), copy.deepcopy(mechanism)
+    with torch.no_grad():
+        for i, x in enumerate([*changed.parameters(), *changed.buffers()]):
+            if x.is_floating_point():
+                x += 0.37 * (i + 1)
+    file = io.BytesIO()
+    torch.save(changed.state_dict(), file)
+    file.seek(0)
+    fresh.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    assert same(attend(changed, inputs), attend(fresh, inputs)), "something is missing from the state dict"
+
+
+def check_dense_checkpoint_loads(mechanism: Mechanism) -> None:
+    """A checkpoint without the mechanism loads with strict=True and leaves it alone; one with a part of it does not."""
+    model = torch.nn.ModuleDict({"attention": copy.deepcopy(mechanism)})
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    try:
+        model.load_state_dict({}, strict=True)
+    except RuntimeError as error:
+        raise AssertionError("a dense checkpoint does not load") from error
+    assert all(torch.equal(state[name], x) for name, x in model.state_dict().items()), (
+        "a dense checkpoint changes the state"
+    )
+    for name in state if len(state) > 1 else ():
+        try:
+            model.load_state_dict({name: state[name]}, strict=True)
+        except RuntimeError:
+            continue
+        raise AssertionError(f"a checkpoint with nothing but {name} loads without a word")
+
+
+def check_compiled_equals_eager(mechanism: Mechanism, backend: str = "inductor") -> None:
+    """`torch.compile(fullgraph=True)` changes neither output, cost nor gradients."""
+    torch._dynamo.reset()
+    compiled = torch.compile(mechanism, fullgraph=True, backend=backend)
+    inputs = draw(mechanism, spread=SHARP, dtype=torch.float32)
+    call = padded(mechanism.pattern)
+    mechanism.train()
+    wanted, wanted_gradients = gradients(mechanism, inputs, call)
+    try:
+        got, got_gradients = gradients(compiled, inputs, call)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise AssertionError("the mechanism does not compile into one graph") from error
+    for new, old in zip((got.out, *got.cost), (wanted.out, *wanted.cost), strict=True):
+        assert_close(new, old, atol=1e-5, rtol=1e-5)
+    got_gradients = {name.removeprefix("_orig_mod."): gradient for name, gradient in got_gradients.items()}
+    for name, gradient in wanted_gradients.items():
+        assert_close(got_gradients[name], gradient, atol=1e-4, rtol=1e-4)
+
+
+def assert_sound(mechanism: Mechanism, inputs: Inputs, call: Call, attended: Attended) -> None:
+    """Assert what holds for every call: shapes, finite output, sensible cost."""
+    assert attended.out.shape == (*inputs.q.shape[:3], inputs.v.shape[3]), (
+        f"output has shape {tuple(attended.out.shape)}"
+    )
+    assert attended.out.isfinite().all(), "output is not finite"
+    _assert_counts(mechanism, inputs, call, attended)
+
+
+def _assert_counts(mechanism: Mechanism, inputs: Inputs, call: Call, attended: Attended) -> None:
+    cost, visible = attended.cost, visible_by_definition(mechanism, inputs, call)
+    assert torch.equal(mechanism.visible(inputs.q, inputs.k, call), visible), "visible() is not what the contract says"
+    for name, part in cost._asdict().items():
+        assert part.shape == inputs.q.shape[:2], f"cost.{name} has shape {tuple(part.shape)}"
+        assert ((part >= 0) & part.isfinite()).all(), f"cost.{name} is negative or not finite"
+    pairs = visible.sum((-2, -1)).double()
+    assert torch.equal(cost.visible.double(), pairs), "cost.visible counts something else"
+    assert torch.equal(cost.dense.double(), pairs * (inputs.q.shape[-1] + inputs.v.shape[-1])), "cost.dense is wrong"
+    assert (cost.kept <= cost.visible).all(), "more pairs are kept than are visible"
+
+
+def _assert_as_precise(got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    error, allowed = ((x.double() - exact).square().mean().sqrt() for x in (got, plain))
+    assert error <= 2 * allowed, f"error {error:.1e}, where plain attention has {allowed:.1e}"
