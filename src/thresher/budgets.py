@@ -107,7 +107,7 @@ class Target(Budget):
         start: float = 0.1,
         end: float = 0.6,
         quantity: Quantity = "kept",
-        margin: float = 0.03,
+        margin: float = 0.04,
         required: bool = True,
     ) -> None:
         super().__init__(quantity)
@@ -173,7 +173,7 @@ class Lagrangian(Target):
         start: float = 0.1,
         end: float = 0.6,
         quantity: Quantity = "kept",
-        margin: float = 0.03,
+        margin: float = 0.04,
     ) -> None:
         super().__init__(target, weight, start, end, quantity, margin)
         if not rate > 0:

@@ -55,8 +55,7 @@ def heads_table(heads: Mapping[str, Any]) -> Table:
     for layer in heads["layers"]:
         rows = layer["heads"]
         cells = [f"{r['kept']:.3f}" + ("" if r["threshold"] is None else f" ({r['threshold']:.2f})") for r in rows]
-        name = layer["name"].removesuffix(".mechanism")
-        table.add_row(name, f"{sum(r['kept'] for r in rows) / len(rows):.3f}", *cells)
+        table.add_row(layer["name"], f"{sum(r['kept'] for r in rows) / len(rows):.3f}", *cells)
     return table
 
 

@@ -64,7 +64,7 @@ class HeadStatistics(pl.Callback):
             gathered: Any = task.all_gather(sums)
             kept, visible, spent, dense = (gathered.sum(0) if gathered.ndim > sums.ndim else gathered).tolist()
             theta = thresholds.get(name, [None] * len(kept))
-            heads[name] = [
+            heads[name.removesuffix(".mechanism")] = [
                 {"threshold": t, "kept": k / max(v, 1.0), "compute": s / max(d, 1.0)}
                 for t, k, v, s, d in zip(theta, kept, visible, spent, dense, strict=True)
             ]
@@ -101,7 +101,7 @@ def log_heat_maps(logger: Logger, heads: Mapping[str, list[dict[str, float | Non
         table = [[float("nan") if v is None else v for v in row] + [float("nan")] * (width - len(row)) for row in rows]
         figure = Figure(figsize=(1.5 + 0.6 * width, 1.2 + 0.45 * len(rows)), layout="constrained")
         axes = figure.subplots()
-        image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0.0, vmax=1.0 if key == "kept" else None)
+        image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0.0)
         axes.set_yticks(range(len(rows)), list(heads))
         axes.set_xticks(range(width))
         axes.set_xlabel("head")

@@ -28,7 +28,7 @@ class FashionMNIST12k(ImageData):
     def __init__(
         self,
         *,
-        batch_size: int = 128,
+        batch_size: int = 64,
         workers: int = 0,
         seed: int = 0,
         val_fraction: float = 0.1,

@@ -47,7 +47,7 @@ def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]
 def adamw(
     net: nn.Module,
     *,
-    lr: float = 2e-3,
+    lr: float = 1.5e-3,
     weight_decay: float = 0.05,
     betas: Sequence[float] = (0.9, 0.999),
     threshold_lr: float = 3e-3,
