@@ -1,6 +1,7 @@
 """Thresholds from data: the theta at which a head keeps a given share of its visible pairs."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,20 +55,17 @@ class ThresholdProbe:
             raise ValueError(f"{type(model).__name__} has no thresholds to calibrate; sparsify() it with 'latte' first")
         self._read: dict[str, list[Tensor]] = {name: [] for name in self.thresholds}
         self._handles = [
-            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            module.register_forward_pre_hook(partial(self._see, name), with_kwargs=True)
             for name, module in self.thresholds.items()
         ]
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.level is not None:
-                difference, visible = args[:2]
-                if visible is not None and visible.shape[0] > 1:
-                    visible = visible[: self.examples]
-                quantile = difference_quantile(difference.detach()[: self.examples], visible, self.level)
-                self._read[name].append(quantile)
-
-        return read
+    def _see(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.level is not None:
+            difference, visible = args[:2]
+            if visible is not None and visible.shape[0] > 1:
+                visible = visible[: self.examples]
+            quantile = difference_quantile(difference.detach()[: self.examples], visible, self.level)
+            self._read[name].append(quantile)
 
     @torch.no_grad()
     def collect(self) -> dict[str, Float[Tensor, " h"]]:
@@ -116,10 +114,11 @@ def calibrate(
     probe.level = kept
     try:
         run = forward or model
-        count = 0
-        for count, batch in enumerate(batches, start=1):
+        ran = False
+        for batch in batches:
             run(batch)
-        if not count:
+            ran = True
+        if not ran:
             raise ValueError("calibration needs at least one batch, got none")
         found = probe.collect()
     finally:

@@ -7,7 +7,8 @@ dense compute into a loss, and `ComputeRatio` averages it over an evaluation. Al
     macs   multiply-accumulates spent (selection included) / those of exact attention on the visible pairs
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -62,14 +63,11 @@ class ComputeMeter:
         if not mechanisms:
             raise ValueError(f"{type(model).__name__} holds no mechanism to meter; sparsify() it first")
         for name, mechanism in mechanisms.items():
-            mechanism.register_forward_hook(self._hook(name))
+            mechanism.register_forward_hook(partial(self._collect, name))
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def collect(module: nn.Module, args: Any, attended: Attended) -> None:
-            if self._on:
-                self.calls.append((name, attended.cost))
-
-        return collect
+    def _collect(self, name: str, module: nn.Module, args: Any, attended: Attended) -> None:
+        if self._on:
+            self.calls.append((name, attended.cost))
 
     def __enter__(self) -> "ComputeMeter":
         self.calls = []

@@ -44,7 +44,9 @@ class TimmAttention(Host):
 @mount.register
 def _(module: Attention, make: MakeMechanism) -> Host:
     if type(module).forward is not Attention.forward:
-        raise TypeError(f"{type(module).__name__} computes something of its own; timm's Attention is what this host knows")
+        raise TypeError(
+            f"{type(module).__name__} computes something of its own; timm's Attention is what this host knows"
+        )
     return TimmAttention(module, make)
 
 
