@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.running import CONF
-from thresher.checkpoint import check_config, load, load_weights, redacted
+from thresher.checkpoint import checked_config, load, load_weights, redacted
 
 
 class Bomb:
@@ -32,7 +32,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> 
 @pytest.mark.parametrize("size", [0, 1000, -1])
 def test_a_truncated_file_is_one_clear_error(size: int, tmp_path: Path) -> None:
     path = tmp_path / "cut.ckpt"
-    torch.save({"state_dict": {"w": torch.randn(1000)}, "thresher": {}}, path)
+    torch.save({"state_dict": {"w": torch.randn(1000)}, "thresher": {"config": {}, "classes": []}}, path)
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=r"cut\.ckpt cannot be read"):
         load(path)
@@ -48,16 +48,24 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["os.system", "torch.load", "builtins.open", "pathlib.Path.write_text"])
 def test_a_stored_config_may_only_name_targets_of_conf(target: str) -> None:
     with pytest.raises(ValueError, match="refused"):
-        check_config({"model": {"layers": [{"_target_": target}]}}, CONF, "x.ckpt")
+        checked_config({"model": {"layers": [{"_target_": target}]}}, CONF, "x.ckpt")
 
 
-def test_a_stored_config_is_not_interpolated() -> None:
+@pytest.mark.parametrize("wrap", [list, tuple])
+def test_a_stored_config_is_not_interpolated(wrap: Any) -> None:
     with pytest.raises(ValueError, match="interpolation"):
-        check_config({"data": {"root": ["${oc.env:HOME}"]}}, CONF, "x.ckpt")
+        checked_config({"data": {"root": wrap(["${oc.env:HOME}"])}}, CONF, "x.ckpt")
+
+
+def test_a_target_hides_neither_in_a_tuple_nor_in_a_string() -> None:
+    with pytest.raises(ValueError, match=r"os\.getpid.*refused"):
+        checked_config({"model": {"x": ({"_target_": "os.getpid"},)}}, CONF, "x.ckpt")
+    with pytest.raises(ValueError, match="not a mapping"):
+        checked_config("model: {_target_: os.getpid}", CONF, "x.ckpt")
 
 
 def test_targets_of_conf_pass() -> None:
-    check_config({"attention": {"_target_": "thresher.attention.latte.Latte", "theta": 1.0}}, CONF, "x.ckpt")
+    checked_config({"attention": {"_target_": "thresher.attention.latte.Latte", "theta": 1.0}}, CONF, "x.ckpt")
 
 
 def test_wrappers_are_understood() -> None:

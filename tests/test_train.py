@@ -147,6 +147,12 @@ def test_a_target_below_the_price_of_selection_is_refused(tmp_path: Path) -> Non
         cli.train(tiny_config(tmp_path / "run", "compute.quantity=macs", "compute.target=0.1"))
 
 
+def test_a_budget_that_no_epoch_held_is_told(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path / "run", "compute.target=0.05", "trainer.max_epochs=1", "compute.end=1.0", "test=false")
+    with pytest.warns(UserWarning, match=r"no epoch held the budget of 0\.05: .* above it"):
+        cli.train(cfg)
+
+
 def test_macs_can_be_the_bound(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path / "run", "compute.quantity=macs", "compute.target=0.5", "trainer.max_epochs=4")
     assert cli.train(cfg)["train/compute"] == pytest.approx(0.5, abs=0.12)

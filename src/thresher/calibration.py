@@ -33,7 +33,7 @@ def difference_quantile(
 class ThresholdProbe:
     """Reads, from forward passes of `model`, the quantiles that calibrated thresholds would have.
 
-    Hooks stay registered and do nothing while `level` is None; make the probe before `torch.compile`.
+    Hooks stay registered and do nothing while `level` is None; make the probe before a compiled model first runs.
 
     Args:
         model: Any model with `Thresholds` inside.
@@ -59,12 +59,17 @@ class ThresholdProbe:
             for name, module in self.thresholds.items()
         ]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _see(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.level is not None:
-            difference, visible = args[:2]
+            difference, visible, *rest = args
+            always_keep = rest[0] if rest else kwargs.get("always_keep", 0)
+            # What is kept anyway counts towards the share, too.
+            difference = difference.detach()[: self.examples].clone()
+            difference[..., :always_keep] = float("-inf")
             if visible is not None and visible.shape[0] > 1:
                 visible = visible[: self.examples]
-            quantile = difference_quantile(difference.detach()[: self.examples], visible, self.level)
+            quantile = difference_quantile(difference, visible, self.level).clamp_min(0)
             self._read[name].append(quantile)
 
     @torch.no_grad()

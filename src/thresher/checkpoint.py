@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 RECORD = "thresher"
@@ -46,25 +46,33 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} cannot be read as weights: the file is damaged or holds more than weights ({reason})"
         ) from error
-    if not isinstance(checkpoint, dict) or RECORD not in checkpoint or "state_dict" not in checkpoint:
+    record = checkpoint.get(RECORD) if isinstance(checkpoint, dict) else None
+    if not isinstance(record, dict) or not {"config", "classes"} <= record.keys() or "state_dict" not in checkpoint:
         raise ValueError(f"{path} was not written by this project's train.py: it carries no config to rebuild from")
     return checkpoint
 
 
-def check_config(config: Any, conf: Path, source: str | Path) -> None:
-    """Refuse a stored config that names a target not named in the folder `conf`, or that wants to be interpolated.
+def checked_config(config: Any, conf: Path, source: str | Path) -> DictConfig:
+    """Return a stored config as one to instantiate from, if all its targets are named in the folder `conf`.
+
+    What is checked is the very object that is returned: OmegaConf would parse a string, and turn tuples into lists.
 
     Raises:
-        ValueError: It does.
+        ValueError: It names another target, wants to be interpolated, or is no mapping.
     """
+    if type(config) is not dict:
+        raise ValueError(f"the config stored in {source} is not a mapping: refused")
+    checked = OmegaConf.create(config)
+    plain = OmegaConf.to_container(checked, resolve=False)
     files = (OmegaConf.to_container(OmegaConf.load(path), resolve=False) for path in conf.rglob("*.yaml"))
     allowed = {target for file in files for target in _values(file, "_target_")}
-    for target in _values(config, "_target_"):
+    for target in _values(plain, "_target_"):
         if target not in allowed:
             raise ValueError(f"{source} asks to run {target!r}, which no file of {conf} names: refused")
-    for value in _values(config, None):
+    for value in _values(plain, None):
         if isinstance(value, str) and "${" in value:
             raise ValueError(f"the config stored in {source} holds an interpolation, {value!r}: refused")
+    return checked
 
 
 def load_weights(task: nn.Module, state: Mapping[str, Tensor], other_attention: bool) -> None:

@@ -14,23 +14,24 @@ from typing import Any
 
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from thresher import __version__, overrides
 from thresher.attention.base import Mechanism
 from thresher.callbacks.heads import HeadStatistics
 from thresher.callbacks.progress import progress
-from thresher.checkpoint import RECORD, check_config, load, load_weights, redacted
+from thresher.checkpoint import RECORD, checked_config, load, load_weights, redacted
 from thresher.results import attention_name, print_results, write_metrics
 from thresher.tasks.base import Task
 
 EVAL_KEYS = ("ckpt", "run.dir")
-REPLACEABLE = ("attention", "data", "trainer", "compute")
+REPLACEABLE = ("attention", "data", "trainer")  # groups that another choice can stand in for
+USED = (*REPLACEABLE, "model", "task")  # groups that an evaluation reads
+INITIAL = ("attention.theta", "attention.tau", "attention.trainable")
 
 
 # Training
@@ -47,7 +48,6 @@ def train(cfg: DictConfig) -> dict[str, float]:
     folder = _new_run_folder(cfg)
     _continue_loggers(cfg)
     config = _plain(cfg)
-    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = _make(cfg.data)
     data.order_seed = cfg.seed
@@ -67,15 +67,18 @@ def train(cfg: DictConfig) -> dict[str, float]:
         }
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
-        metrics, best = _fit_and_test(cfg, trainer, task, data)
-    written = write_metrics(folder, metrics)
+        if trainer.is_global_zero:
+            _save_config(config, folder)
+        metrics, best = _fit_and_test(cfg, trainer, task, data, folder)
     if trainer.is_global_zero:
-        print_results(f"{cfg.run.name}  →  {folder}", written, folder / "heads.json", _commands(cfg, best))
-    return written
+        print_results(f"{cfg.run.name}  →  {folder}", metrics, folder / "heads.json", _commands(cfg, best))
+    return metrics
 
 
 def _trainer(cfg: DictConfig, folder: Path) -> pl.Trainer:
     callbacks = [_make(callback) for callback in (cfg.callbacks or {}).values()]
+    if not cfg.logger:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer: pl.Trainer = _make(cfg.trainer)(
         logger=[_make(logger) for logger in (cfg.logger or {}).values()],
         callbacks=callbacks,
@@ -87,21 +90,52 @@ def _trainer(cfg: DictConfig, folder: Path) -> pl.Trainer:
     return trainer
 
 
-def _fit_and_test(cfg: DictConfig, trainer: pl.Trainer, task: Task, data: Any) -> tuple[dict[str, Any], str]:
-    """Train and test as far as `cfg` wants; return the metrics and the path of the best checkpoint, if there is one."""
+def _fit_and_test(
+    cfg: DictConfig, trainer: pl.Trainer, task: Task, data: Any, folder: Path
+) -> tuple[dict[str, float], str]:
+    """Train and test as far as `cfg` wants; return the metrics and the path of the best checkpoint, if there is one.
+
+    Metrics are written after each of the two: a test that fails does not take the training's with it.
+    """
     metrics: dict[str, Any] = {}
     best = ""
-    if cfg.train:
+    if not cfg.train:
+        if cfg.ckpt_path is None:
+            raise ValueError("train=false tests a checkpoint: say which by ckpt_path, or use eval.py")
+        load_weights(task, load(cfg.ckpt_path)["state_dict"], other_attention=False)
+    else:
         start = time.monotonic()
         trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path)
         metrics = dict(trainer.callback_metrics) | {"train/seconds": time.monotonic() - start}
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        _warn_if_over_budget(trainer, task)
+        _write(trainer, folder, metrics)
     if cfg.test:
         if best:
             load_weights(task, load(best)["state_dict"], other_attention=False)
         trainer.test(task, datamodule=data, verbose=False)
         metrics |= trainer.callback_metrics
-    return metrics, best
+    return _write(trainer, folder, metrics), best
+
+
+def _write(trainer: pl.Trainer, folder: Path, metrics: dict[str, Any]) -> dict[str, float]:
+    return write_metrics(folder if trainer.is_global_zero else None, metrics)
+
+
+def _save_config(config: dict[str, Any], folder: Path) -> None:
+    """Write the config of a run; that of a continuation stands beside the first one."""
+    path = folder / "config.yaml"
+    continued = sum(1 for _ in folder.glob("config*.yaml"))
+    OmegaConf.save(OmegaConf.create(config), path.with_stem(f"config_{continued}") if continued else path)
+
+
+def _warn_if_over_budget(trainer: pl.Trainer, task: Task) -> None:
+    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    if task.budget.bound is not None and score is not None and score < 0:
+        rank_zero_warn(
+            f"no epoch held the budget of {task.budget.bound:g}: best.ckpt is the one that came nearest, "
+            f"{-float(score):.3f} above it. Train longer, let the target come down earlier (compute.end), or raise it"
+        )
 
 
 def build_task(cfg: DictConfig, data: Any) -> Task:
@@ -148,11 +182,12 @@ def compile_network(task: Task) -> None:
 
 def _new_run_folder(cfg: DictConfig) -> Path:
     """Make the folder of the run; one that already holds a run is only entered to go on with that run."""
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        cfg.run.dir = HydraConfig.get().runtime.output_dir
+    if HydraConfig.initialized():
+        # Hydra knows the folder of each job of a sweep, and Lightning tells it to the processes that it starts.
+        cfg.run.dir = os.path.relpath(HydraConfig.get().runtime.output_dir)
     folder = Path(cfg.run.dir)
     continued = cfg.ckpt_path is not None and folder.resolve() in Path(cfg.ckpt_path).resolve().parents
-    if (folder / "config.yaml").exists() and not continued:
+    if getattr(rank_zero_only, "rank", 0) == 0 and (folder / "config.yaml").exists() and not continued:
         raise ValueError(f"{folder} already holds a run: choose another run.dir, or go on with it by ckpt_path")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -170,19 +205,16 @@ def _identities(loggers: Sequence[Any]) -> dict[str, str]:
 
 
 def _commands(cfg: DictConfig, best: str) -> dict[str, str]:
-    commands = {}
-    if best:
-        commands["evaluate this checkpoint"] = f"python eval.py ckpt={_quoted(best)}"
-    if HydraConfig.initialized():
-        given = [
-            o
-            for o in HydraConfig.get().overrides.task
-            if o.partition("=")[0].lstrip("+~") not in ("attention", "compute", "run.dir")
-            and not o.lstrip("+~").startswith(("attention.", "compute."))
-        ]
-        dense = ["attention=dense", "compute=free", *given]
+    """Return the commands to go on with: evaluation, and the dense baseline of the same schedule."""
+    commands = {"evaluate this checkpoint": f"python eval.py ckpt={_quoted(best)}"} if best else {}
+    dense = cfg.attention["_target_"].endswith(".Dense")
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() and not dense else []
+    named = {o.partition("=")[0].lstrip("+~"): o for o in given}
+    own = ("attention", "compute", "run", "ckpt_path", "train", "optimized_metric", "logger")
+    if HydraConfig.initialized() and not dense and "experiment" not in named:
+        kept = [shlex.quote(o) for key, o in named.items() if key.partition(".")[0] not in own]
         commands["train the dense baseline of the same schedule"] = " ".join(
-            ["python train.py", *(shlex.quote(o) for o in dense)]
+            ["python train.py attention=dense compute=free", *kept]
         )
     return commands
 
@@ -212,15 +244,21 @@ def evaluate(arguments: Sequence[str], conf: Path) -> dict[str, float]:
     path = Path(str(own["ckpt"]))
     checkpoint = load(path)
     record = checkpoint[RECORD]
-    check_config(record["config"], conf, path)
-    cfg = OmegaConf.create(record["config"])
+    cfg = checked_config(record["config"], conf, path)
     was = OmegaConf.to_container(cfg)
     if cfg.model.get("attention") == cfg.attention:
         cfg.model.attention = "${attention}"
-    for override in given:
+    for override in sorted(given, key=lambda o: not overrides.is_group(conf, o.key_or_group)):
         if override.key_or_group not in EVAL_KEYS:
             _apply(cfg, override, conf)
-    default = path.parent.parent / "eval" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    other = cfg.attention["_target_"] != was["attention"]["_target_"]  # type: ignore[index,call-overload]
+    for override in given:
+        if override.key_or_group in INITIAL and not other:
+            raise ValueError(f"{override.key_or_group} is a starting value: the checkpoint's own thresholds are used")
+    if "pretrained" in cfg.model:
+        cfg.model.pretrained = False
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    default = run / "eval" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(str(own.get("run.dir") or default))
     if (folder / "config.yaml").exists():
         raise ValueError(f"{folder} already holds a run: choose another run.dir")
@@ -237,7 +275,6 @@ def evaluate(arguments: Sequence[str], conf: Path) -> dict[str, float]:
             f"the data have {data.num_classes} ({', '.join(data.class_names[:5])}, ...)"
         )
     task = build_task(cfg, data)
-    other = cfg.attention["_target_"] != was["attention"]["_target_"]  # type: ignore[index,call-overload]
     load_weights(task, checkpoint["state_dict"], other_attention=other)
     trainer: pl.Trainer = _make(cfg.trainer)(
         logger=False,
@@ -269,6 +306,8 @@ def _apply(cfg: DictConfig, override: Any, conf: Path) -> None:
         return
     if not override.is_add():
         overrides.check_key(cfg, key)
+    if key.partition(".")[0] not in USED:
+        raise ValueError(f"{key} has no effect on an evaluation; what has is in {', '.join(USED)}, ckpt and run.dir")
     OmegaConf.update(cfg, key, override.value(), force_add=override.is_add())
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,7 +31,7 @@ def train(cfg: DictConfig) -> float | None:
 
         metrics = cli.train(cfg)
         wanted = cfg.optimized_metric
-        if wanted is None:
+        if wanted is None or (wanted not in metrics and not in_sweep()):
             return None
         if wanted not in metrics:
             raise ValueError(f"optimized_metric={wanted} was not measured; there are: {', '.join(metrics)}")
@@ -53,11 +55,19 @@ def told(run: Callable[[], Any]) -> Any:
     """Run; turn an error that the user can mend into one message and exit code 1."""
     try:
         return run()
-    except (ValueError, FileNotFoundError, OmegaConfBaseException, InstantiationException) as error:
-        if os.environ.get("HYDRA_FULL_ERROR"):
+    except Exception as error:
+        # Lightning's own exception is known by name, so that a typo is answered without importing Lightning.
+        mendable = isinstance(error, (ValueError, OSError, OmegaConfBaseException, InstantiationException))
+        mendable = mendable or type(error).__name__ == "MisconfigurationException"
+        if not mendable or os.environ.get("HYDRA_FULL_ERROR") or in_sweep():
             raise
         print(f"error: {reason(error)}\n(HYDRA_FULL_ERROR=1 shows the traceback)", file=sys.stderr)
         sys.exit(1)
+
+
+def in_sweep() -> bool:
+    """Say whether this is one of several jobs: an exit would end those that follow."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def reason(error: BaseException) -> str:

@@ -14,11 +14,12 @@ from rich.table import Table
 from thresher.attention.base import Mechanism
 
 
-def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Write flat metrics as JSON, non-finite ones as null; return them as floats."""
+def write_metrics(folder: Path | None, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Write flat metrics as JSON into a folder, if there is one, non-finite ones as null; return them as floats."""
     plain = {name: float(value) for name, value in sorted(metrics.items())}
     finite = {name: value if math.isfinite(value) else None for name, value in plain.items()}
-    (folder / "metrics.json").write_text(json.dumps(finite, indent=1) + "\n")
+    if folder is not None:
+        (folder / "metrics.json").write_text(json.dumps(finite, indent=1) + "\n")
     return plain
 
 

@@ -1,6 +1,7 @@
 """What each head did: threshold and kept share by layer and head, to the logger, as a picture and as heads.json."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class HeadStatistics(pl.Callback):
 
     Args:
         path: Where to write the last statistics as JSON, or None:
-            `{"layers": [{"name", "heads": [{"threshold", "kept", "compute"}]}]}`, threshold null without one.
+            `{"layers": [{"name", "heads": [{"threshold", "kept", "compute"}]}]}`, threshold null without a finite one.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -65,7 +66,11 @@ class HeadStatistics(pl.Callback):
             kept, visible, spent, dense = (gathered.sum(0) if gathered.ndim > sums.ndim else gathered).tolist()
             theta = thresholds.get(name, [None] * len(kept))
             heads[name.removesuffix(".mechanism")] = [
-                {"threshold": t, "kept": k / max(v, 1.0), "compute": s / max(d, 1.0)}
+                {
+                    "threshold": t if t is None or math.isfinite(t) else None,
+                    "kept": k / max(v, 1.0),
+                    "compute": s / max(d, 1.0),
+                }
                 for t, k, v, s, d in zip(theta, kept, visible, spent, dense, strict=True)
             ]
         return heads
@@ -86,7 +91,7 @@ class HeadStatistics(pl.Callback):
 
 def _sums_by_head(cost: Cost) -> Tensor:
     parts = (cost.kept, cost.visible, cost.total, cost.dense)
-    return torch.stack([part.detach().sum(0).double() for part in parts])
+    return torch.stack([part.detach().sum(0).float() for part in parts])
 
 
 def log_heat_maps(logger: Logger, heads: Mapping[str, list[dict[str, float | None]]], step: int) -> None:

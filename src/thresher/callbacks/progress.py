@@ -47,7 +47,7 @@ class TerminalProgress(RichProgressBar):
     """Rich's moving bar, with the time left of the whole training."""
 
     def __init__(self) -> None:
-        super().__init__(leave=False)
+        super().__init__(leave=False, refresh_rate=5)
         self._left = TimeLeft()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

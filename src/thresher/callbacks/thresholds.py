@@ -72,7 +72,8 @@ class CalibrateThresholds(pl.Callback):
             pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
             for batch in itertools.islice(iter(loader), self.batches)
         ]
-        calibrate(pl_module.net, batches, self.initial, forward=pl_module.step)
+        with trainer.precision_plugin.forward_context():
+            calibrate(pl_module.net, batches, self.initial, forward=pl_module.step)
         rank_zero_info(f"thresholds calibrated on {len(batches)} batches to keep {self.initial:g} of the visible pairs")
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -83,13 +84,16 @@ class CalibrateThresholds(pl.Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, Task)
-        if self._probe and self._probe.level is not None:
-            share = 1 / max(self.window * pl_module.total_steps, 1.0) if self._begun else 1.0
+        if self._probe is None:
+            return
+        self._probe.level = None
+        if pl_module.finished_step():
+            share = 1 / max(self.window * pl_module.total_steps, 1.0)
             for name, quantile in self._probe.collect().items():
                 base = self._probe.thresholds[name].base
-                base.lerp_(torch.where(quantile.isnan(), base, quantile), share)
+                seen = torch.where(quantile.isnan(), base, quantile)
+                base.copy_(base.lerp(seen, share) if self._begun else seen)
             self._begun = True
-            self._probe.level = None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._probe:
@@ -100,10 +104,9 @@ class CalibrateThresholds(pl.Callback):
     def _level(task: Task) -> float | None:
         """Return the share of pairs to keep that meets the budget's aim."""
         aim = task.budget.aim(task.progress)
-        if aim is None or task.budget.quantity == "kept" or not task.meter.calls:
+        if aim is None or task.budget.quantity == "kept":
             return aim
-        fixed = task.meter.fixed_ratio()
-        return max((aim - fixed) / (1 - fixed), 0.0)
+        return max((aim - task.fixed_ratio) / (1 - task.fixed_ratio), 0.0)
 
 
 class AnnealTemperature(pl.Callback):
@@ -126,6 +129,8 @@ class AnnealTemperature(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, Task)
+        if self.end == 1:
+            return
         for name, thresholds in thresholds_of(pl_module).items():
             thresholds.tau.copy_(self._start[name] * self.end**pl_module.progress)
 

@@ -32,10 +32,15 @@ def timm_classifier(
         **architecture: Passed to `timm.create_model`.
 
     Raises:
-        ValueError: timm knows no such model or option, or the model has no attention to replace.
+        ValueError: timm knows no such model or option, an option would load other files, or there is no attention
+            to replace.
     """
     import timm
 
+    if foreign := {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"} & architecture.keys():
+        raise ValueError(
+            f"model.{min(foreign)} would load files that no checkpoint's config may name; train from ckpt_path"
+        )
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
         raise ValueError(f"timm has no model {name!r}; similar: {close}")

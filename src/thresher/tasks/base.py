@@ -41,6 +41,7 @@ class Task(pl.LightningModule, ABC):
     Attributes:
         metric: Name of the metric that says how good the network is, for example "acc".
         attention: What runs inside, for messages.
+        fixed_ratio: Share of dense MACs that selection costs, known after the first step.
         stored: Plain values that every checkpoint carries under the key "thresher".
     """
 
@@ -62,13 +63,14 @@ class Task(pl.LightningModule, ABC):
         self.meter = ComputeMeter(net)
         self.budget = budget
         self.attention = "this attention"
+        self.fixed_ratio = 0.0
         self.stored: dict[str, Any] = {}
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
         self._clip = clip
         self._settled = False
         self._compute_gradient: list[Tensor] = []
-        self.evaluation = nn.ModuleDict({stage: self._metrics_of(stage) for stage in ("val_", "test_")})
+        self.evaluation = nn.ModuleDict({stage: self._metrics_of(stage) for stage in ("val", "test")})
 
     @abstractmethod
     def step(self, batch: Any) -> Step:
@@ -84,7 +86,7 @@ class Task(pl.LightningModule, ABC):
             "kept": ComputeRatio("kept"),
             "compute": ComputeRatio("macs"),
         }
-        return nn.ModuleDict(shared | self.make_metrics(stage.rstrip("_")))
+        return nn.ModuleDict(shared | self.make_metrics(stage))
 
     # Training
 
@@ -108,6 +110,7 @@ class Task(pl.LightningModule, ABC):
         if not self._settled:
             self._settled = True
             rank_zero_info(self.budget.settle(ratio, self.attention))
+            self.fixed_ratio = self.meter.fixed_ratio()
             self._refuse_unreachable_bound()
         compute_loss = self.budget.loss(ratio, progress)
         self._last_ratio = ratio.detach()
@@ -130,10 +133,16 @@ class Task(pl.LightningModule, ABC):
         return {}
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.budget.update(self._last_ratio, self.progress)
+        if self.finished_step():
+            self.budget.update(self._last_ratio, self.progress)
+
+    def finished_step(self) -> bool:
+        """Say whether the batch that just ended was the last to accumulate into an optimiser step."""
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress
+        return batches.is_last_batch or batches.current.ready % self.trainer.accumulate_grad_batches == 0
 
     def _refuse_unreachable_bound(self) -> None:
-        bound, fixed = self.budget.bound, self.meter.fixed_ratio()
+        bound, fixed = self.budget.bound, self.fixed_ratio
         if bound is not None and self.budget.quantity == "macs" and bound <= fixed:
             raise ValueError(
                 f"compute.target={bound:g} of dense macs is out of reach: selection alone costs {fixed:.3g}. "
@@ -159,6 +168,9 @@ class Task(pl.LightningModule, ABC):
             return
         total = torch.cat([torch.zeros_like(t) if t.grad is None else t.grad for t in thresholds])
         compute = sum(self._compute_gradient, torch.zeros_like(total))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(compute)
+            compute = compute / torch.distributed.get_world_size()
         self._compute_gradient = []
         self.log("thresholds/task_gradient", (total - compute).norm())
         self.log("thresholds/compute_gradient", compute.norm())
@@ -166,6 +178,8 @@ class Task(pl.LightningModule, ABC):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
+        if gradient_clip_val is not None:
+            raise ValueError("set task.clip in place of trainer.gradient_clip_val: thresholds are clipped apart")
         if self._clip is None:
             return
         for names in (("decay", "no_decay"), ("thresholds",)):
@@ -183,7 +197,7 @@ class Task(pl.LightningModule, ABC):
     def _evaluate(self, stage: str, batch: Any) -> None:
         with self.meter:
             step = self.step(batch)
-        metrics: dict[str, Any] = dict(self.evaluation[f"{stage}_"].items())  # type: ignore[operator]
+        metrics: dict[str, Any] = dict(self.evaluation[stage].items())  # type: ignore[operator]
         for name, metric in metrics.items():
             if name == "loss":
                 metric.update(step.loss, weight=step.size)
@@ -204,17 +218,14 @@ class Task(pl.LightningModule, ABC):
 
         Checkpoints are chosen by it: by the metric alone the best epoch would be one of the dense warm-up.
         """
-        metrics: Any = self.evaluation["val_"]
+        metrics: Any = self.evaluation["val"]
         score = metrics[self.metric].compute()
         if self.budget.bound is not None:
             ratio = metrics["kept" if self.budget.quantity == "kept" else "compute"].compute()
             score = torch.where(ratio <= self.budget.bound, score, self.budget.bound - ratio)
-        self.log("val/score", score.float(), rank_zero_only=False, sync_dist=False)
+        self.log("val/score", score.float())
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["thresher"] = self.stored
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._settled = False
