@@ -1,6 +1,7 @@
 """The commands as a shell sees them: help in time, one clear message for each mistake, no traceback."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -74,6 +75,27 @@ def test_a_sweep_gives_each_job_its_folder(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     for job in "01":
         assert (tmp_path / "sweep" / job / "metrics.json").is_file()
+
+
+def test_a_sweep_goes_on_after_a_job_that_failed(tmp_path: Path) -> None:
+    tiny = [o for o in TINY if not o.startswith("trainer.max_epochs")]
+    jobs = ["attention=dense,latte", "compute=target", "trainer.max_epochs=1", f"run.dir='{tmp_path}/sweep'"]
+    result = call("train.py", "-m", *tiny, *jobs)
+    assert result.returncode != 0
+    assert "compute=free" in result.stderr
+    assert not (tmp_path / "sweep" / "0" / "metrics.json").exists()
+    assert (tmp_path / "sweep" / "1" / "metrics.json").is_file()
+
+
+def test_a_run_that_is_not_tested_succeeds_and_its_commands_can_be_typed(tmp_path: Path) -> None:
+    result = call("train.py", *TINY, "test=false", "callbacks.watch.moved=0", f"run.dir='{tmp_path}/a run'")
+    assert result.returncode == 0, result.stderr
+    commands = [shlex.split(line)[1:] for line in result.stdout.splitlines() if line.startswith("  python ")]
+    assert [command[0] for command in commands] == ["eval.py", "train.py"]
+    evaluated = call(*commands[0], f"run.dir='{tmp_path}/eval'")
+    assert evaluated.returncode == 0, evaluated.stderr
+    composed = call(*commands[1], "--cfg", "job")
+    assert "thresher.attention.dense.Dense" in composed.stdout, composed.stderr
 
 
 def test_a_config_file_composed_by_hydra_alone_equals_what_train_would_run() -> None:

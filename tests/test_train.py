@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 
 from tests.running import CONF, tiny_config
 from thresher import cli
@@ -93,10 +94,18 @@ def test_eval_takes_overrides_of_values_and_of_the_mechanism(
     assert dense["test/kept"] == dense["test/compute"] == 1.0
 
 
+def test_eval_takes_groups_before_values(run: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    ckpt = f"ckpt='{run[0]}/checkpoints/best.ckpt'"
+    swapped = cli.evaluate([ckpt, "attention.est_bits=2", "attention=latte", f"run.dir='{tmp_path}/e'"], CONF)
+    assert swapped["test/kept"] != run[1]["test/kept"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["attention.thetaa=1"], "did you mean theta"),
+        (["attention.theta=2"], "own thresholds are used"),
+        (["seed=3"], "no effect on an evaluation"),
         (["attention=lattee"], "did you mean latte"),
         (["optimizer=sgd"], "part of what was trained"),
         (["~attention"], "cannot delete"),
@@ -114,6 +123,43 @@ def test_eval_says_which_checkpoints_exist(run: tuple[Path, Any]) -> None:
         cli.evaluate([f"ckpt='{run[0]}/checkpoints/besst.ckpt'"], CONF)
     with pytest.raises(ValueError, match="which checkpoint"):
         cli.evaluate([], CONF)
+
+
+def test_the_last_checkpoint_is_the_last_and_the_best_the_best(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    cli.train(tiny_config(folder, "compute=free", "trainer.max_epochs=3", "optimizer.lr=0.0", *QUIET, "test=false"))
+    last, best = (load(folder / "checkpoints" / f"{name}.ckpt")["epoch"] for name in ("last", "best"))
+    assert (last, best) == (2, 0), "weights that do not move are best in the first epoch"
+
+
+def test_testing_without_training_needs_a_checkpoint_and_uses_it(run: tuple[Path, dict[str, float]]) -> None:
+    with pytest.raises(ValueError, match="say which by ckpt_path"):
+        cli.train(tiny_config(run[0].parent / "untrained", "train=false"))
+    ckpt = f"ckpt_path='{run[0]}/checkpoints/best.ckpt'"
+    again = cli.train(tiny_config(run[0].parent / "tested", "train=false", ckpt))
+    assert again["test/acc"] == run[1]["test/acc"]
+
+
+def test_a_start_that_failed_does_not_lock_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(InstantiationException, match="timm has no model"):
+        cli.train(tiny_config(tmp_path / "run", "model.name=vit_tinny"))
+    cli.train(tiny_config(tmp_path / "run", "trainer.max_epochs=1", "test=false"))
+
+
+def test_infinite_thresholds_are_calibrated_like_any(tmp_path: Path) -> None:
+    metrics = cli.train(tiny_config(tmp_path / "run", "attention.theta=inf", "trainer.max_epochs=4"))
+    assert 0.05 < metrics["train/kept"] < 0.4
+
+
+def test_keys_that_are_always_kept_count_towards_the_budget(tmp_path: Path) -> None:
+    overrides = ("attention.always_keep=5", "attention.trainable=false", "compute.target=0.2", "trainer.max_epochs=4")
+    metrics = cli.train(tiny_config(tmp_path / "run", *overrides))
+    assert metrics["val/kept"] == pytest.approx(0.2, abs=0.05)
+
+
+def test_an_average_of_weights_keeps_the_budget(tmp_path: Path) -> None:
+    metrics = cli.train(tiny_config(tmp_path / "run", "callbacks=ema", "trainer.max_epochs=4", "compute.target=0.3"))
+    assert metrics["val/kept"] == pytest.approx(0.3, abs=0.15)
 
 
 def test_a_run_is_not_overwritten(run: tuple[Path, Any]) -> None:
@@ -229,6 +275,9 @@ def test_parameter_groups_hold_each_parameter_once(tmp_path: Path) -> None:
     assert sorted(together) == sorted(id(p) for p in net.parameters())
     assert {id(p) for p in groups["thresholds"]} == {id(m.offset) for m in net.modules() if isinstance(m, Thresholds)}
     assert id(net.pos_embed) in {id(p) for p in groups["no_decay"]}
+
+
+QUIET = ("optimizer.threshold_lr=0.0", "callbacks.watch.moved=0")
 
 
 class FakeShape:
