@@ -1,6 +1,7 @@
 """wandb and TensorBoard: plain configs, pictures, and a run that is marked failed when training fails."""
 
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,7 +51,13 @@ def records(folder: Path, which: int = 0) -> Iterator[object]:
 
 
 def exit_codes(folder: Path) -> list[int]:
-    return [r.exit.exit_code for r in records(folder) if r.HasField("exit")]  # type: ignore[attr-defined]
+    """Return the exit codes that a run was closed with; wandb's service may write them after `finish` has returned."""
+    deadline = time.monotonic() + 20
+    while True:
+        codes = [r.exit.exit_code for r in records(folder) if r.HasField("exit")]  # type: ignore[attr-defined]
+        if codes or time.monotonic() > deadline:
+            return codes
+        time.sleep(0.1)
 
 
 def test_wandb_offline_logs_a_plain_config_metrics_and_pictures_and_no_key(tmp_path: Path) -> None:

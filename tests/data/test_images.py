@@ -67,9 +67,9 @@ def fashion() -> ImageData:
 def test_batches_have_the_promised_form(fashion: ImageData) -> None:
     for loader in (fashion.train_dataloader(), fashion.val_dataloader()):
         images, labels = next(iter(loader))
-        assert images.shape == (128, 1, 28, 28)
+        assert images.shape == (64, 1, 28, 28)
         assert images.dtype == torch.float32
-        assert labels.shape == (128,)
+        assert labels.shape == (64,)
         assert labels.dtype == torch.int64
         image, label = loader.dataset[0]
         assert image.shape == (1, 28, 28)
@@ -195,7 +195,7 @@ def test_no_augmentation_by_default() -> None:
 def test_image_size_resizes_all_stages() -> None:
     data = ready(ready(FashionMNIST12k(image_size=14, augment="crop_flip", erase=0.5)), "test")
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
-        assert next(iter(loader))[0].shape == (128, 1, 14, 14)
+        assert next(iter(loader))[0].shape == (64, 1, 14, 14)
 
 
 @FORK
