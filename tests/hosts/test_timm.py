@@ -5,59 +5,18 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-import timm
 import torch
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.attention.helpers import configured, first, noise_like
+from tests.hosts.models import BLOCKS, MODELS, build, images, loss_of, same_state, tokens
 from thresher import densify, inject, mount, sparsify
-from thresher.attention import Mechanism, available
+from thresher.attention import Mechanism
 from thresher.attention.dense import Dense
 from thresher.attention.latte import Latte
-from thresher.attention.mean import Mean
 from thresher.hosts.core import Host
-
-SIZE = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 10}
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "vit": partial(timm.create_model, "vit_tiny_patch16_224", **SIZE),
-    "deit, distilled": partial(timm.create_model, "deit_tiny_distilled_patch16_224", **SIZE),
-    "deit-3": partial(timm.create_model, "deit3_small_patch16_224", **SIZE),
-    "dinov2": partial(timm.create_model, "vit_small_patch14_dinov2", **SIZE),
-    "dinov2, registers": partial(timm.create_model, "vit_small_patch14_reg4_dinov2", **SIZE),
-    "qk norm": partial(timm.create_model, "vit_tiny_patch16_224", qk_norm=True, **SIZE),
-    "attention norm": partial(timm.create_model, "vit_tiny_patch16_224", scale_attn_norm=True, **SIZE),
-}
-BLOCKS = ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
-
-
-def build(name: str = "vit", **changes: object) -> nn.Module:
-    """Build a small model in evaluation mode, with weights that make its attention anything but uniform."""
-    torch.manual_seed(0)
-    model = MODELS[name](**changes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += noise_like(parameter, 0.2)
-    return model.eval()
-
-
-def images(batch: int = 2) -> Tensor:
-    return noise_like(torch.empty(batch, 1, 16, 16))
-
-
-def tokens(n: int = 6) -> Tensor:
-    return noise_like(torch.empty(2, n, 32))
-
-
-def loss_of(model: nn.Module) -> Tensor:
-    out = model(images())
-    return sum((x * noise_like(x)).sum() for x in (out if isinstance(out, tuple) else (out,)))
-
-
-def same_state(one: nn.Module, other: nn.Module) -> bool:
-    mine, theirs = one.state_dict(), other.state_dict()
-    return list(mine) == list(theirs) and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -102,98 +61,6 @@ def test_sparse_attention_adds_state_and_renames_none(name: str) -> None:
     assert plain.state_dict().keys() <= hosted.state_dict().keys()
     assert added == {f"{block}.mechanism.thresholds.{part}" for block in BLOCKS for part in ("base", "tau", "offset")}
     assert not torch.allclose(hosted(images()), plain(images()))
-
-
-def test_the_mechanism_is_built_with_the_hyper_parameters_given() -> None:
-    model = build()
-    sparsify(model, "latte", theta=1.25, est_bits=8)
-    for block in BLOCKS:
-        mechanism = model.get_submodule(block).mechanism
-        assert isinstance(mechanism, Latte)
-        assert mechanism.est_bits == 8
-        assert mechanism.thresholds.values().tolist() == [1.25, 1.25]
-
-
-@pytest.mark.parametrize(
-    ("where", "names"),
-    [
-        (r"blocks\.1\.", ["blocks.1.attn"]),
-        (r"^blocks\.[02]", ["blocks.0.attn", "blocks.2.attn"]),
-        ("attn$", BLOCKS),
-        (None, BLOCKS),
-    ],
-)
-def test_where_chooses_modules_by_name(where: str | None, names: list[str]) -> None:
-    model = build()
-    assert sparsify(model, "mean", where=where) == names
-    assert [name for name, m in model.named_modules() if isinstance(m, Host)] == names
-
-
-def test_a_name_that_matches_nothing_is_an_error_that_lists_the_names() -> None:
-    model = build()
-    with pytest.raises(ValueError, match=r"no attention module matches 'layer'.*blocks\.0\.attn, blocks\.1\.attn"):
-        sparsify(model, "latte", where="layer")
-    assert same_state(model, build())
-
-
-def test_an_unknown_mechanism_is_an_error_that_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="no attention 'late'; did you mean 'latte'") as error:
-        sparsify(build(), "late")
-    assert all(name in str(error.value) for name in available())
-
-
-def test_an_unknown_hyper_parameter_is_an_error_that_lists_the_known_ones() -> None:
-    model = build()
-    with pytest.raises(ValueError, match=r"latte has no hyper-parameter 'thet'.*est_bits=4.*theta=6\.9"):
-        sparsify(model, "latte", thet=1.0)
-    with pytest.raises(ValueError, match=r"dense has no hyper-parameter 'theta'; it has: none"):
-        sparsify(model, "dense", theta=1.0)
-
-
-def test_a_refused_hyper_parameter_leaves_the_model_as_it_was() -> None:
-    model = build()
-    with pytest.raises(ValueError, match="at least 0"):
-        sparsify(model, "latte", theta=-1.0)
-    assert not any(isinstance(m, Host) for m in model.modules())
-
-
-def test_a_second_mechanism_in_the_same_place_is_an_error_that_says_what_to_do() -> None:
-    model = build()
-    sparsify(model, "latte")
-    with pytest.raises(ValueError, match=r"already holds mechanisms.*densify"):
-        sparsify(model, "mean")
-
-
-def test_a_second_mechanism_in_some_of_the_places_is_an_error_too() -> None:
-    model = build()
-    sparsify(model, "latte", where=r"blocks\.0")
-    with pytest.raises(ValueError, match="already holds"):
-        sparsify(model, "mean", where=r"blocks\.[01]")
-    assert [name for name, m in model.named_modules() if isinstance(m, Host)] == BLOCKS[:1]
-
-
-def test_another_place_may_hold_another_mechanism() -> None:
-    model = build()
-    sparsify(model, "latte", where=r"blocks\.0")
-    sparsify(model, "mean", where=r"blocks\.[12]")
-    kinds = [type(model.get_submodule(block).mechanism) for block in BLOCKS]
-    assert kinds == [Latte, Mean, Mean]
-
-
-def test_a_model_without_attention_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"Sequential has no attention module.*timm\.layers\.attention\.Attention"):
-        sparsify(nn.Sequential(nn.Linear(2, 2)), "latte")
-
-
-def test_a_bare_attention_module_is_referred_to_mount() -> None:
-    with pytest.raises(ValueError, match=r"call mount\(\)"):
-        sparsify(Attention(32, 2), "latte")
-
-
-@pytest.mark.parametrize("module", [nn.Linear(2, 2), nn.MultiheadAttention(8, 2)], ids=lambda m: type(m).__name__)
-def test_a_module_that_no_host_knows_is_refused(module: nn.Module) -> None:
-    with pytest.raises(TypeError, match=r"no host knows torch\.nn.*mountable:.*timm\.layers\.attention\.Attention"):
-        mount(module, Dense)
 
 
 class Doubled(Attention):
