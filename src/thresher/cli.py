@@ -207,11 +207,11 @@ def _identities(loggers: Sequence[Any]) -> dict[str, str]:
 def _commands(cfg: DictConfig, best: str) -> dict[str, str]:
     """Return the commands to go on with: evaluation, and the dense baseline of the same schedule."""
     commands = {"evaluate this checkpoint": f"python eval.py ckpt={_quoted(best)}"} if best else {}
-    dense = cfg.attention["_target_"].endswith(".Dense")
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() and not dense else []
-    named = {o.partition("=")[0].lstrip("+~"): o for o in given}
+    if not HydraConfig.initialized() or cfg.attention["_target_"].endswith(".Dense"):
+        return commands
+    named = {o.partition("=")[0].lstrip("+~"): o for o in HydraConfig.get().overrides.task}
     own = ("attention", "compute", "run", "ckpt_path", "train", "optimized_metric", "logger")
-    if HydraConfig.initialized() and not dense and "experiment" not in named:
+    if "experiment" not in named:
         kept = [shlex.quote(o) for key, o in named.items() if key.partition(".")[0] not in own]
         commands["train the dense baseline of the same schedule"] = " ".join(
             ["python train.py attention=dense compute=free", *kept]

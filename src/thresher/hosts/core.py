@@ -75,13 +75,14 @@ def inject(model: nn.Module, make: MakeMechanism, *, where: str | None = None) -
         ValueError: Nothing matched, or the model already holds a mechanism there.
     """
     _load_hosts()
-    if any(isinstance(m, Host) and (where is None or re.search(where, name)) for name, m in model.named_modules()):
-        raise ValueError("the model already holds mechanisms there; call densify() first")
     modules = dict(model.named_modules(remove_duplicate=False))
+    taken = [name for name, module in modules.items() if isinstance(module, Host)]
+    if any(where is None or re.search(where, name) for name in taken):
+        raise ValueError("the model already holds mechanisms there; call densify() first")
     known = [name for name, module in modules.items() if mount.dispatch(type(module)) is not _UNKNOWN]
     names = [name for name in known if where is None or re.search(where, name)]
     if not names:
-        raise ValueError(_nothing_matched(model, where, known))
+        raise ValueError(_nothing_matched(model, where, known + taken))
     hosts = {module: mount(module, make) for module in dict.fromkeys(modules[name] for name in names)}
     for name in names:
         _replace(model, name, hosts[modules[name]])
@@ -153,8 +154,6 @@ def _mountable() -> list[str]:
 
 
 def _nothing_matched(model: nn.Module, where: str | None, known: list[str]) -> str:
-    if any(isinstance(module, Host) for module in model.modules()):
-        return "the model already holds mechanisms there; call densify() first"
     if known:
         return f"no attention module matches {where!r}; there are: {', '.join(known)}"
     kinds = sorted({_qualified_name(type(m)) for m in model.modules() if "attention" in type(m).__name__.lower()})
