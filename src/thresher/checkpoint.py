@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 RECORD = "thresher"
 SECRET = re.compile(
@@ -106,7 +107,14 @@ def load_weights(task: nn.Module, state: Mapping[str, Tensor], other_attention: 
                 if keys
             )
         )
-    task.load_state_dict(plain, strict=False)
+    task.load_state_dict({key: _spread_like(own[key], value) for key, value in plain.items()}, strict=False)
+
+
+def _spread_like(own: Tensor, value: Tensor) -> Tensor:
+    """Return the part of a stored tensor that this process holds, where the network is sharded."""
+    if isinstance(own, DTensor):
+        return distribute_tensor(value, own.device_mesh, own.placements)
+    return value
 
 
 def _values(node: Any, key: str | None) -> Iterator[Any]:

@@ -90,6 +90,13 @@ class Task(pl.LightningModule, ABC):
 
     # Training
 
+    def configure_model(self) -> None:
+        """Shard the network where the strategy spreads it over processes; thresholds stay whole in each."""
+        if self.device_mesh is not None:
+            from thresher.tasks.sharding import shard
+
+            shard(self.net, self.device_mesh["data_parallel"], threshold_parameters(self.net).values())
+
     @property
     def progress(self) -> float:
         """Share of the training steps that are done."""
@@ -164,6 +171,10 @@ class Task(pl.LightningModule, ABC):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log how hard the task and the budget pull at the thresholds."""
         thresholds = list(threshold_parameters(self.net).values())
+        if self.device_mesh is not None:
+            from thresher.tasks.sharding import average_gradients
+
+            average_gradients(thresholds)
         if not thresholds or self.global_step % GRADIENT_LOG_EVERY:
             return
         total = torch.cat([torch.zeros_like(t) if t.grad is None else t.grad for t in thresholds])

@@ -1,0 +1,39 @@
+"""Several processes by the commands that people use: sharded weights train as replicated ones do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.running import CONF, TINY
+from thresher import cli
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+TWO = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true", "trainer.max_epochs=1")
+
+
+def train(folder: Path, *overrides: str) -> dict[str, torch.Tensor]:
+    command = [sys.executable, "train.py", *TINY, *TWO, f"run.dir='{folder}'", *overrides]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    state: dict[str, torch.Tensor] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return state
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_as_replicated_ones(tmp_path: Path) -> None:
+    replicated = train(tmp_path / "ddp", "trainer=ddp", "test=false")
+    sharded = train(tmp_path / "fsdp", "trainer=fsdp")
+    assert sharded.keys() == replicated.keys()
+    for name, value in sharded.items():
+        torch.testing.assert_close(value, replicated[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    moved = [value for name, value in sharded.items() if name.endswith("offset")]
+    assert moved
+    assert all(bool(value.any()) for value in moved)
+
+    kept = cli.evaluate([f"ckpt='{tmp_path}/fsdp/checkpoints/best.ckpt'", "trainer=cpu"], CONF)["test/kept"]
+    assert 0 < kept <= 1
