@@ -7,16 +7,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.attention.helpers import first, noise_like
-from thresher.attention import Call, Pattern
+from tests.attention.helpers import noise_like
 from thresher.attention.functional import (
     MAX_EXCESS,
-    count_pairs,
     expand_heads,
     gated_softmax,
     masked_softmax,
     straight_through,
-    visible_pairs,
     with_slope,
 )
 
@@ -25,49 +22,6 @@ CPU = torch.device("cpu")
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return noise_like(torch.empty(shape, dtype=torch.float64), seed=seed)
-
-
-@pytest.mark.parametrize("pattern", Pattern)
-@pytest.mark.parametrize("parts", list(itertools.product([False, True], repeat=3)), ids=str)
-def test_visible_pairs_is_the_conjunction_of_its_parts_pair_by_pair(pattern: Pattern, parts: tuple[bool, ...]) -> None:
-    b, h, n, m = 2, 3, 4, 6
-    queries, keys = first([4, 2], n), first([5, 3], m).flip(1)
-    pairs = randn(b, h, n, m) > 0
-    call = Call(
-        queries=queries if parts[0] else None, keys=keys if parts[1] else None, pairs=pairs if parts[2] else None
-    )
-    visible = visible_pairs(call, pattern, n, m, CPU)
-    if visible is None:
-        assert not any(parts)
-        assert pattern is not Pattern.CAUSAL_SELF
-        return
-    for x, y, i, j in itertools.product(range(b), range(h), range(n), range(m)):
-        wanted = (
-            (not parts[0] or queries[x, i])
-            and (not parts[1] or keys[x, j])
-            and (not parts[2] or pairs[x, y, i, j])
-            and (pattern is not Pattern.CAUSAL_SELF or j <= i + m - n)
-        )
-        assert bool(visible.expand(b, h, n, m)[x, y, i, j]) == bool(wanted)
-
-
-def test_a_mask_of_pairs_may_be_shared_by_examples_and_heads() -> None:
-    pairs = torch.ones(1, 1, 4, 4, dtype=torch.bool).triu()
-    visible = visible_pairs(Call(pairs=pairs, keys=first([4, 3], 4)), Pattern.CAUSAL_SELF, 4, 4, CPU)
-    assert visible is not None
-    assert torch.equal(visible[0, 0], torch.eye(4).bool())
-    assert torch.equal(visible[1, 0], torch.eye(4).bool() & (torch.arange(4) < 3))
-
-
-@pytest.mark.parametrize("m", [1, 5])
-def test_one_query_sees_all_keys_in_causal_attention(m: int) -> None:
-    visible = visible_pairs(Call(), Pattern.CAUSAL_SELF, 1, m, CPU)
-    assert visible is None or visible.all()
-
-
-def test_causal_self_attention_refuses_more_queries_than_keys() -> None:
-    with pytest.raises(ValueError, match="3 queries, 2 keys"):
-        visible_pairs(Call(), Pattern.CAUSAL_SELF, 3, 2, CPU)
 
 
 def test_heads_are_shared_in_consecutive_groups() -> None:
@@ -116,16 +70,6 @@ def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other() -
     assert_close(result, hard.round(), atol=1e-15, rtol=0)
     (gradient,) = torch.autograd.grad(result.sum(), soft)
     assert_close(gradient, 2 * soft)
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 3, 4), (2, 1, 1, 4), (1, 3, 3, 4), (2, 3, 3, 4), (2, 1, 3, 1)])
-def test_pairs_are_counted_for_every_example_and_head(shape: tuple[int, ...]) -> None:
-    pairs = randn(*shape) > 0
-    assert torch.equal(count_pairs(pairs, (2, 3, 3, 4), pairs.device), pairs.expand(2, 3, 3, 4).sum((2, 3)).float())
-
-
-def test_no_mask_counts_every_pair() -> None:
-    assert torch.equal(count_pairs(None, (2, 3, 5, 4), torch.device("cpu")), torch.full((2, 3), 20.0))
 
 
 @pytest.mark.parametrize("variable", [torch.tensor([0.3, 0.7]), torch.tensor([torch.inf, -torch.inf])])

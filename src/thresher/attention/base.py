@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from thresher.attention import functional
+from thresher.attention import visibility
 
 
 class Pattern(Enum):
@@ -151,7 +151,7 @@ class Mechanism(nn.Module, ABC):
     def visible(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b hk m d"], call: Call) -> Bool[Tensor, "b h n m"]:
         """Return the dense mask of visible pairs, for references and tests."""
         shape = (*q.shape[:3], k.shape[2])
-        pairs = functional.visible_pairs(call, self.pattern, shape[2], shape[3], q.device)
+        pairs = visibility.visible_pairs(call, self.pattern, shape[2], shape[3], q.device)
         return q.new_ones(shape).bool() if pairs is None else pairs.expand(shape)
 
     def expectation(

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from thresher.attention.base import Attended, Call, Cost, Mechanism
-from thresher.attention.functional import count_pairs, expand_heads, hide_tokens, visible_pairs
+from thresher.attention.functional import expand_heads
+from thresher.attention.visibility import count_pairs, hide_tokens, visible_pairs
 
 
 class Dense(Mechanism):
@@ -22,7 +23,7 @@ class Dense(Mechanism):
         shape = (*q.shape[:3], k.shape[2])
         k, v = expand_heads(k, shape[1]), expand_heads(v, shape[1])
         visible = visible_pairs(call, self.pattern, shape[2], shape[3], q.device)
-        q, k, v = hide_tokens(q, k, v, visible)
+        q, k, v = hide_tokens(q, k, v, call, self.pattern)
         mask, empty = call.bias, None
         if visible is not None:
             # Backends differ on rows without a key, so such a row attends to everything and is zeroed afterwards.

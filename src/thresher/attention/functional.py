@@ -1,56 +1,12 @@
-"""Arithmetic that mechanisms share: visibility, masked softmax, straight-through, pair counts.
+"""Arithmetic that mechanisms share: masked softmax, straight-through, gradients known in closed form."""
 
-Masks are boolean, True is visible, and None is "everything", which costs nothing to apply.
-"""
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from thresher.attention.base import Call, Pattern
-
 MAX_EXCESS = 30.0
-
-
-def visible_pairs(
-    call: "Call", pattern: "Pattern", n: int, m: int, device: torch.device
-) -> Bool[Tensor, "#b #h #n m"] | None:
-    """Combine causality, padding and `call.pairs` into one broadcastable mask, or None if all is visible.
-
-    With fewer queries than keys a causal mask is aligned to the lower right: the queries are the last ones.
-
-    Raises:
-        ValueError: Causal self attention with more queries than keys.
-    """
-    visible: Tensor | None = None
-    if pattern.causal and not pattern.cross and n > 1:
-        if n > m:
-            raise ValueError(f"causal self attention needs at least as many keys as queries, got {n} queries, {m} keys")
-        visible = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)[None, None]
-    for part in (
-        None if call.keys is None else call.keys[:, None, None, :],
-        None if call.queries is None else call.queries[:, None, :, None].expand(-1, -1, -1, m),
-        call.pairs,
-    ):
-        if part is not None:
-            visible = part if visible is None else visible & part
-    return visible
-
-
-def hide_tokens(
-    q: Float[Tensor, "b h n d"],
-    k: Float[Tensor, "b h m d"],
-    v: Float[Tensor, "b h m dv"],
-    visible: Bool[Tensor, "#b #h #n m"] | None,
-) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h m d"], Float[Tensor, "b h m dv"]]:
-    """Zero the tokens that no pair can see, so that nothing (NaN included) leaks out of padding."""
-    if visible is None:
-        return q, k, v
-    unseen = ~visible.any(-2)[..., None]
-    return q.masked_fill(~visible.any(-1)[..., None], 0), k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
 
 
 def expand_heads(x: Float[Tensor, "b hk m d"], num_heads: int) -> Float[Tensor, "b h m d"]:
@@ -91,16 +47,6 @@ def masked_softmax(
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """Return the value of `hard` with the gradient of `soft`."""
     return hard + (soft - soft.detach())
-
-
-def count_pairs(
-    pairs: Bool[Tensor, "#b #h #n m"] | None, shape: tuple[int, int, int, int], device: torch.device
-) -> Float[Tensor, "b h"]:
-    """Count the pairs of a broadcastable mask for each example and head of `shape` = (b, h, n, m)."""
-    b, h, n, m = shape
-    if pairs is None:
-        return torch.full((b, h), float(n * m), device=device)
-    return pairs.expand(-1, -1, n, m).sum((-2, -1)).float().expand(b, h)
 
 
 class _WithSlope(torch.autograd.Function):

@@ -27,17 +27,15 @@ from torch.nn import functional as F
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
 from thresher.attention.functional import (
     at_least_fp32,
-    count_pairs,
     expand_heads,
     fill_hidden,
     gated_softmax,
-    hide_tokens,
     masked_softmax,
     straight_through,
-    visible_pairs,
 )
 from thresher.attention.quantise import Split, completed_product, estimated_product, quantise, split_codes
 from thresher.attention.thresholds import Gate, Thresholds
+from thresher.attention.visibility import count_pairs, hide_tokens, visible_pairs
 
 Mode = Literal["ste", "soft", "hard"]
 Scoring = Literal["exact", "int8"]
@@ -102,7 +100,7 @@ class Latte(Mechanism):
         shape = (*q.shape[:3], k.shape[2])
         k, v = expand_heads(k, shape[1]), expand_heads(v, shape[1])
         visible = visible_pairs(call, self.pattern, shape[2], shape[3], q.device)
-        q, k, v = hide_tokens(q, k, v, visible)
+        q, k, v = hide_tokens(q, k, v, call, self.pattern)
         with torch.autocast(q.device.type, enabled=False):
             scores, estimate = self.scores(at_least_fp32(q), at_least_fp32(k), call)
             best = fill_hidden(estimate, visible, float("-inf")).amax(-1, keepdim=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from thresher.attention.base import Attended, Call, Cost, Mechanism
-from thresher.attention.functional import at_least_fp32, count_pairs, expand_heads, hide_tokens, visible_pairs
+from thresher.attention.functional import at_least_fp32, expand_heads
+from thresher.attention.visibility import count_pairs, hide_tokens, visible_pairs
 
 
 class Mean(Mechanism):
@@ -22,7 +23,7 @@ class Mean(Mechanism):
         shape = (*q.shape[:3], k.shape[2])
         k, v = expand_heads(k, shape[1]), expand_heads(v, shape[1])
         visible = visible_pairs(call, self.pattern, shape[2], shape[3], q.device)
-        q, k, v = hide_tokens(q, k, v, visible)
+        q, k, v = hide_tokens(q, k, v, call, self.pattern)
         weights = at_least_fp32(v.new_ones(shape)) if visible is None else at_least_fp32(v.new_zeros(shape)) + visible
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1)
         out = F.dropout(weights, self.dropout, self.training).to(v.dtype) @ v

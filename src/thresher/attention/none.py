@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
-from thresher.attention.functional import count_pairs, expand_heads, hide_tokens, visible_pairs
+from thresher.attention.functional import expand_heads
+from thresher.attention.visibility import count_pairs, hide_tokens, visible_pairs
 
 
 class NoAttention(Mechanism):
@@ -27,7 +28,7 @@ class NoAttention(Mechanism):
             raise ValueError(f"self attention needs a value for every query, got {n} queries and {m} values")
         k, v = expand_heads(k, h), expand_heads(v, h)
         visible = visible_pairs(call, self.pattern, n, m, q.device)
-        q, k, v = hide_tokens(q, k, v, visible)
+        q, k, v = hide_tokens(q, k, v, call, self.pattern)
         own = v.new_ones(b, h, n, dtype=torch.bool)
         if visible is not None:
             own = visible.expand(-1, -1, n, m).diagonal(m - n, -2, -1).expand(b, h, n)
