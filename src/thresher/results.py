@@ -48,7 +48,7 @@ def print_results(title: str, metrics: Mapping[str, float], heads: Path | None, 
 
 def heads_table(heads: Mapping[str, Any]) -> Table:
     """Make a table of what each layer and head kept, with its threshold where it has one."""
-    table = Table(title="kept (threshold in nats) by layer and head", title_justify="left")
+    table = Table(title="kept (threshold) by layer and head", title_justify="left")
     table.add_column("layer", no_wrap=True)
     table.add_column("kept", justify="right")
     for i in range(max((len(layer["heads"]) for layer in heads["layers"]), default=0)):

@@ -42,6 +42,11 @@ def difference_of(scores: Tensor, visible: Tensor) -> Tensor:
     return (best - scores).masked_fill(~visible, torch.inf)
 
 
+def spread_by_definition(judged: Tensor, visible: Tensor) -> Tensor:
+    best = judged.masked_fill(~visible, -torch.inf).amax(-1, keepdim=True)
+    return best - torch.where(visible, judged, 0).sum(-1, keepdim=True) / visible.sum(-1, keepdim=True)
+
+
 def weights_of(mechanism: Mechanism, inputs: Inputs, call: Call | None = None) -> Tensor:
     """Read the attention weights: with one-hot values the output is the weights."""
     b, h, m, _ = inputs.k.shape
@@ -60,7 +65,13 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 
 
 def reference_with_gate(
-    inputs: Inputs, theta: Tensor, tau: float, visible: Tensor, into_scores: bool, bits: int | None = None
+    inputs: Inputs,
+    theta: Tensor,
+    tau: float,
+    visible: Tensor,
+    into_scores: bool,
+    bits: int | None = None,
+    spread: bool = False,
 ) -> Tensor:
     """The straight-through gate for autograd: (m + g - g.detach()) * exp(S - M), normalised; M is a constant."""
     scores = scores_of(inputs)
@@ -69,6 +80,8 @@ def reference_with_gate(
     difference = best - judged
     if into_scores:
         difference = difference - (scores - scores.detach())
+    if spread:
+        difference = difference / spread_by_definition(judged, visible)
     theta = theta[:, None, None]
     keep = (difference <= theta) & visible
     soft = ((theta - difference) / tau).sigmoid()

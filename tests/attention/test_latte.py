@@ -22,6 +22,7 @@ from tests.attention.latte_reference import (
     masked_attention,
     reference_with_gate,
     scores_of,
+    spread_by_definition,
 )
 from thresher import sparsify
 from thresher.attention import Call, Pattern
@@ -109,8 +110,12 @@ def test_t5_the_gradient_of_theta_is_the_closed_form() -> None:
 
 @pytest.mark.parametrize("into_scores", [True, False])
 @pytest.mark.parametrize("est_bits", [4, "exact"])
-def test_t5_all_gradients_are_those_of_a_straight_through_gate(est_bits: int | str, into_scores: bool) -> None:
-    mechanism = latte(theta=1.5, tau=0.5, est_bits=est_bits, gate_grad_to_scores=into_scores)
+@pytest.mark.parametrize("unit", ["nats", "spread"])
+def test_t5_all_gradients_are_those_of_a_straight_through_gate(
+    unit: str, est_bits: int | str, into_scores: bool
+) -> None:
+    theta = 1.5 if unit == "nats" else 0.625
+    mechanism = latte(theta=theta, tau=0.5, unit=unit, est_bits=est_bits, gate_grad_to_scores=into_scores)
     inputs = draw(mechanism, spread=1.5)
     inputs.k[1, :, 5:] = 0
     call = Call(keys=first([7, 5], 7))
@@ -119,11 +124,12 @@ def test_t5_all_gradients_are_those_of_a_straight_through_gate(est_bits: int | s
     leaves["thresholds.offset"] = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     out = reference_with_gate(
         Inputs(leaves["q"], leaves["k"], leaves["v"]),
-        1.5 + leaves["thresholds.offset"],
+        theta + leaves["thresholds.offset"],
         0.5,
         mechanism.visible(inputs.q, inputs.k, call),
         into_scores,
         est_bits if isinstance(est_bits, int) else None,
+        spread=unit == "spread",
     )
     assert_close(attended.out, out, atol=1e-12, rtol=1e-12)
     wanted = torch.autograd.grad((out * noise_like(out)).sum(), list(leaves.values()))
@@ -133,9 +139,12 @@ def test_t5_all_gradients_are_those_of_a_straight_through_gate(est_bits: int | s
 
 @pytest.mark.parametrize("into_scores", [True, False])
 @pytest.mark.parametrize("est_bits", [4, "exact"])
-def test_t5_all_gradients_of_soft_mode_are_those_of_its_formula(est_bits: int | str, into_scores: bool) -> None:
+@pytest.mark.parametrize("unit", ["nats", "spread"])
+def test_t5_all_gradients_of_soft_mode_are_those_of_its_formula(
+    unit: str, est_bits: int | str, into_scores: bool
+) -> None:
     """softmax(S + log sigmoid((theta - difference) / tau)), the best score and the estimate's error held constant."""
-    mechanism = latte(theta=1.5, tau=0.5, mode="soft", est_bits=est_bits, gate_grad_to_scores=into_scores)
+    mechanism = latte(theta=1.5, tau=0.5, mode="soft", unit=unit, est_bits=est_bits, gate_grad_to_scores=into_scores)
     inputs = draw(mechanism, spread=1.5)
     attended, found = gradients(mechanism, inputs, cost=0)
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.leaves().items()}
@@ -144,6 +153,8 @@ def test_t5_all_gradients_of_soft_mode_are_those_of_its_formula(est_bits: int | 
     difference = judged.amax(-1, keepdim=True) - judged
     if into_scores:
         difference = difference - (scores - scores.detach())
+    if unit == "spread":
+        difference = difference / spread_by_definition(judged, torch.ones_like(judged).bool())
     leaves["thresholds.offset"] = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     theta = 1.5 + leaves["thresholds.offset"][:, None, None]
     gate = ((theta - difference) / 0.5).sigmoid()

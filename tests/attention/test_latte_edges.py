@@ -21,6 +21,7 @@ from tests.attention.latte_reference import (
     latte,
     scales_of,
     scores_of,
+    spread_by_definition,
     weights_of,
 )
 from thresher.attention import Call, Mechanism, Pattern
@@ -37,6 +38,8 @@ VARIANTS = [
     {"theta": 2.0, "mode": "soft", "gate_grad_to_scores": False},
     {"theta": 1.0, "mode": "hard"},
     {"theta": 1.0, "always_keep": 2},
+    {"theta": 0.6, "unit": "spread"},
+    {"theta": 0.6, "unit": "spread", "mode": "soft", "est_bits": "exact"},
     {"theta": 0.0},
     {"theta": math.inf, "scoring": "int8"},
 ]
@@ -349,6 +352,26 @@ def test_another_length_shifts_the_thresholds_of_a_mechanism() -> None:
     mechanism = latte(theta=1.5)
     mechanism.thresholds.transfer_length(128, 256)
     assert_close(mechanism.thresholds.values(), torch.full((2,), 1.5 + math.log(2)).double())
+
+
+def test_thresholds_in_spreads_do_not_depend_on_the_length() -> None:
+    with pytest.raises(ValueError, match="count the spread of their row"):
+        latte(unit="spread").thresholds.transfer_length(128, 256)
+
+
+@pytest.mark.parametrize("pattern", Pattern)
+def test_in_spreads_a_row_keeps_the_keys_above_a_share_of_the_way_from_its_mean_to_its_best(pattern: Pattern) -> None:
+    mechanism = latte(pattern, theta=0.6, unit="spread", est_bits="exact")
+    inputs = draw(mechanism, spread=1.5)
+    for call in (Call(), padded(pattern)):
+        visible = mechanism.visible(inputs.q, inputs.k, call)
+        scores = scores_of(inputs)
+        bound = scores.masked_fill(~visible, -math.inf).amax(-1, keepdim=True)
+        bound = bound - 0.6 * spread_by_definition(scores, visible)
+        wanted = (scores >= bound) & visible
+        assert torch.equal(kept_by(mechanism, inputs, call), wanted)
+        flat = Inputs(inputs.q * 0.01, inputs.k, inputs.v)
+        assert torch.equal(kept_by(mechanism, flat, call), wanted), "the scale of a row matters"
 
 
 def test_dropout_follows_the_renormalisation() -> None:

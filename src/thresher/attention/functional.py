@@ -93,27 +93,35 @@ def bounded_below(x: Tensor, low: float) -> Tensor:
 
 class _GatedSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, theta: Tensor, keep: Tensor, slope: Tensor, into_scores: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        scores: Tensor,
+        theta: Tensor,
+        keep: Tensor,
+        slope: Tensor,
+        into_scores: bool,
+        unit: Tensor | None,
+    ) -> Tensor:
         best = scores.masked_fill(~keep, float("-inf")).amax(-1, keepdim=True)
         best = best.masked_fill(best == float("-inf"), 0)
         share = (scores - best).clamp_max_(MAX_EXCESS).exp_()
         weights = share * keep
         total = weights.sum(-1, keepdim=True)
         total = total.masked_fill(total == 0, 1)
-        ctx.save_for_backward(share.div_(total), keep, slope)
+        ctx.save_for_backward(share.div_(total), keep, slope, unit)
         ctx.into_scores, ctx.theta_shape = into_scores, theta.shape
         return weights.div_(total)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        share, keep, slope = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        share, keep, slope, unit = ctx.saved_tensors
         weights = share * keep
         benefit = grads[0] - (grads[0] * weights).sum(-1, keepdim=True)
         through_gate = (share * slope).mul_(benefit)
         through_scores = weights.mul_(benefit)
         if ctx.into_scores:
-            through_scores = through_scores.add_(through_gate)
-        return through_scores, through_gate.sum_to_size(ctx.theta_shape), None, None, None
+            through_scores = through_scores.add_(through_gate if unit is None else through_gate / unit)
+        return through_scores, through_gate.sum_to_size(ctx.theta_shape), None, None, None, None
 
 
 def gated_softmax(
@@ -122,14 +130,16 @@ def gated_softmax(
     keep: Bool[Tensor, "b h n m"],
     slope: Float[Tensor, "b h n m"],
     into_scores: bool,
+    unit: Float[Tensor, "b h n 1"] | None = None,
 ) -> Float[Tensor, "b h n m"]:
     """Softmax over the kept keys, in which a threshold receives the gradient of its gate.
 
     With e = exp(score), Z the sum of e over kept keys and P the result, dL/dgate = (e / Z) (dL/dP - sum P dL/dP),
     for kept and dropped keys alike, and dL/dtheta = sum dL/dgate * slope: what autograd would find for
     gate * e / sum(gate * e) with a straight-through gate, in a third of the passes over memory. Scores receive the
-    gradient of the masked softmax and, if `into_scores`, that of the gate besides, the row's best held constant.
+    gradient of the masked softmax and, if `into_scores`, that of the gate besides, the row's best held constant;
+    `unit` is what one unit of theta is worth in scores, 1 by default.
 
     A dropped key can outweigh the kept ones, if an estimate misjudged it; its excess counts up to 30 nats.
     """
-    return _GatedSoftmax.apply(scores, theta, keep, slope, into_scores)
+    return _GatedSoftmax.apply(scores, theta, keep, slope, into_scores, unit)

@@ -2,11 +2,12 @@
 
 Keeps      key j of row i iff max_j S_ij - S_ij <= theta_h, S estimated from the top bits of 8-bit codes. Since
            P_ij / max_j P_ij = exp(S_ij - max_j S_ij), this keeps the keys whose probability is at least
-           exp(-theta_h) of the row's largest.
+           exp(-theta_h) of the row's largest. With `unit=spread` theta is measured, row by row, in distances from the
+           best estimate to the mean one: a row keeps about the same number of keys whether it is flat or peaked.
 Costs      in 8-bit MACs: D (bits/8)^2 a visible pair for the estimate, and for each kept pair the rest of
            its score, D (1 - (bits/8)^2), and Dv for its value. With 4 bits and D = Dv that is (1 + 7 kept) / 8
            of dense. The exact score of a kept pair is counted as the 8-bit one that it stands for;
-           `scoring=int8` computes that one. Comparisons, maxima and the softmax are not counted.
+           `scoring=int8` computes that one. Comparisons, maxima, means and the softmax are not counted.
 Trains     theta, one for each head (see `thresholds.py` for base and offset). `ste`: hard gate forward,
            gradient of a sigmoid of width tau; `soft`: that sigmoid also forward in training; `hard`: theta is fixed.
 Emulates   the pruning accelerator of the paper: this file computes all scores and discards. Training needs them (a
@@ -14,13 +15,14 @@ Emulates   the pruning accelerator of the paper: this file computes all scores a
 Ours       what the paper's abstract leaves open: the scale of the codes (keys: one for each example and head, in
            causal attention one for each token, where a shared one would see the future; queries: one for each
            token, since the rule compares within a row and padded queries must not matter), rounding instead of
-           truncation in the split, the surrogate, and where its gradient goes. The gradient of the compute term
-           never reaches the scores: a model could otherwise save pairs by inflating its logits.
+           truncation in the split, the surrogate, where its gradient goes, and `unit=spread`. The gradient of the
+           compute term never reaches the scores: a model could otherwise save pairs by inflating its logits.
 """
 
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,6 +41,7 @@ from thresher.attention.visibility import count_pairs, hide_tokens, visible_pair
 
 Mode = Literal["ste", "soft", "hard"]
 Scoring = Literal["exact", "int8"]
+Unit = Literal["nats", "spread"]
 
 
 class Latte(Mechanism):
@@ -49,8 +52,10 @@ class Latte(Mechanism):
         split: How codes are split into high and low bits, "round" or "truncate".
         scoring: Scores of kept pairs: "exact", or "int8" for the completed 8-bit product.
         mode: "ste", "soft" or "hard"; evaluation is hard in all three.
-        theta: Initial threshold in nats, at least 0.
-        tau: Width of the surrogate gradient in nats.
+        unit: Of thresholds: "nats", the rule of the paper, or "spread", the distance from a row's best estimate to its
+            mean one.
+        theta: Initial threshold in that unit, at least 0.
+        tau: Width of the surrogate gradient in that unit.
         trainable: Whether thresholds receive gradients; `hard` implies that they do not.
         gate_grad_to_scores: Let the task's gate gradient reach the scores too, so that a dropped key can climb back.
         always_keep: Number of leading keys (class token, sink) that are kept wherever visible.
@@ -71,6 +76,7 @@ class Latte(Mechanism):
         split: Split = "round",
         scoring: Scoring = "exact",
         mode: Mode = "ste",
+        unit: Unit = "nats",
         theta: float = 6.9,
         tau: float = 0.5,
         trainable: bool = True,
@@ -83,6 +89,7 @@ class Latte(Mechanism):
             ("split", split, get_args(Split)),
             ("scoring", scoring, get_args(Scoring)),
             ("mode", mode, get_args(Mode)),
+            ("unit", unit, get_args(Unit)),
         ):
             if got not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {got!r}")
@@ -92,9 +99,10 @@ class Latte(Mechanism):
         self.split: Split = split
         self.scoring = scoring
         self.mode = mode
+        self.unit = unit
         self.gate_grad_to_scores = gate_grad_to_scores
         self.always_keep = always_keep
-        self.thresholds = Thresholds(num_heads, init=theta, tau=tau, trainable=trainable and mode != "hard")
+        self.thresholds = Thresholds(num_heads, init=theta, tau=tau, trainable=trainable and mode != "hard", unit=unit)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
         shape = (*q.shape[:3], k.shape[2])
@@ -104,9 +112,11 @@ class Latte(Mechanism):
         with torch.autocast(q.device.type, enabled=False):
             scores, estimate = self.scores(at_least_fp32(q), at_least_fp32(k), call)
             best = fill_hidden(estimate, visible, float("-inf")).amax(-1, keepdim=True)
-            difference = best.masked_fill(best == float("-inf"), 0) - estimate
+            best = best.masked_fill(best == float("-inf"), 0)
+            unit = spread_of(estimate, best, visible) if self.unit == "spread" else None
+            difference = best - estimate if unit is None else (best - estimate) / unit
             gate = self.thresholds(difference, visible, self.always_keep, surrogate=self.mode != "hard")
-            weights = self.weights(scores, difference, gate, visible)
+            weights = self.weights(scores, difference, unit, gate, visible)
             weights = F.dropout(weights, self.dropout, self.training)
         return Attended(weights.to(v.dtype) @ v, self.cost(gate, count_pairs(visible, shape, q.device), v.shape[-1]))
 
@@ -129,17 +139,19 @@ class Latte(Mechanism):
             scores, estimate = scores + call.bias, estimate + call.bias.detach()
         return scores, estimate
 
-    def weights(self, scores: Tensor, difference: Tensor, gate: Gate, visible: Tensor | None) -> Tensor:
+    def weights(
+        self, scores: Tensor, difference: Tensor, unit: Tensor | None, gate: Gate, visible: Tensor | None
+    ) -> Tensor:
         """Return the softmax over kept keys, with the gate's gradient when one is wanted."""
         if self.mode == "soft" and self.training:
             if self.gate_grad_to_scores:
-                difference = straight_through(difference, -scores)
+                difference = straight_through(difference, -scores if unit is None else -scores / unit)
             return masked_softmax(
                 scores + F.logsigmoid(self.thresholds.margin(difference, visible, self.always_keep)), visible
             )
         if gate.slope is None:
             return masked_softmax(scores, gate.keep)
-        return gated_softmax(scores, gate.theta, gate.keep, gate.slope, self.gate_grad_to_scores)
+        return gated_softmax(scores, gate.theta, gate.keep, gate.slope, self.gate_grad_to_scores, unit)
 
     def cost(self, gate: Gate, visible: Tensor, value_dim: int) -> Cost:
         share = 1.0 if isinstance(self.est_bits, str) else (self.est_bits / 8) ** 2
@@ -153,4 +165,17 @@ class Latte(Mechanism):
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, est_bits={self.est_bits}, scoring={self.scoring}, mode={self.mode}"
+        own = f"est_bits={self.est_bits}, scoring={self.scoring}, mode={self.mode}, unit={self.unit}"
+        return f"{super().extra_repr()}, {own}"
+
+
+def spread_of(
+    estimate: Float[Tensor, "b h n m"], best: Float[Tensor, "b h n 1"], visible: Bool[Tensor, "#b #h #n m"] | None
+) -> Float[Tensor, "b h n 1"]:
+    """Return how far the best of a row lies above the mean of its visible keys; positive where all are equal, too."""
+    if visible is None:
+        mean = estimate.mean(-1, keepdim=True)
+    else:
+        count = visible.sum(-1, keepdim=True).clamp_min(1)
+        mean = estimate.masked_fill(~visible, 0).sum(-1, keepdim=True) / count
+    return (best - mean).clamp_min(torch.finfo(estimate.dtype).eps)

@@ -38,13 +38,14 @@ class Gate(NamedTuple):
 
 
 class Thresholds(nn.Module):
-    """Head-wise thresholds on score differences, in nats.
+    """Head-wise thresholds on score differences.
 
     Args:
         num_heads: Number of thresholds.
         init: Initial base, at least 0; infinity keeps everything.
-        tau: Width of the surrogate, in nats.
+        tau: Width of the surrogate, in the same unit.
         trainable: Whether `offset` receives gradients.
+        unit: What differences are measured in: "nats", or the "spread" of their row.
 
     Raises:
         ValueError: `init` is negative or not a number, or `tau` is not positive.
@@ -53,7 +54,7 @@ class Thresholds(nn.Module):
     base: Tensor
     tau: Tensor
 
-    def __init__(self, num_heads: int, *, init: float, tau: float, trainable: bool) -> None:
+    def __init__(self, num_heads: int, *, init: float, tau: float, trainable: bool, unit: str = "nats") -> None:
         super().__init__()
         if not init >= 0:
             raise ValueError(f"a threshold must be at least 0, got {init}: below 0 even the best key would be dropped")
@@ -62,6 +63,7 @@ class Thresholds(nn.Module):
         self.register_buffer("base", torch.full((num_heads,), float(init)))
         self.register_buffer("tau", torch.tensor(float(tau)))
         self.offset = nn.Parameter(torch.zeros(num_heads), requires_grad=trainable)
+        self.unit = unit
 
     def values(self) -> Float[Tensor, " h"]:
         """Return theta, differentiable towards `offset`."""
@@ -105,7 +107,12 @@ class Thresholds(nn.Module):
         """Scale for another number of keys: theta(new) = theta(old) + ln(new / old).
 
         Holds the error bound of the dropped mass, which grows with the number of dropped keys times exp(-theta).
+
+        Raises:
+            ValueError: A length is below 1, or thresholds are not in nats.
         """
+        if self.unit != "nats":
+            raise ValueError(f"transfer_length is for thresholds in nats; these count the {self.unit} of their row")
         if old < 1 or new < 1:
             raise ValueError(f"lengths must be at least 1, got {old} and {new}")
         self.base += math.log(new / old)

@@ -110,7 +110,7 @@ def log_heat_maps(logger: Logger, heads: Mapping[str, list[dict[str, float | Non
         axes.set_yticks(range(len(rows)), list(heads))
         axes.set_xticks(range(width))
         axes.set_xlabel("head")
-        axes.set_title("share of visible pairs kept" if key == "kept" else "threshold (nats)")
+        axes.set_title("share of visible pairs kept" if key == "kept" else "threshold")
         for y, row in enumerate(rows):
             for x, value in enumerate(row):
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white", fontsize=7)

@@ -139,7 +139,7 @@ class WatchThresholds(pl.Callback):
     """Warn, once each, when trained thresholds have not moved or have collapsed.
 
     Args:
-        moved: Offsets that have all stayed within this many nats of their start after half of the training
+        moved: Offsets that have all stayed within this distance of their start after half of the training
             count as not moved.
         collapsed: Share of heads at threshold zero (only the best key is kept) that counts as collapse.
     """
@@ -179,7 +179,7 @@ class WatchThresholds(pl.Callback):
         if pl_module.progress >= 0.5 and farthest < self.moved:
             self._warn(
                 "moved",
-                f"trained thresholds have moved by {farthest:.1e} nats at most in half of the training: they receive "
+                f"trained thresholds have moved by {farthest:.1e} at most in half of the training: they receive "
                 "no gradient. Raise optimizer.threshold_lr or attention.tau, or set callbacks.calibrate.initial",
             )
         if at_zero >= self.collapsed:
