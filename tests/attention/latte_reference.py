@@ -12,7 +12,8 @@ EXACT = {"est_bits": "exact", "gate_grad_to_scores": False}
 
 
 def latte(pattern: Pattern = SELF, *, num_heads: int = 2, **hyperparameters: object) -> Latte:
-    return Latte(num_heads, 8, pattern, **hyperparameters).double()  # type: ignore[arg-type]
+    """Build LATTE by the rule of the paper, unless another unit is asked for."""
+    return Latte(num_heads, 8, pattern, **({"unit": "nats"} | hyperparameters)).double()  # type: ignore[arg-type]
 
 
 def scores_of(inputs: Inputs, bias: Tensor | None = None) -> Tensor:

@@ -264,7 +264,7 @@ def test_t10_a_causal_case_is_counted_as_by_hand(
     est_bits: int | str, keep: Tensor, score: float, value: float, select: float
 ) -> None:
     """Ten visible pairs of four dimensions: dense costs 10 * (4 + 4)."""
-    mechanism = Latte(1, 4, CAUSAL, theta=1.0, est_bits=est_bits).double()
+    mechanism = Latte(1, 4, CAUSAL, theta=1.0, unit="nats", est_bits=est_bits).double()
     assert torch.equal(kept_by(mechanism, by_hand())[0, 0], keep)
     for training in (True, False):
         cost = attend(mechanism.train(training), by_hand()).cost

@@ -1,9 +1,10 @@
 """LATTE: head-wise trainable thresholds on low-precision score estimates (arXiv 2404.07519).
 
-Keeps      key j of row i iff max_j S_ij - S_ij <= theta_h, S estimated from the top bits of 8-bit codes. Since
-           P_ij / max_j P_ij = exp(S_ij - max_j S_ij), this keeps the keys whose probability is at least
-           exp(-theta_h) of the row's largest. With `unit=spread` theta is measured, row by row, in distances from the
-           best estimate to the mean one: a row keeps about the same number of keys whether it is flat or peaked.
+Keeps      key j of row i iff max_j S_ij - S_ij <= theta_h u_i, S estimated from the top bits of 8-bit codes.
+           `unit=nats`, u_i = 1, is the rule of the paper: since P_ij / max_j P_ij = exp(S_ij - max_j S_ij), it keeps
+           the keys whose probability is at least exp(-theta_h) of the row's largest. With `unit=spread` u_i is the
+           distance from the row's best estimate to its mean one, so that a row keeps about as many keys whether it is
+           flat or peaked.
 Costs      in 8-bit MACs: D (bits/8)^2 a visible pair for the estimate, and for each kept pair the rest of
            its score, D (1 - (bits/8)^2), and Dv for its value. With 4 bits and D = Dv that is (1 + 7 kept) / 8
            of dense. The exact score of a kept pair is counted as the 8-bit one that it stands for;
@@ -52,8 +53,8 @@ class Latte(Mechanism):
         split: How codes are split into high and low bits, "round" or "truncate".
         scoring: Scores of kept pairs: "exact", or "int8" for the completed 8-bit product.
         mode: "ste", "soft" or "hard"; evaluation is hard in all three.
-        unit: Of thresholds: "nats", the rule of the paper, or "spread", the distance from a row's best estimate to its
-            mean one.
+        unit: Of thresholds: "spread", the distance from a row's best estimate to its mean one, or "nats", the rule of
+            the paper, under which flat rows use up the budget with keys that matter little.
         theta: Initial threshold in that unit, at least 0.
         tau: Width of the surrogate gradient in that unit.
         trainable: Whether thresholds receive gradients; `hard` implies that they do not.
@@ -76,7 +77,7 @@ class Latte(Mechanism):
         split: Split = "round",
         scoring: Scoring = "exact",
         mode: Mode = "ste",
-        unit: Unit = "nats",
+        unit: Unit = "spread",
         theta: float = 6.9,
         tau: float = 0.5,
         trainable: bool = True,
