@@ -70,13 +70,21 @@ def test_a_mechanism_without_heads_or_dimensions_is_refused(cell: Cell, size: di
         leaks.check_calls_leave_nothing_behind,
         checks.check_layout_does_not_matter,
         checks.check_any_float_type,
-        checks.check_dropout_is_for_training,
         checks.check_state_survives_saving,
         checks.check_dense_checkpoint_loads,
     ],
 )
 def test_every_mechanism(check: Callable[[Mechanism], None], cell: Cell) -> None:
     check(cell.build())
+
+
+@over(SUPPORTED)
+def test_dropout_acts_on_weights_or_is_refused(cell: Cell) -> None:
+    if cell.cls.drops_weights:
+        checks.check_dropout_is_for_training(cell.build())
+    else:
+        with pytest.raises(ValueError, match="no attention weights"):
+            cell.build().dropout = 0.1
 
 
 @over([cell for cell in SUPPORTED if cell.pattern.causal])

@@ -113,6 +113,7 @@ class Mechanism(nn.Module, ABC):
         content_based: Whether outputs depend on queries and keys at all.
         dense_limit: Hyper-parameters at which it must equal softmax attention, if there are any.
         precise: For stochastic mechanisms, hyper-parameters that bring it near `expectation`.
+        drops_weights: Whether it has attention weights that dropout can act on.
         dropout: Probability of dropping an attention weight in training; set by the host it is mounted in.
     """
 
@@ -120,6 +121,7 @@ class Mechanism(nn.Module, ABC):
     stochastic: ClassVar[bool] = False
     needs_source: ClassVar[bool] = False
     content_based: ClassVar[bool] = True
+    drops_weights: ClassVar[bool] = True
     dense_limit: ClassVar[Mapping[str, Any] | None] = None
     precise: ClassVar[Mapping[str, Any] | None] = None
 
@@ -137,6 +139,19 @@ class Mechanism(nn.Module, ABC):
         self.pattern = pattern
         self.dropout = 0.0
         self.register_load_state_dict_pre_hook(_fill_in_own_state)
+
+    @property
+    def dropout(self) -> float:
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, p: float) -> None:
+        if p and not self.drops_weights:
+            raise ValueError(
+                f"{type(self).__name__} has no attention weights that a dropout of {p:g} could act on; "
+                "set the model's attention dropout to 0"
+            )
+        self._dropout = p
 
     @abstractmethod
     def forward(

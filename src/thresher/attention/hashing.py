@@ -1,0 +1,61 @@
+"""Random-hyperplane hashes: codes of which each bit is the side of a random plane that a vector lies on.
+
+Two vectors at angle a get the same bit with probability 1 - a / pi, and the same code of `bits` independent bits with
+that to the power of `bits`. The Hadamard hash is faster, and its bits are orthogonal in place of independent: its codes
+agree a little less often.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+MAX_BITS = 15  # codes are kept as int16
+
+
+def gaussian_codes(x: Float[Tensor, "g n d"], directions: Float[Tensor, "m bits d"]) -> Int[Tensor, "m g n"]:
+    """Return the codes of all tokens for m hashes of independent Gaussian directions."""
+    place = _place_values(directions.shape[1], x)
+    return torch.stack([((x @ each.to(x.dtype).mT) > 0).to(x.dtype) @ place for each in directions]).to(torch.int16)
+
+
+def hadamard_codes(
+    x: Float[Tensor, "g n d"], signs: Float[Tensor, "parts three p"], hashes: int, bits: int
+) -> Int[Tensor, "m g n"]:
+    """Return codes cut from the signs of H S3 H S2 H S1 x, H the Walsh-Hadamard matrix, S random signs.
+
+    A part yields p // bits codes; d is filled up with zeros to p, a power of two.
+    """
+    width = signs.shape[-1]
+    each = width // bits
+    place = _place_values(bits, x)
+    x = F.pad(x, (0, width - x.shape[-1]))
+    codes = []
+    for part in signs.to(x.dtype):
+        y = x
+        for sign in part:
+            y = walsh_hadamard(y * sign)
+        bit = (y[..., : each * bits] > 0).to(x.dtype).unflatten(-1, (each, bits))
+        codes.append((bit @ place).permute(2, 0, 1))
+    return torch.cat(codes)[:hashes].to(torch.int16)
+
+
+def walsh_hadamard(x: Float[Tensor, "*batch p"]) -> Float[Tensor, "*batch p"]:
+    """Multiply by the unnormalised Walsh-Hadamard matrix in p log p additions; p is a power of two."""
+    width = x.shape[-1]
+    for step in range(width.bit_length() - 1):
+        pairs = x.unflatten(-1, (-1, 2, 2**step))
+        top, bottom = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack([top + bottom, top - bottom], -2).flatten(-3)
+    return x
+
+
+def hadamard_width(dim: int) -> int:
+    """Return the power of two that a vector of `dim` is filled up to."""
+    return 1 << math.ceil(math.log2(max(dim, 2)))
+
+
+def _place_values(bits: int, x: Tensor) -> Tensor:
+    return 2.0 ** torch.arange(bits, dtype=x.dtype, device=x.device)
