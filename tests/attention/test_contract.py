@@ -147,6 +147,7 @@ def test_a_file_names_the_mechanism_that_is_found_under_its_name(name: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from PyTorch itself
 @pytest.mark.usefixtures("unchecked_shapes")
 @over(SUPPORTED)
 def test_a_mechanism_compiles_into_one_graph(cell: Cell) -> None:
@@ -154,6 +155,7 @@ def test_a_mechanism_compiles_into_one_graph(cell: Cell) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from PyTorch itself
 @pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")  # from PyTorch itself
 @pytest.mark.usefixtures("unchecked_shapes")
 @over([next(cell for cell in SUPPORTED if cell.name == name) for name in MAKERS])

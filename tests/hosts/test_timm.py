@@ -267,3 +267,15 @@ def test_every_configured_mechanism_trains_a_step(name: str, dtype: torch.dtype)
     changed = [key for key, x in model.state_dict().items() if not torch.equal(x, before[key])]
     assert {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.2.attn.proj.weight"} <= set(changed)
     assert model(images().to(dtype)).float().square().mean() < loss
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mechanism_that_samples_the_value_projection_learns_what_it_was(name: str) -> None:
+    plain, hosted = build(name), build(name)
+    sparsify(hosted, "mca", alpha=1e-6, grad="sampled")
+    losses = [loss_of(model.train()) for model in (plain, hosted)]
+    assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for (parameter_name, old), new in zip(plain.named_parameters(), hosted.parameters(), strict=True):
+        assert_close(new.grad, old.grad, atol=1e-3, rtol=1e-3, msg=lambda m, n=parameter_name: f"{n}: {m}")

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from thresher.attention import Call, Mechanism, Pattern, available, find
+from thresher.attention import Call, Mechanism, Pattern, ValueSource, available, find
 
 HEAD = ("attention=", "what it keeps", *(p.name.lower().replace("_", " ") for p in Pattern), "budget", "random")
 
@@ -22,7 +22,9 @@ def follows_budget(mechanism: type[Mechanism]) -> bool:
     """Run a mechanism once and see whether its cost has a gradient."""
     pattern = next(p for p in Pattern if supports(mechanism, p))
     q, k, v = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
-    return mechanism(num_heads=2, head_dim=4, pattern=pattern)(q, k, v, Call()).cost.total.requires_grad
+    source = ValueSource(v.transpose(1, 2).flatten(2), torch.eye(8), None) if mechanism.needs_source else None
+    attended = mechanism(num_heads=2, head_dim=4, pattern=pattern)(q, k, v, Call(source=source))
+    return attended.cost.total.requires_grad
 
 
 def summary(mechanism: type[Mechanism]) -> str:

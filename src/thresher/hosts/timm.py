@@ -4,7 +4,7 @@ import torch
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
-from thresher.attention.base import Call, MakeMechanism, Pattern
+from thresher.attention.base import Call, MakeMechanism, Pattern, ValueSource
 from thresher.hosts.core import Host, mount
 
 
@@ -34,11 +34,22 @@ class TimmAttention(Host):
         gate = None if self.gate is None else self.gate(x).sigmoid()
         q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        x = self.mechanism(q, k, v, _call(attn_mask)).out.transpose(1, 2).reshape(b, n, -1)
+        call = _call(attn_mask, self.source(x) if self.mechanism.needs_source else None)
+        x = self.mechanism(q, k, v, call).out.transpose(1, 2).reshape(b, n, -1)
         x = self.norm(x)
         if gate is not None:
             x = x * gate
         return self.proj_drop(self.proj(x))
+
+    def source(self, x: Tensor) -> ValueSource:
+        """Return what the values are projected from: the last third of the joint projection."""
+        if not isinstance(self.qkv, nn.Linear):
+            raise TypeError(
+                f"values are projected by a {type(self.qkv).__name__}, not by a Linear whose weight can be read"
+            )
+        size = self.num_heads * self.head_dim
+        bias = self.qkv.bias
+        return ValueSource(x, self.qkv.weight[-size:], None if bias is None else bias[-size:])
 
 
 @mount.register
@@ -50,11 +61,11 @@ def _(module: Attention, make: MakeMechanism) -> Host:
     return TimmAttention(module, make)
 
 
-def _call(attn_mask: Tensor | None) -> Call:
+def _call(attn_mask: Tensor | None, source: ValueSource | None) -> Call:
     if attn_mask is None:
-        return Call()
+        return Call(source=source)
     mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
     if mask.dtype == torch.bool:
-        return Call(pairs=mask)
+        return Call(pairs=mask, source=source)
     visible = mask != float("-inf")
-    return Call(pairs=visible, bias=mask.masked_fill(~visible, 0))
+    return Call(pairs=visible, bias=mask.masked_fill(~visible, 0), source=source)
