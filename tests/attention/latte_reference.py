@@ -79,10 +79,10 @@ def reference_with_gate(
     judged = scores.detach() if bits is None else estimate_of(inputs, bits).detach()
     best = judged.masked_fill(~visible, -torch.inf).amax(-1, keepdim=True)
     difference = best - judged
+    unit = spread_by_definition(judged, visible) if spread else torch.ones(())
+    difference = difference / unit
     if into_scores:
-        difference = difference - (scores - scores.detach())
-    if spread:
-        difference = difference / spread_by_definition(judged, visible)
+        difference = difference - (scores - scores.detach()) / unit.clamp_min(1)
     theta = theta[:, None, None]
     keep = (difference <= theta) & visible
     soft = ((theta - difference) / tau).sigmoid()

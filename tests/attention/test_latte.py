@@ -152,10 +152,10 @@ def test_t5_all_gradients_of_soft_mode_are_those_of_its_formula(
     scores = scores_of(Inputs(**leaves))
     judged = scores.detach() if est_bits == "exact" else estimate_of(inputs, 4)
     difference = judged.amax(-1, keepdim=True) - judged
+    worth = torch.ones(()) if unit == "nats" else spread_by_definition(judged, torch.ones_like(judged).bool())
+    difference = difference / worth
     if into_scores:
-        difference = difference - (scores - scores.detach())
-    if unit == "spread":
-        difference = difference / spread_by_definition(judged, torch.ones_like(judged).bool())
+        difference = difference - (scores - scores.detach()) / worth.clamp_min(1)
     leaves["thresholds.offset"] = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     theta = 1.5 + leaves["thresholds.offset"][:, None, None]
     gate = ((theta - difference) / 0.5).sigmoid()

@@ -143,16 +143,21 @@ class Latte(Mechanism):
     def weights(
         self, scores: Tensor, difference: Tensor, unit: Tensor | None, gate: Gate, visible: Tensor | None
     ) -> Tensor:
-        """Return the softmax over kept keys, with the gate's gradient when one is wanted."""
+        """Return the softmax over kept keys, with the gate's gradient when one is wanted.
+
+        In spreads that gradient reaches the scores divided by the spread, but never enlarged: the nearly flat
+        rows of a young network would drown everything else.
+        """
         if self.mode == "soft" and self.training:
             if self.gate_grad_to_scores:
-                difference = straight_through(difference, -scores if unit is None else -scores / unit)
+                difference = straight_through(difference, -scores if unit is None else -scores / unit.clamp_min(1))
             return masked_softmax(
                 scores + F.logsigmoid(self.thresholds.margin(difference, visible, self.always_keep)), visible
             )
         if gate.slope is None:
             return masked_softmax(scores, gate.keep)
-        return gated_softmax(scores, gate.theta, gate.keep, gate.slope, self.gate_grad_to_scores, unit)
+        worth = None if unit is None else unit.clamp_min(1)
+        return gated_softmax(scores, gate.theta, gate.keep, gate.slope, self.gate_grad_to_scores, worth)
 
     def cost(self, gate: Gate, visible: Tensor, value_dim: int) -> Cost:
         share = 1.0 if isinstance(self.est_bits, str) else (self.est_bits / 8) ** 2
