@@ -4,7 +4,7 @@ import csv
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -283,4 +283,4 @@ QUIET = ("optimizer.threshold_lr=0.0", "callbacks.watch.moved=0")
 class FakeShape:
     """The shape of the data, for building a network without reading any."""
 
-    num_classes, channels, image_size = 10, 1, 28
+    model_arguments: ClassVar[dict[str, int]] = {"num_classes": 10, "channels": 1, "image_size": 28}

@@ -1,5 +1,6 @@
 """The two commands: train a network as a config says, and evaluate a checkpoint as its own config says."""
 
+import inspect
 import logging
 import os
 import shlex
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
 from pytorch_lightning.loggers import WandbLogger
@@ -140,16 +141,28 @@ def _warn_if_over_budget(trainer: pl.Trainer, task: Task) -> None:
 
 def build_task(cfg: DictConfig, data: Any) -> Task:
     """Build the network and what trains it, for the kind of data at hand."""
-    net = _make(cfg.model, num_classes=data.num_classes, channels=data.channels, image_size=data.image_size)
+    _check_model_fits_data(cfg.model["_target_"], data)
+    net = _make(cfg.model, **data.model_arguments)
     task: Task = _make(cfg.task)(
         net,
         optimizer=_make(cfg.optimizer),
         scheduler=_make(cfg.scheduler),
         budget=_make(cfg.compute),
-        num_classes=data.num_classes,
+        num_classes=data.model_arguments["num_classes"],
     )
     task.attention = attention_name(net)
     return task
+
+
+def _check_model_fits_data(target: str, data: Any) -> None:
+    """Refuse a model that was written for another kind of data, say images in place of tokens."""
+    keywords = inspect.signature(get_object(target)).parameters.values()
+    named = {p.name for p in keywords if p.kind is not p.VAR_KEYWORD}
+    if unknown := data.model_arguments.keys() - named:
+        raise ValueError(
+            f"{target} is not for {type(data).__name__}: it takes no {', '.join(sorted(unknown))}. Images go with "
+            "model=vit or model=timm, tokens with model=encoder"
+        )
 
 
 def describe(task: Task) -> str:
@@ -272,7 +285,7 @@ def evaluate(arguments: Sequence[str], conf: Path) -> dict[str, float]:
     if list(data.class_names) != record["classes"]:
         raise ValueError(
             f"the checkpoint tells {len(record['classes'])} classes apart ({', '.join(record['classes'][:5])}, ...), "
-            f"the data have {data.num_classes} ({', '.join(data.class_names[:5])}, ...)"
+            f"the data have {len(data.class_names)} ({', '.join(data.class_names[:5])}, ...)"
         )
     task = build_task(cfg, data)
     load_weights(task, checkpoint["state_dict"], other_attention=other)

@@ -120,6 +120,11 @@ class ImageData(pl.LightningDataModule, ABC):
         return len(self.class_names)
 
     @property
+    def model_arguments(self) -> dict[str, int]:
+        """What a model must know of the data."""
+        return {"num_classes": self.num_classes, "channels": self.channels, "image_size": self.image_size}
+
+    @property
     def order_seed(self) -> int:
         """Seed of the training order; set it before the loader is made."""
         return self._order_seed

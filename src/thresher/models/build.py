@@ -57,3 +57,43 @@ def timm_classifier(
         raise ValueError(f"timm's {name} refuses an option of model.*: {error}") from error
     inject(net, attention, where=where)
     return net
+
+
+def token_classifier(
+    *,
+    attention: MakeMechanism,
+    num_classes: int,
+    vocabulary: int,
+    length: int,
+    dim: int = 64,
+    depth: int = 2,
+    num_heads: int = 2,
+    ffn_dim: int = 128,
+    dropout: float = 0.1,
+) -> nn.Module:
+    """Build our own encoder with a classification head (see `transformer.py`).
+
+    Args:
+        attention: Builds one mechanism for each block.
+        num_classes: Number of logits.
+        vocabulary: Number of token ids, padding included.
+        length: Largest number of tokens.
+        dim: Width.
+        depth: Number of blocks.
+        num_heads: Heads of each attention.
+        ffn_dim: Width of the feed-forward layers.
+        dropout: Of embeddings and of each sublayer.
+    """
+    from thresher.models.transformer import Classifier
+
+    return Classifier(
+        attention,
+        num_classes=num_classes,
+        vocabulary=vocabulary,
+        length=length,
+        dim=dim,
+        depth=depth,
+        num_heads=num_heads,
+        ffn_dim=ffn_dim,
+        dropout=dropout,
+    )

@@ -1,0 +1,239 @@
+"""ListOps: nested operations on digits, written out as tokens; Long Range Arena's task, generated (arXiv 2011.04006).
+
+A tree is drawn from the top: above `max_depth` each place becomes an operator with probability 0.25, with 2 to
+`max_args` arguments, otherwise a digit. Only trees of more than `min_length` and fewer than `max_length` tokens are kept,
+each once. With the published lengths, 500 and 2,000, labels are skewed: 0 alone makes up 17.1 %, which is what a
+model that learns nothing reaches.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
+SYMBOLS = ("padding", *OPERATORS, *map(str, range(10)), "]")
+CLOSE = SYMBOLS.index("]")
+DIGIT = SYMBOLS.index("0")
+OPERATOR_CHANCE = 0.25
+
+
+class Tree(NamedTuple):
+    """A tree, written out.
+
+    Attributes:
+        tokens: Its symbols, as places in SYMBOLS.
+        value: What it evaluates to, 0 to 9.
+    """
+
+    tokens: list[int]
+    value: int
+
+
+def apply(operator: int, values: Sequence[int]) -> int:
+    """Evaluate an operator, given as its place in OPERATORS; medians are rounded down, sums taken modulo 10."""
+    return (min, max, lambda v: int(median(v)), lambda v: sum(v) % 10)[operator](values)
+
+
+def draw_tree(rng: random.Random, max_depth: int, max_args: int, limit: int, depth: int = 1) -> Tree | None:
+    """Draw a tree, or None as soon as it is known to have `limit` tokens or more."""
+    if depth == max_depth or rng.random() > OPERATOR_CHANCE:
+        digit = rng.randrange(10)
+        return Tree([DIGIT + digit], digit)
+    operator = rng.randrange(len(OPERATORS))
+    tokens, values = [1 + operator], []
+    for _ in range(rng.randint(2, max_args)):
+        argument = draw_tree(rng, max_depth, max_args, limit - len(tokens), depth + 1)
+        if argument is None:
+            return None
+        tokens += argument.tokens
+        values.append(argument.value)
+        if len(tokens) + 1 >= limit:
+            return None
+    return Tree([*tokens, CLOSE], apply(operator, values))
+
+
+def draw_trees(seed: int, min_length: int, max_length: int, max_depth: int, max_args: int) -> Iterator[Tree]:
+    """Draw different trees of more than `min_length` and fewer than `max_length` tokens, for ever."""
+    rng, seen = random.Random(seed), set()
+    while True:
+        tree = draw_tree(rng, max_depth, max_args, max_length)
+        if tree is not None and len(tree.tokens) > min_length:
+            key = bytes(tree.tokens)
+            if key not in seen:
+                seen.add(key)
+                yield tree
+
+
+class Sequences(Dataset[tuple[Tensor, Tensor]]):
+    """Token sequences of different lengths with their labels, stored end to end."""
+
+    def __init__(self, tokens: np.ndarray, ends: np.ndarray, labels: np.ndarray) -> None:
+        self.tokens, self.ends, self.labels = tokens, ends, labels
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        start = int(self.ends[index - 1]) if index else 0
+        tokens = self.tokens[start : int(self.ends[index])].astype(np.int64)
+        return torch.from_numpy(tokens), torch.tensor(int(self.labels[index]))
+
+
+class ListOps(pl.LightningDataModule):
+    """ListOps, generated once and cached on disk. Batches are token ids [b, n], padded with 0, and labels [b].
+
+    Args:
+        batch_size: Sequences in a batch of one process.
+        workers: Processes that load data; 0 loads them in the training process.
+        seed: Of the trees, and of the training order unless `order_seed` is set.
+        train: Number of training sequences.
+        val: Number of validation sequences.
+        test: Number of test sequences.
+        min_length: Sequences have more tokens than this.
+        max_length: Sequences have fewer tokens than this.
+        max_depth: Depth at which every place is a digit.
+        max_args: Largest number of arguments.
+        limit_train: Train on the first so many of the training sequences; None for all.
+        root: Folder of the cache.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 32,
+        workers: int = 0,
+        seed: int = 0,
+        train: int = 96_000,
+        val: int = 2_000,
+        test: int = 2_000,
+        min_length: int = 500,
+        max_length: int = 2_000,
+        max_depth: int = 10,
+        max_args: int = 10,
+        limit_train: int | None = None,
+        root: str = "~/.cache/thresher/listops",
+    ) -> None:
+        super().__init__()
+        counts = {"batch_size": batch_size, "train": train, "val": val, "test": test, "limit_train": limit_train or 1}
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= min_length < max_length - 1 or max_depth < 2 or max_args < 2:
+            raise ValueError(
+                "ListOps needs 0 <= min_length < max_length - 1, max_depth >= 2 and max_args >= 2; got "
+                f"{min_length}, {max_length}, {max_depth} and {max_args}"
+            )
+        if limit_train is not None and limit_train > train:
+            raise ValueError(f"limit_train={limit_train} but there are {train} training sequences")
+        self.batch_size, self.workers, self.order_seed, self.limit_train = batch_size, workers, seed, limit_train
+        self.sizes = {"train": train, "val": val, "test": test}
+        self.trees = {
+            "seed": seed,
+            "min_length": min_length,
+            "max_length": max_length,
+            "max_depth": max_depth,
+            "max_args": max_args,
+        }
+        self.root = Path(root).expanduser()
+        self._parts: dict[str, Sequences] = {}
+
+    @property
+    def class_names(self) -> list[str]:
+        """The digits."""
+        return [str(digit) for digit in range(10)]
+
+    @property
+    def model_arguments(self) -> dict[str, int]:
+        """What a model must know: its sizes."""
+        return {"num_classes": 10, "vocabulary": len(SYMBOLS), "length": self.trees["max_length"] - 1}
+
+    @property
+    def path(self) -> Path:
+        """The file of the cache; its name says how it was generated."""
+        asked = json.dumps(self.trees | self.sizes, sort_keys=True)
+        return self.root / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.npz"
+
+    def prepare_data(self) -> None:
+        """Generate the sequences, unless they are in the cache."""
+        if self.path.exists():
+            return
+        total = sum(self.sizes.values())
+        drawn = draw_trees(**self.trees)
+        trees = [next(drawn) for _ in track(range(total), description="generating ListOps")]
+        self.root.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial.npz")
+        np.savez_compressed(
+            partial,
+            tokens=np.concatenate([np.array(tree.tokens, dtype=np.uint8) for tree in trees]),
+            ends=np.cumsum([len(tree.tokens) for tree in trees]),
+            labels=np.array([tree.value for tree in trees], dtype=np.uint8),
+        )
+        partial.replace(self.path)
+
+    def setup(self, stage: str) -> None:
+        """Read the sequences."""
+        if self._parts:
+            return
+        with np.load(self.path, allow_pickle=False) as file:
+            tokens, ends, labels = file["tokens"], file["ends"], file["labels"]
+        first = 0
+        for part, size in self.sizes.items():
+            start = int(ends[first - 1]) if first else 0
+            stop = first + size
+            self._parts[part] = Sequences(
+                tokens[start : int(ends[stop - 1])], ends[first:stop] - start, labels[first:stop]
+            )
+            first = stop
+        if self.limit_train is not None:
+            train, stop = self._parts["train"], self.limit_train
+            self._parts["train"] = Sequences(train.tokens, train.ends[:stop], train.labels[:stop])
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
+        train = self._parts["train"]
+        generator = torch.Generator().manual_seed(self.order_seed)
+        sampler = RandomSampler(train, generator=generator)
+        return self._loader("train", sampler, drop_last=len(train) >= self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Return all validation sequences, in one order."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Return all test sequences, in one order."""
+        return self._loader("test")
+
+    def _loader(
+        self, part: str, sampler: RandomSampler | None = None, *, drop_last: bool = False
+    ) -> DataLoader[tuple[Tensor, Tensor]]:
+        return DataLoader(
+            self._parts[part],
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=padded_batch,
+        )
+
+
+def padded_batch(examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Put sequences into one batch, filled up with padding at the end."""
+    tokens, labels = zip(*examples, strict=True)
+    return pad_sequence(list(tokens), batch_first=True), torch.stack(labels)
