@@ -1,8 +1,8 @@
 """ListOps: nested operations on digits, written out as tokens; Long Range Arena's task, generated (arXiv 2011.04006).
 
 A tree is drawn from the top: above `max_depth` each place becomes an operator with probability 0.25, with 2 to
-`max_args` arguments, otherwise a digit. Only trees of more than `min_length` and fewer than `max_length` tokens are kept,
-each once. With the published lengths, 500 and 2,000, labels are skewed: 0 alone makes up 17.1 %, which is what a
+`max_args` arguments, otherwise a digit. Only trees of more than `min_length` and fewer than `max_length` tokens are
+kept, each once. With the published lengths, 500 and 2,000, labels are skewed: 0 alone makes up 17.1 %, which is what a
 model that learns nothing reaches.
 """
 
