@@ -43,7 +43,7 @@ def main(path: str) -> None:
                 patch.set_facecolor("#2a6fdb")
         bars.axvline(float(theta[head]), color="#d1495b", lw=2)
         bars.set_title(f"head {head}: θ = {float(theta[head]):.2f}, keeps {kept:.0%}", fontsize=10)
-        bars.set_xlabel("max S − S, nats")
+        bars.set_xlabel("max S − S, nats" if thresholds[layer].unit == "nats" else "(max S − S) / (max S − mean S)")
         bars.set_yticks([])
         square.imshow(seen[layer][0, head] <= theta[head], cmap="Blues", vmin=0, vmax=1.2)
         square.set_title("kept pairs of an image", fontsize=10)

@@ -35,5 +35,7 @@ def test_sharded_weights_train_as_replicated_ones(tmp_path: Path) -> None:
     assert moved
     assert all(bool(value.any()) for value in moved)
 
+    train(tmp_path / "fixed", "trainer=fsdp", "test=false", "attention.trainable=false")
+
     kept = cli.evaluate([f"ckpt='{tmp_path}/fsdp/checkpoints/best.ckpt'", "trainer=cpu"], CONF)["test/kept"]
     assert 0 < kept <= 1

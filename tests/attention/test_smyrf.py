@@ -46,7 +46,8 @@ def multiset_attention(mechanism: Smyrf, inputs: Inputs, call: Call) -> dict[str
 
 
 def test_1_the_transforms_turn_inner_products_into_distances() -> None:
-    mechanism = smyrf(rounds=400_000)
+    mechanism = smyrf()
+    mechanism.directions, mechanism.shifts = torch.randn(400_000, 10), torch.zeros(400_000)
     inputs = draw(mechanism, batch=1, lengths=(3, 3), dtype=torch.float32)
     q, k = inputs.q[0, :1], inputs.k[0, :1]
     hash_q, hash_k = (x[:, 0] for x in mechanism.hashes(q, k))
@@ -268,3 +269,40 @@ def test_rows_move_to_their_slots_and_back_with_exact_gradients() -> None:
     assert torch.autograd.gradcheck(lambda x: to_slots(x, layout), x)
     assert torch.autograd.gradcheck(lambda x: from_slots(to_slots(x, layout).sin(), layout), x)
     assert rank_of(torch.tensor([[[3.0, 1.0, 3.0, -1.0]]])).tolist() == [[[2, 1, 3, 0]]]
+
+
+def test_gradients_with_dropout_are_those_of_finite_differences() -> None:
+    for dedup in ("none", "count"):
+        mechanism = smyrf(cluster=4, rounds=2, dedup=dedup, resample="never").train()
+        mechanism.dropout = 0.4
+        inputs = drawn(mechanism, 9, 9, batch=1)
+
+        def run(*leaves: Tensor, mechanism: Smyrf = mechanism) -> Tensor:
+            return attend(mechanism, Inputs(*leaves), seed=3).out
+
+        leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+def test_a_large_bias_leaves_gradients_finite_where_clusters_are_not_full() -> None:
+    mechanism = smyrf(cluster=4)
+    inputs = drawn(mechanism, 10, 10, dtype=torch.float32)
+    _, found = gradients(mechanism, inputs, Call(bias=torch.full((1, 1, 10, 10), 100.0)))
+    assert all(g is not None and g.isfinite().all() for g in found.values())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_nan_in_one_example_comes_out_there_and_breaks_no_other(pattern: Pattern) -> None:
+    mechanism = smyrf(pattern, cluster=4)
+    inputs = drawn(mechanism, 10, 10)
+    before = attend(mechanism, inputs, Call(keys=first([4, 10], 10))).out
+    inputs.k[0, 0, 0] = float("nan")
+    after = attend(mechanism, inputs, Call(keys=first([4, 10], 10))).out
+    assert after[0, 0].isnan().any()
+    assert torch.equal(after[1], before[1])
+
+
+def test_self_attention_with_fewer_queries_than_keys_is_no_special_case() -> None:
+    mechanism = smyrf(cluster=4)
+    inputs = draw(mechanism, lengths=(20, 8))
+    assert_close(attend(mechanism, inputs).out, multiset_attention(mechanism, inputs, Call())["out"])

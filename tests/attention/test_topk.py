@@ -97,7 +97,7 @@ def test_k6_dropout_is_replayed_for_every_chunk_not_the_last_ones_for_all(chunk:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_k7_autocast_runs_forward_and_backward_and_returns_its_type(dtype: torch.dtype) -> None:
+def test_k7_autocast_runs_forward_and_backward_and_returns_the_type_of_the_values(dtype: torch.dtype) -> None:
     mechanism = topk(keys=3, chunk=2)
     q, k, v = (x.float().requires_grad_() for x in (lambda i: (i.q, i.k, i.v))(draw(mechanism)))
     with torch.autocast("cpu", dtype):
@@ -211,3 +211,9 @@ def test_a_second_derivative_is_refused_not_wrong() -> None:
     (first_order,) = torch.autograd.grad(topk(keys=2)(q, k, v, Call()).out.sum(), q, create_graph=True)
     with pytest.raises(RuntimeError):
         first_order.sum().backward()
+
+
+def test_infinity_minus_infinity_is_not_hidden_by_the_selection_either() -> None:
+    """On x86 it is a nan with its sign bit set."""
+    scores = torch.tensor([1.0, 2.0, float("inf")]) - torch.tensor([0.0, 0.0, float("inf")])
+    assert largest(scores[None, None, None], 1).item() == 2

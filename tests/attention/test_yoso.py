@@ -286,3 +286,21 @@ def test_saved_memory_grows_with_the_length_not_with_its_square(pattern: Pattern
 def test_hyperparameters_out_of_range_are_refused(wrong: dict[str, object], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         yoso(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("expectation", [True, False])
+@pytest.mark.parametrize("size", [1.0, 100.0, -200.0])
+def test_a_bias_multiplies_by_its_exponential_and_a_mask_of_pairs_hides(size: float, expectation: bool) -> None:
+    mechanism = yoso(bits=2, expectation=expectation)
+    inputs = draw(mechanism)
+    pairs = noise_like(torch.empty(2, 2, 7, 7), seed=3) > -0.5
+    bias = (size + noise_like(torch.empty(1, 2, 7, 7, dtype=torch.float64))).requires_grad_()
+    cosine, shares, visible = weights_by_definition(mechanism, inputs, Call(pairs=pairs))
+    weights = collision_probability(cosine, 2) * visible if expectation else shares
+    mean = weights * (bias - bias.detach().amax(-1, keepdim=True)).exp() @ inputs.v
+    out = F.normalize(mean, dim=-1).masked_fill((mean == 0).all(-1, keepdim=True), 0)
+    (wanted,) = torch.autograd.grad((out * noise_like(out)).sum(), bias)
+    attended, found = gradients(mechanism, inputs, Call(pairs=pairs, bias=bias))
+    assert_close(attended.out, out, atol=1e-10, rtol=1e-10)
+    assert_close(found["bias"], wanted, atol=1e-10, rtol=1e-10)
+    assert_close(attended.cost.score[0, 0], pairs[0, 0].sum() * 8.0)

@@ -41,4 +41,4 @@ def attend_densely(q: Tensor, k: Tensor, v: Tensor, call: Call, pattern: Pattern
         out = out.masked_fill(empty, 0)
     pairs = count_pairs(visible, shape, q.device)
     score, value = pairs * q.shape[-1], pairs * v.shape[-1]
-    return Attended(out, Cost(score, value, pairs * 0, score + value, pairs, pairs))
+    return Attended(out.to(v.dtype), Cost(score, value, pairs * 0, score + value, pairs, pairs))

@@ -138,7 +138,7 @@ def gated_softmax(
     for kept and dropped keys alike, and dL/dtheta = sum dL/dgate * slope: what autograd would find for
     gate * e / sum(gate * e) with a straight-through gate, in a third of the passes over memory. Scores receive the
     gradient of the masked softmax and, if `into_scores`, that of the gate besides, the row's best held constant;
-    `unit` is what one unit of theta is worth in scores, 1 by default.
+    `unit` divides the gate's gradient to scores, where differences were measured in units of their row.
 
     A dropped key can outweigh the kept ones, if an estimate misjudged it; its excess counts up to 30 nats.
     """

@@ -3,18 +3,20 @@
 Keeps      every visible pair: scores, softmax and the weighted sum are exact. What is sampled is the value projection
            x W: with v_j the largest attention that key j receives, r_j = ceil((n v_j / alpha)^2) of the d input
            features are drawn, in proportion to the squared norms of the rows of W; with r_j >= d the value is exact.
-Costs      attention as dense, so that `compute` is 1: the saving lies in the projection, which `fractions` counts:
-           samples of valid keys, the same over padded length as the paper counts, and the whole attention layer,
-           where it is below a quarter by construction.
+Costs      attention as dense, so that `compute` is 1: the saving lies in the projection. `fractions`, to be called by
+           hand, counts it: samples of valid keys, the same over padded length as the paper counts, and the whole
+           attention layer, where it is below a quarter by construction.
 Trains     nothing of its own; sample counts have no gradient, so no budget can train it: `alpha` is set.
 Estimates  the output, given its inputs, without bias, and (`grad=sampled`) the gradients given the output's. Across a
            nonlinearity neither is. `grad=exact` takes the gradient of exact values: less noise, but a bias.
 Patterns   noncausal. A budget from the largest attention of *all* queries tells an early row about later ones, so
-           causal patterns are refused unless `allow_noncausal_budget` says that this is known and meant.
+           causal patterns are refused unless `allow_noncausal_budget` says that this is known and meant. Padding is to
+           be hidden among the queries, too, or it raises counts.
 Emulates   `path=dense` multiplies by a matrix of sample weights, at more than dense cost, to study accuracy;
            `path=gather` multiplies only the features that were drawn, in buckets of similar sample counts, which is
            what saves time. It needs one draw for all tokens of a head (`draws=shared`), of which each token uses
-           the first r_j.
+           the first r_j, and waits for the device once a bucket. Fixed draws, those of evaluation, come from a
+           generator, at which torch.compile breaks its graph.
 Differs    from the official code: probabilities along the input axis of W (there along the output axis), counts rounded
            up (there down, which drops tokens and biases), n counts valid keys, padded queries do not raise counts, any
            batch size, any shape of W. `reproduce_paper` brings back n = padded length and rounding down.
@@ -24,7 +26,7 @@ import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -176,28 +178,40 @@ class Mca(Mechanism):
 
     def sample(self, chances: Float[Tensor, "g d"], counts: Float[Tensor, "b g m"], d: int) -> Float[Tensor, "b g m d"]:
         """Return how often each feature was drawn, divided by how often that was to be expected; 1 where exact."""
+        generator = self.generator(chances)
         if self.sampler == "poisson":
-            rates = counts[..., None] * chances[:, None]
-            drawn = torch.poisson(rates, generator=self.generator(rates))
+            # Poisson(r) draws: those that arrive before time r, with exponential gaps. Their number is bounded for all
+            # purposes, and random numbers are consumed alike whatever the counts of the neighbours are.
+            order = self.sequence(chances, counts, d + 20 + math.ceil(10 * d**0.5), generator)
+            uniform = torch.rand(order.shape, dtype=chances.dtype, device=chances.device, generator=generator)
+            used = (-(1 - uniform).log()).cumsum(-1) <= counts[..., None]
         else:
-            order = self.sequence(chances, counts)
+            order = self.sequence(chances, counts, d, generator)
             used = torch.arange(d, device=order.device) < counts[..., None]
-            drawn = torch.zeros(*counts.shape, d, dtype=chances.dtype, device=chances.device)
-            drawn = drawn.scatter_add_(-1, order.expand(drawn.shape), used.to(drawn.dtype))
+        drawn = torch.zeros(*counts.shape, d, dtype=chances.dtype, device=chances.device)
+        drawn = drawn.scatter_add_(-1, order.expand(used.shape), used.to(drawn.dtype))
         expected = counts[..., None] * chances[:, None]
         share = drawn / expected.masked_fill(expected == 0, 1)
         return share.masked_fill((counts >= d)[..., None], 1)
 
-    def sequence(self, chances: Float[Tensor, "g d"], counts: Tensor) -> Tensor:
-        """Draw d features for each token, or one sequence of them for all tokens of a head."""
-        (b, groups, m), d = counts.shape, chances.shape[-1]
-        # Tokens come first, so that padding behind a sequence leaves the draws of its tokens alone.
-        shape = (groups, d) if self.draws == "shared" else (m, b, groups, d)
-        uniform = torch.rand(shape, dtype=chances.dtype, device=chances.device, generator=self.generator(chances))
-        uniform = uniform[:, None] if self.draws == "shared" else uniform.permute(2, 1, 0, 3).flatten(1, 2)
-        order = torch.searchsorted(chances.cumsum(-1), uniform.flatten(1).contiguous()).clamp_max(d - 1)
-        order = order.view(uniform.shape)
-        return order if self.draws == "shared" else order.unflatten(1, (b, m)).transpose(0, 1)
+    def sequence(
+        self, chances: Float[Tensor, "g d"], counts: Tensor, length: int, generator: torch.Generator | None
+    ) -> Int[Tensor, "#b g #m length"]:
+        """Draw features for each token, or one sequence of them for all tokens of a head.
+
+        Fixed draws are the same for each example of a batch, so that results do not depend on its size.
+        """
+        b, groups, m = counts.shape
+        if self.draws == "shared":
+            b, m = 1, 1
+        elif generator is not None:
+            b = 1
+        # Tokens come first: on a CPU, padding behind a sequence then leaves the draws of its tokens alone.
+        shape = (m, b, groups, length)
+        uniform = torch.rand(shape, dtype=chances.dtype, device=chances.device, generator=generator)
+        uniform = uniform.permute(2, 1, 0, 3).contiguous()
+        order = torch.searchsorted(chances.cumsum(-1), uniform.flatten(1), right=True)
+        return order.clamp_max(chances.shape[-1] - 1).view(uniform.shape).transpose(0, 1)
 
     def gathered(
         self,
@@ -208,7 +222,7 @@ class Mca(Mechanism):
     ) -> Float[Tensor, "b g m dv"]:
         """Project tokens in buckets: those with 2^(i-1) < r <= 2^i samples through 2^i columns, exact ones all."""
         d = x.shape[-1]
-        order = self.sequence(chances, counts)[:, 0]
+        order = self.sequence(chances, counts, d, self.generator(chances))[0, :, 0]
         size = torch.where(counts >= d, d, 2 ** counts.clamp_min(1).log2().ceil()).clamp_max(d).long()
         heads = []
         for group in range(len(weight)):
@@ -218,7 +232,8 @@ class Mca(Mechanism):
                 tokens, r = x[chosen], counts[:, group][chosen][:, None]
                 drawn = order[group, :bucket]
                 used = torch.arange(len(drawn), device=x.device) < r
-                scale = (used / (r.clamp_min(1) * chances[group, drawn])).masked_fill(~used, 0)
+                chance = chances[group, drawn]
+                scale = (used / (r.clamp_min(1) * chance)).masked_fill(~used | (chance == 0), 0)
                 some = (tokens[:, drawn] * scale) @ weight[group][:, drawn].mT
                 exact = r >= d
                 if bucket == d and exact.any():
@@ -245,8 +260,10 @@ class Mca(Mechanism):
         d = source.x.shape[-1]
         q, k, _ = hide_tokens(q, expand_heads(k, h), expand_heads(v, h), call, self.pattern)
         visible = visible_pairs(call, self.pattern, n, m, q.device)
-        weights = self.weights(at_least_fp32(q), at_least_fp32(k), call, visible)
+        with torch.autocast(q.device.type, enabled=False):
+            weights = self.weights(at_least_fp32(q), at_least_fp32(k), call, visible)
         counts = self.counts(weights, call, groups, d) if self.alpha else torch.full_like(weights[:, :groups, 0], d)
+        counts = counts if seen is None else counts.masked_fill(~seen, 0)
         valid = torch.full_like(counts[..., 0], m) if seen is None else seen.sum(-1).expand_as(counts[..., 0])
         fraction = counts.sum() / (d * valid.sum())
         length = valid.double().mean()

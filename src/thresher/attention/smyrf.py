@@ -14,6 +14,7 @@ Estimates  nothing without bias: dropped keys count as if they had no weight. A 
            found; on random q and k the captured mass is hardly more than that of random clusters.
 Patterns   self and cross attention, noncausal, as published. Causal cross attention: the rank of a query among the
            others would betray later ones, so keys alone set the boundaries and each query is placed by its own value.
+           In the others queries are ranked together: padding is to be hidden among the queries, too.
            Causal self attention is refused: there the boundaries would have to ignore later keys, too.
 Differs    from the official code: any number of tokens, padding in every example (the official mask is repeated in
            the wrong order when batch and heads both exceed 1, and counts padding in the norms), clusters that
@@ -76,7 +77,7 @@ class Smyrf(Mechanism):
     supports = frozenset({Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS})
     stochastic = True
     dense_limit = {"cluster": 10_000}
-    precise = {"cluster": 10_000}
+    precise = {"rounds": 16, "dedup": "count"}
 
     directions: Tensor
     shifts: Tensor
@@ -95,8 +96,8 @@ class Smyrf(Mechanism):
         resample: Resample = "forward",
     ) -> None:
         super().__init__(num_heads, head_dim, pattern)
-        if cluster < 1 or rounds < 1:
-            raise ValueError(f"cluster and rounds must be at least 1, got {cluster} and {rounds}")
+        if cluster < 1 or not 1 <= rounds <= 255:
+            raise ValueError(f"cluster must be at least 1 and rounds lie in 1 .. 255, got {cluster} and {rounds}")
         if not width > 0:
             raise ValueError(f"width must be positive, got {width}")
         for name, got, choices in (("dedup", dedup, Dedup), ("resample", resample, Resample)):
@@ -158,7 +159,7 @@ class Smyrf(Mechanism):
             count_q = seen_q.sum(-1, keepdim=True).clamp_min(1)
             of_query = rank_of(hash_q.masked_fill(~seen_q, float("inf"))) * clusters // count_q
         of_query = of_query.masked_fill(~seen_q, number)
-        same_tokens = not self.pattern.cross and call.pairs is None and call.queries is call.keys
+        same_tokens = not self.pattern.cross and n == m and call.pairs is None and call.queries is call.keys
         queries, of_tile = self.tiles(of_query, number, m, aligned=same_tokens)
         return Clusters(of_query, of_key, of_tile, queries, keys, number)
 
@@ -178,7 +179,7 @@ class Smyrf(Mechanism):
         square_q, square_k = q.square().sum(-1), k.square().sum(-1)
         largest = square_k.amax(-1, keepdim=True)
         if self.pattern.causal:
-            q = q * (largest / square_q.clamp_min(torch.finfo(q.dtype).tiny)).sqrt()[..., None]
+            q = F.normalize(q, dim=-1) * largest.sqrt()[..., None]
             square_q = largest
         else:
             largest = largest + square_q.amax(-1, keepdim=True)
@@ -189,7 +190,8 @@ class Smyrf(Mechanism):
         if self.quantise:
             shift = (shifts * self.width).to(q.dtype)[:, None, None]
             hash_q, hash_k = (((x + shift) / self.width).floor() for x in (hash_q, hash_k))
-        return hash_q, hash_k
+        # nan would sort behind the tokens that are hidden; it still reaches the scores.
+        return hash_q.nan_to_num(), hash_k.nan_to_num()
 
     @staticmethod
     def place(hash_q: Tensor, hash_k: Tensor, clusters: Tensor, count: Tensor, number: int) -> Tensor:
@@ -248,7 +250,9 @@ class Smyrf(Mechanism):
             extra = less if extra is None else extra + less
         drop = None
         if self.training and self.dropout:
-            drop = torch.rand(*token_q.shape[:-1], self.cluster, device=q.device) >= self.dropout
+            # Drawn by query, not by slot, where it would depend on the other queries; rounds share it.
+            drawn = torch.rand(*q.shape[:2], self.cluster, device=q.device)
+            drop = self.in_tiles(to_slots(drawn, clusters.queries), clusters) >= self.dropout
         out = _MergedAttention.apply(tiles_q, tiles_k, tiles_v, extra, shown, drop, self.dropout, clusters.queries)
         if call.pairs is None:
             meetings = (real_q.sum((-2, -1)) * real_k.sum((-2, -1))).sum((0, 2))
@@ -342,7 +346,8 @@ class _MergedAttention(torch.autograd.Function):
         merged = levels.logsumexp(0)
         merged = merged.masked_fill(merged == float("-inf"), float("inf"))
         out = (from_slots(outs.flatten(2, 3), queries) * (levels - merged).exp()).sum(0)
-        share = to_slots(merged, queries).view_as(level)
+        share = to_slots(merged, queries).masked_fill((queries.token == merged.shape[1])[..., None], float("inf"))
+        share = share.view_as(level)
         weights *= (level - share).exp_()
         ctx.dropout = dropout
         ctx.save_for_backward(q, k, v, weights, drop, out, *queries)

@@ -105,8 +105,8 @@ def largest(scores: Float[Tensor, "b h c m"], k: int) -> Int[Tensor, "b h c k"]:
     """
     if scores.dtype == torch.float64:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    # The bits of a float, read as a whole number, are ordered as the floats are, but for the sign.
-    bits = (scores + 0.0).view(torch.int32)
+    # The bits of a float, read as a whole number, are ordered as the floats are, but for the signs of zero and nan.
+    bits = (scores + 0.0).masked_fill(scores.isnan(), float("nan")).view(torch.int32)
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     index = torch.arange(scores.shape[-1], device=scores.device)
     return ((order.long() << 32) | (0xFFFFFFFF - index)).topk(k, dim=-1).indices

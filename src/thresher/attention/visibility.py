@@ -82,7 +82,7 @@ def visible_keys_of(call: "Call", pattern: "Pattern", n: int, m: int, device: to
         if call.keys is not None:
             total = call.keys.cumsum(-1)[:, m - n :]
     else:
-        total = torch.tensor([[m]], device=device) if call.keys is None else call.keys.sum(-1, keepdim=True)
+        total = torch.full((1, 1), m, device=device) if call.keys is None else call.keys.sum(-1, keepdim=True)
     if call.queries is not None:
         total = total * call.queries
     return total[:, None].expand(-1, -1, n)

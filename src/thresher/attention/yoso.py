@@ -3,9 +3,11 @@
 Keeps      every visible pair with weight E = (1 - arccos(q.k) / pi)^bits, q and k of unit length; sampled, the pairs
            that share a code in at least one of `hashes` hashes. The output of each head is divided by its own length,
            not by the sum of weights.
-Costs      sampled: hashes * bits * D a token for Gaussian hashes, and Dv a token and hash to write and read tables;
-           no scores. `kept` is an upper bound: collisions of a row, at most the keys that it sees. Expectation: as
-           dense.
+Costs      sampled: hashes * bits * D a token for Gaussian hashes (3 p log2 p a part for Hadamard ones, p the power of
+           two that D is filled up to), and Dv a token and hash to write and read tables; no scores. `conv` adds its
+           width times Dv a query. `kept` is an upper bound: collisions of a row, at most the keys that it sees.
+           Expectation, pair masks and biases: as dense. With fewer than `dense_below` keys the tables are what is
+           counted, though pairs are what is computed.
 Trains     nothing of its own; the cost has no gradient, so no budget can train it: `hashes` and `bits` are set.
 Estimates  before the division by its length, the sampled output has the mean of the expectation's; after it, it is
            biased and converges as hashes grow. Neither estimates softmax attention: a trained network must be
@@ -31,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
-from thresher.attention.functional import at_least_fp32, expand_heads
+from thresher.attention.functional import at_least_fp32, expand_heads, fill_hidden
 from thresher.attention.hashing import MAX_BITS, gaussian_codes, hadamard_codes, hadamard_width
 from thresher.attention.tables import causal_collision_sums, collision_sums, collisions
 from thresher.attention.visibility import hide_tokens, seen_tokens, visible_keys_of, visible_pairs
@@ -50,7 +52,7 @@ class Yoso(Mechanism):
     Args:
         hashes: Hashes that are averaged.
         bits: Length of a code, at most 15; about log2 of the number of keys. More bits make weights more peaked.
-        expectation: Use collision probabilities themselves, without sampling, in quadratic time.
+        expectation: Use collision probabilities themselves, without sampling, in quadratic time and memory.
         grad: Gradient to queries and keys: "bound" or "exact".
         hash: Directions: "gaussian", independent, or "hadamard", faster and slightly biased.
         conv: Odd width of a depthwise convolution of the values, one filter for each head, added to the output; 0 is
@@ -153,8 +155,9 @@ class Yoso(Mechanism):
     ) -> tuple[Float[Tensor, "g n dv"], Float[Tensor, "g n"]]:
         """Return the sum over keys, from a weight for each pair, and the number of collisions of each row."""
         cosine = (q @ k.mT).clamp(-1, 1)
-        value = collision_probability(cosine.detach(), self.bits)
-        if codes is not None:
+        if codes is None:
+            value = collision_probability(cosine.detach(), self.bits)
+        else:
             value = collisions(*codes, q.dtype) / self.hashes
         slope = value * (self.bits / 2) if self.grad == "bound" else collision_slope(cosine.detach(), self.bits)
         visible = visible_pairs(call, self.pattern, q.shape[1], k.shape[1], q.device)
@@ -162,7 +165,10 @@ class Yoso(Mechanism):
         shown = value if visible is None else value.unflatten(0, split).masked_fill(~visible, 0).flatten(0, 1)
         weights = _WithSlopes.apply(cosine, value, slope).unflatten(0, split)
         if call.bias is not None:
-            weights = weights * call.bias.to(weights.dtype).exp()
+            bias = fill_hidden(call.bias.to(weights.dtype), visible, float("-inf"))
+            highest = bias.detach().amax(-1, keepdim=True)
+            # A factor common to a row is divided out later, so it may be any that keeps exp in range.
+            weights = weights * (bias - highest.masked_fill(highest == float("-inf"), 0)).exp()
         if visible is not None:
             weights = weights.masked_fill(~visible, 0)
         return weights.flatten(0, 1) @ v, shown.sum(-1) * self.hashes
@@ -183,18 +189,22 @@ class Yoso(Mechanism):
         visible = visible_keys_of(call, self.pattern, n, m, met.device).expand(b, h, n).float()
         pairs = visible.sum(-1)
         dense = pairs * (d + value_dim)
+        queries, keys = (
+            pairs.new_zeros(b, h) + (size if seen is None else seen.sum(-1))
+            for seen, size in zip(seen_tokens(call, self.pattern, n, m), (n, m), strict=True)
+        )
+        mixed = 0 if self.filters is None else queries * (self.filters.shape[-1] * value_dim)
         if not self.sampled:
-            return Cost(pairs * d, pairs * value_dim, pairs * 0, dense, pairs, pairs)
-        tokens = pairs.new_zeros(b, h)
-        for seen, size in zip(seen_tokens(call, self.pattern, n, m), (n, m), strict=True):
-            tokens = tokens + (size if seen is None else seen.sum(-1))
+            return Cost(pairs * d, pairs * value_dim + mixed, pairs * 0, dense, pairs, pairs)
+        tokens = queries + keys
         hashing = self.hashes * self.bits * d
         if self.hash == "hadamard":
             width = self.draws.shape[-1]
             hashing = len(self.draws) * 3 * width * int(math.log2(width))
+        by_tables = call.pairs is None and call.bias is None
         return Cost(
-            score=pairs * 0,
-            value=tokens * (self.hashes * value_dim),
+            score=pairs * 0 if by_tables else pairs * d,
+            value=(tokens * (self.hashes * value_dim) if by_tables else pairs * value_dim) + mixed,
             select=tokens * hashing,
             dense=dense,
             kept=torch.minimum(met.round().float(), visible).sum(-1),

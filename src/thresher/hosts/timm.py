@@ -34,7 +34,7 @@ class TimmAttention(Host):
         gate = None if self.gate is None else self.gate(x).sigmoid()
         q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        call = _call(attn_mask, self.source(x) if self.mechanism.needs_source else None)
+        call = _call(attn_mask, n, self.source(x) if self.mechanism.needs_source else None)
         x = self.mechanism(q, k, v, call).out.transpose(1, 2).reshape(b, n, -1)
         x = self.norm(x)
         if gate is not None:
@@ -61,10 +61,10 @@ def _(module: Attention, make: MakeMechanism) -> Host:
     return TimmAttention(module, make)
 
 
-def _call(attn_mask: Tensor | None, source: ValueSource | None) -> Call:
+def _call(attn_mask: Tensor | None, n: int, source: ValueSource | None) -> Call:
     if attn_mask is None:
         return Call(source=source)
-    mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+    mask = attn_mask[(None,) * (4 - attn_mask.ndim)].expand(-1, -1, n, n)
     if mask.dtype == torch.bool:
         return Call(pairs=mask, source=source)
     visible = mask != float("-inf")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric
 
+from thresher.attention.thresholds import Thresholds
 from thresher.budgets import Budget
 from thresher.compute import ComputeMeter, ComputeRatio
 from thresher.tasks.optimizer import threshold_parameters
@@ -95,7 +96,13 @@ class Task(pl.LightningModule, ABC):
         if self.device_mesh is not None:
             from thresher.tasks.sharding import shard
 
-            shard(self.net, self.device_mesh["data_parallel"], threshold_parameters(self.net).values())
+            whole = [module.offset for module in self.net.modules() if isinstance(module, Thresholds)]
+            shard(self.net, self.device_mesh["data_parallel"], whole)
+
+    def on_train_start(self) -> None:
+        """Let each process draw its own random numbers; the network was built from the same ones."""
+        if self.global_rank:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     @property
     def progress(self) -> float:

@@ -27,7 +27,8 @@ def shard(net: nn.Module, mesh: "DeviceMesh", whole: Iterable[nn.Parameter]) -> 
     lists = [module for module in net.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     for blocks in reversed(lists):
         for block in blocks:
-            if any(isinstance(m, Mechanism) for m in block.modules()):
+            is_list = isinstance(block, nn.ModuleList)  # which has no forward to gather weights for
+            if not is_list and any(isinstance(m, Mechanism) for m in block.modules()):
                 fully_shard(block, mesh=mesh, ignored_params=ignored)
     fully_shard(net, mesh=mesh, ignored_params=ignored)
 
