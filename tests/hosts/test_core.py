@@ -1,5 +1,8 @@
 """inject and sparsify: which modules they take, and what they say when they cannot."""
 
+import subprocess
+import sys
+
 import pytest
 from timm.layers.attention import Attention
 from torch import nn
@@ -103,3 +106,12 @@ def test_a_bare_attention_module_is_referred_to_mount() -> None:
 def test_a_module_that_no_host_knows_is_refused(module: nn.Module) -> None:
     with pytest.raises(TypeError, match=r"no host knows torch\.nn.*mountable:.*timm\.layers\.attention\.Attention"):
         mount(module, Dense)
+
+
+def test_mounting_needs_nothing_before_it() -> None:
+    code = (
+        "from timm.layers.attention import Attention; import thresher; from thresher.attention.dense import Dense; "
+        "print(type(thresher.mount(Attention(8, 2), Dense)).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "TimmAttention"

@@ -57,6 +57,9 @@ def mount(module: nn.Module, make: MakeMechanism) -> Host:
     Raises:
         TypeError: No overload knows this kind of module.
     """
+    _load_hosts()
+    if mount.dispatch(type(module)) is not _UNKNOWN:
+        return mount(module, make)
     raise TypeError(f"no host knows {_qualified_name(type(module))}; mountable: {', '.join(_mountable())}")
 
 
