@@ -178,6 +178,8 @@ def quiet_lightning() -> None:
     """Leave out messages of Lightning's that nobody can act on."""
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Only a sharded network is affected, and that combination is refused.
+    warnings.filterwarnings("ignore", message=".*WeightAveraging callback with a model that overrides.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     idle = ("💡", "GPU available", "TPU available", "Loading `train_dataloader`")
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):

@@ -160,7 +160,7 @@ class Smyrf(Mechanism):
             of_query = rank_of(hash_q.masked_fill(~seen_q, float("inf"))) * clusters // count_q
         of_query = of_query.masked_fill(~seen_q, number)
         same_tokens = not self.pattern.cross and n == m and call.pairs is None and call.queries is call.keys
-        queries, of_tile = self.tiles(of_query, number, m, aligned=same_tokens)
+        queries, of_tile = self.tiles(of_query, number, aligned=same_tokens)
         return Clusters(of_query, of_key, of_tile, queries, keys, number)
 
     def hashes(
@@ -205,7 +205,7 @@ class Smyrf(Mechanism):
         boundary = ((above + below) / 2).masked_fill(~inside, float("inf"))
         return torch.searchsorted(boundary, hash_q.contiguous(), right=True).minimum(clusters - 1)
 
-    def tiles(self, of_query: Tensor, number: int, m: int, aligned: bool) -> tuple[Layout, Tensor | None]:
+    def tiles(self, of_query: Tensor, number: int, aligned: bool) -> tuple[Layout, Tensor | None]:
         """Lay queries out in tiles, each inside one cluster; aligned tiles are one for each cluster, in order.
 
         A cluster may hold any number of queries, where it is not by construction the number of its keys: the

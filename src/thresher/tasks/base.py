@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -96,6 +97,8 @@ class Task(pl.LightningModule, ABC):
         if self.device_mesh is not None:
             from thresher.tasks.sharding import shard
 
+            if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):
+                raise ValueError("callbacks=ema averages whole weights, not sharded ones: use trainer=ddp with it")
             whole = [module.offset for module in self.net.modules() if isinstance(module, Thresholds)]
             shard(self.net, self.device_mesh["data_parallel"], whole)
 
