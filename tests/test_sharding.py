@@ -25,6 +25,12 @@ def train(folder: Path, *overrides: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+def test_an_average_of_sharded_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="averages whole weights, not sharded ones"):
+        train(tmp_path / "run", "trainer=fsdp", "callbacks=ema")
+
+
+@pytest.mark.slow
 def test_sharded_weights_train_as_replicated_ones(tmp_path: Path) -> None:
     replicated = train(tmp_path / "ddp", "trainer=ddp", "test=false")
     sharded = train(tmp_path / "fsdp", "trainer=fsdp")

@@ -97,7 +97,8 @@ class Task(pl.LightningModule, ABC):
         if self.device_mesh is not None:
             from thresher.tasks.sharding import shard
 
-            if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            if any(isinstance(callback, WeightAveraging) for callback in callbacks):
                 raise ValueError("callbacks=ema averages whole weights, not sharded ones: use trainer=ddp with it")
             whole = [module.offset for module in self.net.modules() if isinstance(module, Thresholds)]
             shard(self.net, self.device_mesh["data_parallel"], whole)
