@@ -219,3 +219,18 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 def cast_bias(call: Call, dtype: torch.dtype) -> Call:
     return call if call.bias is None else replace(call, bias=call.bias.to(dtype))
+
+
+def saved_bytes(mechanism: Mechanism, n: int) -> int:
+    """Return the bytes that a call on n tokens keeps for backward, each storage counted once."""
+    seen: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    q, k, v = (torch.randn(1, mechanism.num_heads, n, mechanism.head_dim, requires_grad=True) for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        kept_alive = mechanism(q, k, v, Call())
+    assert kept_alive.out.requires_grad
+    return sum(seen.values())

@@ -1,13 +1,11 @@
 """Top-k attention: the numbered tests of its specification (K8, the feed-forward layer, has a file of its own)."""
 
-import gc
-
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.attention.helpers import Inputs, attend, draw, first, gradients, noise_like, softmax_attention
+from tests.attention.helpers import Inputs, attend, draw, first, gradients, noise_like, saved_bytes, softmax_attention
 from thresher.attention import Call, Pattern
 from thresher.attention.topk import TopK, allowed, largest, most
 
@@ -118,24 +116,8 @@ def test_k9_the_error_is_the_dropped_mass_times_the_distance_of_the_means() -> N
     assert_close(weights @ inputs.v - attend(mechanism, inputs).out, mass * means, atol=1e-12, rtol=1e-12)
 
 
-def saved_bytes(n: int, keys: int) -> int:
-    mechanism = topk(keys=keys, chunk=64)
-    seen: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for _ in range(3))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        kept_alive = mechanism(q, k, v, Call())
-    assert kept_alive.out.requires_grad
-    gc.collect()
-    return sum(seen.values())
-
-
 def test_k10_saved_memory_grows_with_the_length_not_with_its_square() -> None:
-    small, large = saved_bytes(512, 16), saved_bytes(1024, 16)
+    small, large = (saved_bytes(topk(keys=16, chunk=64), n) for n in (512, 1024))
     assert 1.8 < large / small < 2.2
     assert large < 1024 * 1024 * 2 * 4
 

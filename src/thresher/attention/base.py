@@ -5,7 +5,7 @@ It owns no projections and keeps nothing between calls.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -183,6 +183,12 @@ class Mechanism(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, head_dim={self.head_dim}, {self.pattern.name.lower()}"
+
+
+def check_choice(name: str, got: object, choices: Sequence[object]) -> None:
+    """Raise ValueError, naming the choices, where a hyper-parameter is none of them."""
+    if got not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {got!r}")
 
 
 @runtime_checkable

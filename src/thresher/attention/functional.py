@@ -44,6 +44,11 @@ def masked_softmax(
     return scores.softmax(-1).masked_fill(~visible, 0)
 
 
+def drop_weights(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
+    """Apply a dropout mask, rescaled so that the mean stays; None drops nothing."""
+    return x if keep is None else x * keep / max(1 - p, torch.finfo(x.dtype).tiny)
+
+
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """Return the value of `hard` with the gradient of `soft`."""
     return hard + (soft - soft.detach())

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
+from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, check_choice
 from thresher.attention.functional import (
     at_least_fp32,
     expand_heads,
@@ -92,8 +92,7 @@ class Latte(Mechanism):
             ("mode", mode, get_args(Mode)),
             ("unit", unit, get_args(Unit)),
         ):
-            if got not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {got!r}")
+            check_choice(name, got, allowed)
         if always_keep < 0:
             raise ValueError(f"always_keep counts leading keys and must be at least 0, got {always_keep}")
         self.est_bits = est_bits

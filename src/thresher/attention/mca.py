@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, ValueSource
+from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, ValueSource, check_choice
 from thresher.attention.dense import attend_densely
 from thresher.attention.functional import at_least_fp32, expand_heads, masked_softmax
 from thresher.attention.visibility import count_pairs, hide_tokens, seen_tokens, visible_pairs
@@ -102,8 +102,7 @@ class Mca(Mechanism):
             ("path", path, Path),
             ("resample", resample, Resample),
         ):
-            if got not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}; got {got!r}")
+            check_choice(name, got, get_args(choices))
         if path == "gather" and (draws, sampler) != ("shared", "multinomial"):
             raise ValueError(f"path=gather needs draws=shared and sampler=multinomial, got {draws} and {sampler}")
         self.alpha, self.sampler, self.grad, self.draws, self.path = alpha, sampler, grad, draws, path

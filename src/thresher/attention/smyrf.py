@@ -29,11 +29,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
+from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, check_choice
 from thresher.attention.dense import attend_densely
-from thresher.attention.functional import at_least_fp32, expand_heads
+from thresher.attention.functional import at_least_fp32, drop_weights, expand_heads
 from thresher.attention.layout import Layout, from_slots, layout_of, rank_of, to_slots
-from thresher.attention.visibility import hide_tokens, seen_tokens, visible_keys_of
+from thresher.attention.visibility import count_seen_tokens, hide_tokens, seen_tokens, visible_keys_of
 
 Dedup = Literal["none", "count"]
 Resample = Literal["forward", "never"]
@@ -101,8 +101,7 @@ class Smyrf(Mechanism):
         if not width > 0:
             raise ValueError(f"width must be positive, got {width}")
         for name, got, choices in (("dedup", dedup, Dedup), ("resample", resample, Resample)):
-            if got not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}; got {got!r}")
+            check_choice(name, got, get_args(choices))
         self.cluster, self.rounds, self.dedup = cluster, rounds, dedup
         self.quantise, self.width, self.resample = quantise, width, resample
         self.register_buffer("directions", torch.randn(rounds, head_dim + 2))
@@ -120,13 +119,11 @@ class Smyrf(Mechanism):
                 clusters = self.assign(wide_q, wide_k, call, b)
             out, meetings, kept = self.attend(wide_q * d**-0.5, wide_k, wide_v, call, clusters)
         pairs = visible_keys_of(call, self.pattern, n, m, q.device).sum(-1).float().expand(b, h)
-        tokens = pairs.new_zeros(b, h)
-        for seen, size in zip(seen_tokens(call, self.pattern, n, m), (n, m), strict=True):
-            tokens = tokens + (size if seen is None else seen.sum(-1))
+        queries, keys = count_seen_tokens(call, self.pattern, n, m, pairs)
         cost = Cost(
             score=meetings.view(b, h) * d,
             value=meetings.view(b, h) * dv,
-            select=tokens * (self.rounds * (d + 2)),
+            select=(queries + keys) * (self.rounds * (d + 2)),
             dense=pairs * (d + dv),
             kept=kept.view(b, h),
             visible=pairs,
@@ -341,7 +338,7 @@ class _MergedAttention(torch.autograd.Function):
         weights = scores.softmax(-1)
         level = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
         level = level.masked_fill(level <= lowest / 2, float("-inf"))
-        outs = _kept(weights, drop, dropout) @ v
+        outs = drop_weights(weights, drop, dropout) @ v
         levels = from_slots(level.flatten(2, 3), queries).masked_fill(_without_slot(queries), float("-inf"))
         merged = levels.logsumexp(0)
         merged = merged.masked_fill(merged == float("-inf"), float("inf"))
@@ -361,14 +358,18 @@ class _MergedAttention(torch.autograd.Function):
         shape = q.shape[:-1]
         g = to_slots(grad, queries).view(*shape, -1)
         mean = to_slots((grad * out).sum(-1, keepdim=True), queries).view(*shape, 1)
-        through = _kept(g @ v.mT, drop, ctx.dropout).sub_(mean).mul_(weights)
+        through = drop_weights(g @ v.mT, drop, ctx.dropout).sub_(mean).mul_(weights)
         extra = through if ctx.needs_input_grad[3] else None
-        return through @ k, through.mT @ q, _kept(weights, drop, ctx.dropout).mT @ g, extra, None, None, None, None
-
-
-def _kept(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
-    """Apply a dropout mask, rescaled so that the mean stays."""
-    return x if keep is None else x * keep / max(1 - p, torch.finfo(x.dtype).tiny)
+        return (
+            through @ k,
+            through.mT @ q,
+            drop_weights(weights, drop, ctx.dropout).mT @ g,
+            extra,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _without_slot(layout: Layout) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
-from thresher.attention.functional import at_least_fp32, expand_heads
+from thresher.attention.functional import at_least_fp32, drop_weights, expand_heads
 from thresher.attention.visibility import hide_tokens, visible_keys_of, visible_pairs
 
 
@@ -58,7 +58,7 @@ class TopK(Mechanism):
         q, k, v = hide_tokens(q, k, v, call, self.pattern)
         visible = visible_keys_of(call, self.pattern, n, m, q.device)
         limit = allowed(self.keys, m, q.device)[visible]
-        outs = []
+        k_most, dropout, outs = most(self.keys, m), self.dropout if self.training else 0.0, []
         with torch.autocast(q.device.type, enabled=False):
             wide_q, wide_k = at_least_fp32(q) * d**-0.5, at_least_fp32(k)
             biases = [None] * -(-n // self.chunk) if call.bias is None else call.bias.split(self.chunk, 2)
@@ -66,8 +66,7 @@ class TopK(Mechanism):
                 rows = range(start, start + part.shape[2])
                 shown = visible_pairs(call, self.pattern, n, m, q.device, rows)
                 few = limit[:, :, rows.start : rows.stop, None]
-                dropout = self.dropout if self.training else 0.0
-                outs.append(_TopKAttention.apply(part, wide_k, v, bias, shown, few, most(self.keys, m), dropout))
+                outs.append(_TopKAttention.apply(part, wide_k, v, bias, shown, few, k_most, dropout))
         out = torch.cat(outs, 2)
         kept, pairs = (x.sum(-1).float().expand(b, h) for x in (limit, visible))
         return Attended(out, self.cost(kept, pairs, v.shape[-1]))
@@ -140,7 +139,7 @@ class _TopKAttention(torch.autograd.Function):
         drop = torch.rand_like(weight) >= dropout if dropout else None
         ctx.dropout, ctx.bias_shape = dropout, None if bias is None else bias.shape
         ctx.save_for_backward(q, k, v, weight, index.to(torch.int16 if m <= 2**15 else torch.int32), drop)
-        return _spread(_dropped(weight, drop, dropout), index, m).to(v.dtype) @ v
+        return _spread(drop_weights(weight, drop, dropout), index, m).to(v.dtype) @ v
 
     @staticmethod
     @once_differentiable
@@ -148,8 +147,8 @@ class _TopKAttention(torch.autograd.Function):
         q, k, v, weight, index, drop = ctx.saved_tensors
         m, index = k.shape[2], index.long()
         for_q, for_k, for_v, for_bias = ctx.needs_input_grad[:4]
-        used = _spread(_dropped(weight, drop, ctx.dropout), index, m).to(v.dtype)
-        benefit = _dropped((grad @ v.mT).to(q.dtype).gather(-1, index), drop, ctx.dropout)
+        used = _spread(drop_weights(weight, drop, ctx.dropout), index, m).to(v.dtype)
+        benefit = drop_weights((grad @ v.mT).to(q.dtype).gather(-1, index), drop, ctx.dropout)
         through = _spread(weight * (benefit - (benefit * weight).sum(-1, keepdim=True)), index, m)
         return (
             through @ k if for_q else None,
@@ -161,11 +160,6 @@ class _TopKAttention(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _dropped(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
-    """Apply a dropout mask, rescaled so that the mean stays."""
-    return x if keep is None else x * keep / max(1 - p, torch.finfo(x.dtype).tiny)
 
 
 def _spread(x: Tensor, index: Tensor, m: int) -> Tensor:

@@ -71,6 +71,17 @@ def seen_tokens(
     return (queries & some_key)[:, None], (keys & some_query)[:, None]
 
 
+def count_seen_tokens(
+    call: "Call", pattern: "Pattern", n: int, m: int, like: Float[Tensor, "b h"]
+) -> tuple[Float[Tensor, "b h"], Float[Tensor, "b h"]]:
+    """Count the queries that see any key, and the keys that are seen, for each example and head of `like`."""
+    queries, keys = seen_tokens(call, pattern, n, m)
+    counts = (
+        torch.zeros_like(like) + (size if seen is None else seen.sum(-1)) for seen, size in ((queries, n), (keys, m))
+    )
+    return next(counts), next(counts)
+
+
 def visible_keys_of(call: "Call", pattern: "Pattern", n: int, m: int, device: torch.device) -> Int[Tensor, "#b #h n"]:
     """Count the keys that each query sees."""
     if call.pairs is not None:

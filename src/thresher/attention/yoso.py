@@ -32,11 +32,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
+from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, check_choice
 from thresher.attention.functional import at_least_fp32, expand_heads, fill_hidden
 from thresher.attention.hashing import MAX_BITS, gaussian_codes, hadamard_codes, hadamard_width
 from thresher.attention.tables import causal_collision_sums, collision_sums, collisions
-from thresher.attention.visibility import hide_tokens, seen_tokens, visible_keys_of, visible_pairs
+from thresher.attention.visibility import (
+    count_seen_tokens,
+    hide_tokens,
+    seen_tokens,
+    visible_keys_of,
+    visible_pairs,
+)
 
 Grad = Literal["bound", "exact"]
 Hash = Literal["gaussian", "hadamard"]
@@ -91,8 +97,7 @@ class Yoso(Mechanism):
         if not 0 <= bits <= MAX_BITS:
             raise ValueError(f"bits must lie in 0 .. {MAX_BITS}, got {bits}")
         for name, got, choices in (("grad", grad, Grad), ("hash", hash, Hash), ("resample", resample, Resample)):
-            if got not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}; got {got!r}")
+            check_choice(name, got, get_args(choices))
         if hash == "hadamard" and not 1 <= bits <= hadamard_width(head_dim):
             raise ValueError(
                 f"a hadamard code has 1 .. {hadamard_width(head_dim)} bits at head_dim {head_dim}, got {bits}"
@@ -189,10 +194,7 @@ class Yoso(Mechanism):
         visible = visible_keys_of(call, self.pattern, n, m, met.device).expand(b, h, n).float()
         pairs = visible.sum(-1)
         dense = pairs * (d + value_dim)
-        queries, keys = (
-            pairs.new_zeros(b, h) + (size if seen is None else seen.sum(-1))
-            for seen, size in zip(seen_tokens(call, self.pattern, n, m), (n, m), strict=True)
-        )
+        queries, keys = count_seen_tokens(call, self.pattern, n, m, pairs)
         mixed = 0 if self.filters is None else queries * (self.filters.shape[-1] * value_dim)
         if not self.sampled:
             return Cost(pairs * d, pairs * value_dim + mixed, pairs * 0, dense, pairs, pairs)
