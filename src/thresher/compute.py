@@ -16,7 +16,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from thresher.attention.base import Attended, Cost, Mechanism
+from thresher.attention.base import Attended, Cost, Metered
 from thresher.attention.functional import straight_through
 
 Quantity = Literal["kept", "macs"]
@@ -59,7 +59,7 @@ class ComputeMeter:
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[tuple[str, Cost]] = []
         self._on = False
-        mechanisms = {name: m for name, m in model.named_modules() if isinstance(m, Mechanism)}
+        mechanisms = {name: m for name, m in model.named_modules() if isinstance(m, Metered)}
         if not mechanisms:
             raise ValueError(f"{type(model).__name__} holds no mechanism to meter; sparsify() it first")
         for name, mechanism in mechanisms.items():

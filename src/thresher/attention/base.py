@@ -94,13 +94,25 @@ class Cost(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """The attended values and what they cost."""
+    """The attended values, [b, h, n, dv] of a mechanism, and what they cost."""
 
-    out: Float[Tensor, "b h n dv"]
+    out: Float[Tensor, "*shape"]
     cost: Cost
 
 
-class Mechanism(nn.Module, ABC):
+class Metered(nn.Module):
+    """A module whose forward returns `Attended`: what a `ComputeMeter` listens to.
+
+    Attributes:
+        num_heads: Length of the last dimension of its costs.
+        dropout: Probability of dropping a weight in training; set by the host it is mounted in.
+    """
+
+    num_heads: int
+    dropout: float
+
+
+class Mechanism(Metered, ABC):
     """An attention mechanism: q, k, v in; attended values and their cost out.
 
     A subclass lives in a file of its own in this folder, with `conf/attention/<file>.yaml` beside it.

@@ -45,8 +45,7 @@ class TopK(Mechanism):
         self, num_heads: int, head_dim: int, pattern: Pattern, *, keys: int | float = 0.15, chunk: int = 256
     ) -> None:
         super().__init__(num_heads, head_dim, pattern)
-        if keys < 1 if isinstance(keys, int) else not 0 < keys <= 1:
-            raise ValueError(f"keys must be a number of keys >= 1 or a share in (0, 1], got {keys!r}")
+        check_keys(keys)
         if chunk < 1:
             raise ValueError(f"chunk counts queries and must be at least 1, got {chunk}")
         self.keys = keys
@@ -85,6 +84,12 @@ class TopK(Mechanism):
         return f"{super().extra_repr()}, keys={self.keys}, chunk={self.chunk}"
 
 
+def check_keys(keys: int | float) -> None:
+    """Raise ValueError where `keys` is neither a number of keys nor a share."""
+    if keys < 1 if isinstance(keys, int) else not 0 < keys <= 1:
+        raise ValueError(f"keys must be a number of keys >= 1 or a share in (0, 1], got {keys!r}")
+
+
 def most(keys: int | float, m: int) -> int:
     """Return how many of m visible keys a row keeps."""
     return min(keys, m) if isinstance(keys, int) else min(max(math.floor(keys * m + 1e-9), 1), m)
@@ -97,7 +102,7 @@ def allowed(keys: int | float, m: int, device: torch.device) -> Int[Tensor, " vi
     return wanted.clamp_min(1).minimum(visible).long().to(device, non_blocking=True)
 
 
-def largest(scores: Float[Tensor, "b h c m"], k: int) -> Int[Tensor, "b h c k"]:
+def largest(scores: Float[Tensor, "*rows m"], k: int) -> Int[Tensor, "*rows k"]:
     """Return the indices of the k largest scores in descending order, of equal ones the lower index first.
 
     nan counts as largest, so that it is not hidden by the selection.
@@ -139,7 +144,7 @@ class _TopKAttention(torch.autograd.Function):
         drop = torch.rand_like(weight) >= dropout if dropout else None
         ctx.dropout, ctx.bias_shape = dropout, None if bias is None else bias.shape
         ctx.save_for_backward(q, k, v, weight, index.to(torch.int16 if m <= 2**15 else torch.int32), drop)
-        return _spread(drop_weights(weight, drop, dropout), index, m).to(v.dtype) @ v
+        return spread(drop_weights(weight, drop, dropout), index, m).to(v.dtype) @ v
 
     @staticmethod
     @once_differentiable
@@ -147,9 +152,9 @@ class _TopKAttention(torch.autograd.Function):
         q, k, v, weight, index, drop = ctx.saved_tensors
         m, index = k.shape[2], index.long()
         for_q, for_k, for_v, for_bias = ctx.needs_input_grad[:4]
-        used = _spread(drop_weights(weight, drop, ctx.dropout), index, m).to(v.dtype)
+        used = spread(drop_weights(weight, drop, ctx.dropout), index, m).to(v.dtype)
         benefit = drop_weights((grad @ v.mT).to(q.dtype).gather(-1, index), drop, ctx.dropout)
-        through = _spread(weight * (benefit - (benefit * weight).sum(-1, keepdim=True)), index, m)
+        through = spread(weight * (benefit - (benefit * weight).sum(-1, keepdim=True)), index, m)
         return (
             through @ k if for_q else None,
             through.mT @ q if for_k else None,
@@ -162,6 +167,6 @@ class _TopKAttention(torch.autograd.Function):
         )
 
 
-def _spread(x: Tensor, index: Tensor, m: int) -> Tensor:
+def spread(x: Tensor, index: Tensor, m: int) -> Tensor:
     """Put k entries a row where they belong among m; the indices of a row differ."""
     return x.new_zeros(*x.shape[:-1], m).scatter_(-1, index, x)

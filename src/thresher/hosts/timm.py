@@ -1,16 +1,19 @@
-"""Host for `timm.layers.Attention`, the attention of ViT, DeiT, DeiT-3, DINOv2 and their relatives."""
+"""Host for timm: the attention of ViT, DeiT, DeiT-3, DINOv2 and their relatives, and timm's feed-forward layers."""
 
 import torch
 from timm.layers.attention import Attention
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
-from thresher.attention.base import Call, MakeMechanism, Pattern, ValueSource
-from thresher.hosts.core import Host, mount
+from thresher.attention.base import Call, MakeMechanism, Mechanism, Pattern, ValueSource
+from thresher.hosts.core import Host, MakeFeedForward, mount, mount_feed_forward
+from thresher.hosts.feedforward import FeedForwardHost
 
 
 class TimmAttention(Host):
     """timm's multi-head self attention around a mechanism."""
 
+    mechanism: Mechanism
     qkv: nn.Module
     q_norm: nn.Module
     k_norm: nn.Module
@@ -69,3 +72,29 @@ def _call(attn_mask: Tensor | None, n: int, source: ValueSource | None) -> Call:
         return Call(pairs=mask, source=source)
     visible = mask != float("-inf")
     return Call(pairs=visible, bias=mask.masked_fill(~visible, 0), source=source)
+
+
+@mount_feed_forward.register
+def _(module: Mlp, make: MakeFeedForward) -> Host:
+    return FeedForwardHost(module, make, inner=("fc1",), outer="fc2", activation="act", dropout="drop1", after="drop2")
+
+
+@mount_feed_forward.register
+def _(module: GluMlp, make: MakeFeedForward) -> Host:
+    return FeedForwardHost(
+        module,
+        make,
+        inner=("fc1",),
+        outer="fc2",
+        activation="act",
+        dropout="drop1",
+        packed="gate last" if module.gate_last else "gate first",
+        after="drop2",
+    )
+
+
+@mount_feed_forward.register
+def _(module: SwiGLU, make: MakeFeedForward) -> Host:
+    return FeedForwardHost(
+        module, make, inner=("fc1_g", "fc1_x"), outer="fc2", activation="act", dropout="drop1", after="drop2"
+    )

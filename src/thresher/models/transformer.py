@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from thresher.attention.base import Call, MakeMechanism, Pattern, ValueSource
+from thresher.hosts.core import Host, MakeFeedForward, mount_feed_forward
+from thresher.hosts.feedforward import FeedForwardHost
 
 PADDING = 0
 
@@ -51,6 +53,18 @@ class Attention(nn.Module):
         return mixed
 
 
+class FeedForward(nn.Sequential):
+    """Two projections with a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
+
+
+@mount_feed_forward.register
+def _(module: FeedForward, make: MakeFeedForward) -> Host:
+    return FeedForwardHost(module, make, inner=("0",), outer="3", activation="1", dropout="2")
+
+
 class Block(nn.Module):
     """Self attention, cross attention if there is a memory to attend to, and a feed-forward layer."""
 
@@ -71,7 +85,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim) if cross else None
         self.cross = Attention(dim, num_heads, make, Pattern((causal, True))) if cross else None
         self.norm3 = nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(ffn_dim, dim))
+        self.ffn = FeedForward(dim, ffn_dim, dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
