@@ -28,6 +28,8 @@ MAY_IMPORT = {
 # Libraries that only these parts may import, so that the rest stays light or free of them.
 ONLY_IN = {
     "timm": {"hosts/timm.py", "models/build.py"},
+    "transformers": {"data/tokens.py"},
+    "datasets": {"data/hub.py"},
     "hydra": {"overrides.py", "commands.py", "cli.py"},
     "pytorch_lightning": {"tasks", "callbacks", "data", "cli.py"},
     "wandb": {"callbacks/heads.py"},

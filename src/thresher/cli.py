@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -141,27 +141,30 @@ def _warn_if_over_budget(trainer: pl.Trainer, task: Task) -> None:
 
 def build_task(cfg: DictConfig, data: Any) -> Task:
     """Build the network and what trains it, for the kind of data at hand."""
-    _check_model_fits_data(cfg.model["_target_"], data)
+    _check_fits_data("model", cfg.model["_target_"], data, data.model_arguments)
+    _check_fits_data("task", cfg.task["_target_"], data, data.task_arguments)
     net = _make(cfg.model, **data.model_arguments)
     task: Task = _make(cfg.task)(
         net,
         optimizer=_make(cfg.optimizer),
         scheduler=_make(cfg.scheduler),
         budget=_make(cfg.compute),
-        num_classes=data.model_arguments["num_classes"],
+        **data.task_arguments,
     )
     task.attention = attention_name(net)
     return task
 
 
-def _check_model_fits_data(target: str, data: Any) -> None:
-    """Refuse a model that was written for another kind of data, say images in place of tokens."""
+def _check_fits_data(group: str, target: str, data: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse a model or a task that was written for another kind of data, say images in place of tokens."""
     keywords = inspect.signature(get_object(target)).parameters.values()
     named = {p.name for p in keywords if p.kind is not p.VAR_KEYWORD}
-    if unknown := data.model_arguments.keys() - named:
+    lacks = {p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.default is p.empty} - {"attention"}
+    if arguments.keys() - named or lacks - arguments.keys():
         raise ValueError(
-            f"{target} is not for {type(data).__name__}: it takes no {', '.join(sorted(unknown))}. Images go with "
-            "model=vit or model=timm, tokens with model=encoder"
+            f"{group}: {target} is not for {type(data).__name__}. Images go with model=vit or model=timm, labelled "
+            "tokens with model=encoder (both with task=classification), labelled texts with model=encoder or model=hf "
+            "and task=text_classification, corpora with model=transformer and task=language_modeling"
         )
 
 

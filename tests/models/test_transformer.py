@@ -11,7 +11,7 @@ from tests.attention.helpers import configured
 from thresher.attention import Mechanism, Pattern
 from thresher.attention.dense import Dense
 from thresher.compute import ComputeMeter
-from thresher.models.transformer import Block, Classifier, EncoderDecoder, Stack
+from thresher.models.transformer import Block, Classifier, EncoderDecoder, LanguageModel, Stack
 
 SIZE = {"vocabulary": 12, "length": 20, "dim": 16, "depth": 2, "num_heads": 2, "ffn_dim": 24}
 MAKERS = configured()
@@ -23,7 +23,7 @@ def tokens(b: int = 2, n: int = 9, seed: int = 0) -> Tensor:
 
 def model(make: partial[Mechanism], causal: bool) -> EncoderDecoder:
     torch.manual_seed(0)
-    return EncoderDecoder(make, causal=causal, **SIZE).eval()
+    return EncoderDecoder(make, make, make, causal=causal, **SIZE).eval()
 
 
 def test_it_uses_all_four_patterns() -> None:
@@ -39,7 +39,7 @@ def test_it_uses_all_four_patterns() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_block_is_pytorchs_decoder_layer(causal: bool) -> None:
     torch.manual_seed(0)
-    block = Block(16, 2, 24, Dense, causal=causal, cross=True, dropout=0.0).double()
+    block = Block(16, 2, 24, Dense, causal=causal, cross=Dense, dropout=0.0).double()
     theirs = nn.TransformerDecoderLayer(
         16, 2, 24, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
     ).double()
@@ -101,7 +101,11 @@ def test_a_classifier_trains_with_any_mechanism(name: str) -> None:
 
 
 def test_positions_and_embeddings_are_not_decayed() -> None:
-    for net in (Classifier(Dense, num_classes=3, **SIZE), EncoderDecoder(Dense, **SIZE)):
+    for net in (
+        Classifier(Dense, num_classes=3, **SIZE),
+        EncoderDecoder(Dense, Dense, Dense, **SIZE),
+        LanguageModel(Dense, **SIZE),
+    ):
         names = {name for name, _ in net.named_parameters()}
         assert net.no_weight_decay() <= names
 

@@ -125,6 +125,11 @@ class ImageData(pl.LightningDataModule, ABC):
         return {"num_classes": self.num_classes, "channels": self.channels, "image_size": self.image_size}
 
     @property
+    def task_arguments(self) -> dict[str, int]:
+        """What a task must know of the data."""
+        return {"num_classes": self.num_classes}
+
+    @property
     def order_seed(self) -> int:
         """Seed of the training order; set it before the loader is made."""
         return self._order_seed

@@ -15,12 +15,9 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-import pytorch_lightning as pl
-import torch
 from rich.progress import track
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from thresher.data.sequences import SequenceData, Sequences
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 SYMBOLS = ("padding", *OPERATORS, *map(str, range(10)), "]")
@@ -76,22 +73,7 @@ def draw_trees(seed: int, min_length: int, max_length: int, max_depth: int, max_
                 yield tree
 
 
-class Sequences(Dataset[tuple[Tensor, Tensor]]):
-    """Token sequences of different lengths with their labels, stored end to end."""
-
-    def __init__(self, tokens: np.ndarray, ends: np.ndarray, labels: np.ndarray) -> None:
-        self.tokens, self.ends, self.labels = tokens, ends, labels
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        start = int(self.ends[index - 1]) if index else 0
-        tokens = self.tokens[start : int(self.ends[index])].astype(np.int64)
-        return torch.from_numpy(tokens), torch.tensor(int(self.labels[index]))
-
-
-class ListOps(pl.LightningDataModule):
+class ListOps(SequenceData):
     """ListOps, generated once and cached on disk. Batches are token ids [b, n], padded with 0, and labels [b].
 
     Args:
@@ -128,9 +110,8 @@ class ListOps(pl.LightningDataModule):
         limit_train: int | None = None,
         root: str = "~/.cache/thresher/listops",
     ) -> None:
-        super().__init__()
-        counts = {"batch_size": batch_size, "train": train, "val": val, "test": test, "limit_train": limit_train or 1}
-        for name, value in counts.items():
+        super().__init__(batch_size=batch_size, workers=workers, seed=seed, limit_train=limit_train)
+        for name, value in {"train": train, "val": val, "test": test}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= min_length < max_length - 1 or max_depth < 2 or max_args < 2:
@@ -140,7 +121,6 @@ class ListOps(pl.LightningDataModule):
             )
         if limit_train is not None and limit_train > train:
             raise ValueError(f"limit_train={limit_train} but there are {train} training sequences")
-        self.batch_size, self.workers, self.order_seed, self.limit_train = batch_size, workers, seed, limit_train
         self.sizes = {"train": train, "val": val, "test": test}
         self.trees = {
             "seed": seed,
@@ -150,7 +130,6 @@ class ListOps(pl.LightningDataModule):
             "max_args": max_args,
         }
         self.root = Path(root).expanduser()
-        self._parts: dict[str, Sequences] = {}
 
     @property
     def class_names(self) -> list[str]:
@@ -185,55 +164,14 @@ class ListOps(pl.LightningDataModule):
         )
         partial.replace(self.path)
 
-    def setup(self, stage: str) -> None:
-        """Read the sequences."""
-        if self._parts:
-            return
+    def read(self) -> dict[str, Sequences]:
+        """Read the sequences from the cache."""
         with np.load(self.path, allow_pickle=False) as file:
             tokens, ends, labels = file["tokens"], file["ends"], file["labels"]
-        first = 0
+        parts, first = {}, 0
         for part, size in self.sizes.items():
             start = int(ends[first - 1]) if first else 0
             stop = first + size
-            self._parts[part] = Sequences(
-                tokens[start : int(ends[stop - 1])], ends[first:stop] - start, labels[first:stop]
-            )
+            parts[part] = Sequences(tokens[start : int(ends[stop - 1])], ends[first:stop] - start, labels[first:stop])
             first = stop
-        if self.limit_train is not None:
-            train, stop = self._parts["train"], self.limit_train
-            self._parts["train"] = Sequences(train.tokens, train.ends[:stop], train.labels[:stop])
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
-        train = self._parts["train"]
-        generator = torch.Generator().manual_seed(self.order_seed)
-        sampler = RandomSampler(train, generator=generator)
-        return self._loader("train", sampler, drop_last=len(train) >= self.batch_size)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return all validation sequences, in one order."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return all test sequences, in one order."""
-        return self._loader("test")
-
-    def _loader(
-        self, part: str, sampler: RandomSampler | None = None, *, drop_last: bool = False
-    ) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(
-            self._parts[part],
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=padded_batch,
-        )
-
-
-def padded_batch(examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Put sequences into one batch, filled up with padding at the end."""
-    tokens, labels = zip(*examples, strict=True)
-    return pad_sequence(list(tokens), batch_first=True), torch.stack(labels)
+        return parts

@@ -70,6 +70,7 @@ def token_classifier(
     num_heads: int = 2,
     ffn_dim: int = 128,
     dropout: float = 0.1,
+    padding: int = 0,
 ) -> nn.Module:
     """Build our own encoder with a classification head (see `transformer.py`).
 
@@ -83,6 +84,7 @@ def token_classifier(
         num_heads: Heads of each attention.
         ffn_dim: Width of the feed-forward layers.
         dropout: Of embeddings and of each sublayer.
+        padding: The token id that stands for nothing.
     """
     from thresher.models.transformer import Classifier
 
@@ -96,4 +98,65 @@ def token_classifier(
         num_heads=num_heads,
         ffn_dim=ffn_dim,
         dropout=dropout,
+        padding=padding,
     )
+
+
+def language_model(
+    *,
+    attention: MakeMechanism,
+    vocabulary: int,
+    length: int,
+    padding: int,
+    objective: str,
+    encoder: MakeMechanism | None = None,
+    decoder: MakeMechanism | None = None,
+    cross: MakeMechanism | None = None,
+    dim: int = 128,
+    depth: int = 4,
+    num_heads: int = 4,
+    ffn_dim: int = 512,
+    dropout: float = 0.1,
+) -> nn.Module:
+    """Build our own transformer for what is to be predicted (see `transformer.py`).
+
+    Args:
+        attention: Builds one mechanism for each attention that is not given one below.
+        vocabulary: Number of token ids, padding included.
+        length: Largest number of tokens.
+        padding: The token id that stands for nothing.
+        objective: "causal" builds a decoder, "masked" an encoder, "denoising" an encoder and a decoder.
+        encoder: Builds the mechanisms of the encoder.
+        decoder: Builds the mechanisms of the decoder's self attention.
+        cross: Builds the mechanisms of the decoder's attention to the encoder.
+        dim: Width.
+        depth: Number of blocks, of encoder and decoder each.
+        num_heads: Heads of each attention.
+        ffn_dim: Width of the feed-forward layers.
+        dropout: Of embeddings and of each sublayer.
+
+    Raises:
+        ValueError: A mechanism is given for a part that the objective does not have.
+    """
+    from thresher.models.transformer import EncoderDecoder, LanguageModel
+
+    has = {"causal": ("decoder",), "masked": ("encoder",), "denoising": ("encoder", "decoder", "cross")}[objective]
+    given = {"encoder": encoder, "decoder": decoder, "cross": cross}
+    if idle := [name for name, make in given.items() if make is not None and name not in has]:
+        raise ValueError(
+            f"model.{idle[0]} would have no effect: data.objective={objective} builds {' and '.join(has)} only"
+        )
+    size: dict[str, Any] = {
+        "vocabulary": vocabulary,
+        "length": length,
+        "padding": padding,
+        "dim": dim,
+        "depth": depth,
+        "num_heads": num_heads,
+        "ffn_dim": ffn_dim,
+        "dropout": dropout,
+    }
+    makes = {name: given[name] or attention for name in has}
+    if objective == "denoising":
+        return EncoderDecoder(makes["encoder"], makes["decoder"], makes["cross"], **size)
+    return LanguageModel(makes[has[0]], causal=objective == "causal", **size)

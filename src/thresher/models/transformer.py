@@ -1,8 +1,11 @@
 """A transformer in one file: encoder, decoder and both together, the smallest model that uses all four patterns.
 
-Blocks are pre-norm with a GELU feed-forward layer; positions are learned. Tokens are ids [b, n], and id 0 is padding
-wherever it stands: padded tokens are hidden from attention on both sides.
+Blocks are pre-norm with a GELU feed-forward layer; positions are learned. Tokens are ids [b, n], and one id is padding
+wherever it stands: padded tokens are hidden from attention on both sides. Language models read their logits off the
+embedding of their tokens.
 """
+
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -12,7 +15,7 @@ from thresher.attention.base import Call, MakeMechanism, Pattern, ValueSource
 from thresher.hosts.core import Host, MakeFeedForward, mount_feed_forward
 from thresher.hosts.feedforward import FeedForwardHost
 
-PADDING = 0
+SPARED = ("positions", "embedding.weight")  # by weight decay, besides vectors
 
 
 class Attention(nn.Module):
@@ -76,14 +79,14 @@ class Block(nn.Module):
         make: MakeMechanism,
         *,
         causal: bool,
-        cross: bool,
+        cross: MakeMechanism | None,
         dropout: float,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, num_heads, make, Pattern((causal, False)))
         self.norm2 = nn.LayerNorm(dim) if cross else None
-        self.cross = Attention(dim, num_heads, make, Pattern((causal, True))) if cross else None
+        self.cross = Attention(dim, num_heads, cross, Pattern((causal, True))) if cross else None
         self.norm3 = nn.LayerNorm(dim)
         self.ffn = FeedForward(dim, ffn_dim, dropout)
         self.dropout = nn.Dropout(dropout)
@@ -104,7 +107,7 @@ class Stack(nn.Module):
     """Embedding, positions, blocks and a last norm: an encoder, or with `causal` and `cross` a decoder.
 
     Args:
-        make: Builds the mechanism of each attention.
+        make: Builds the mechanism of each self attention.
         vocabulary: Number of token ids, padding included.
         length: Largest number of tokens.
         dim: Width.
@@ -112,8 +115,9 @@ class Stack(nn.Module):
         num_heads: Heads of each attention.
         ffn_dim: Width of the feed-forward layers.
         causal: Whether no token may depend on later ones.
-        cross: Whether blocks attend to a memory too.
+        cross: Builds the mechanism of each attention to a memory; None builds no such attention.
         dropout: Of embeddings and of each sublayer.
+        padding: The token id that stands for nothing.
     """
 
     def __init__(
@@ -127,11 +131,13 @@ class Stack(nn.Module):
         num_heads: int,
         ffn_dim: int,
         causal: bool = False,
-        cross: bool = False,
+        cross: MakeMechanism | None = None,
         dropout: float = 0.0,
+        padding: int = 0,
     ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary, dim, padding_idx=PADDING)
+        self.padding = padding
+        self.embedding = nn.Embedding(vocabulary, dim, padding_idx=padding)
         self.positions = nn.Parameter(torch.empty(length, dim))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
@@ -155,7 +161,7 @@ class Stack(nn.Module):
         n = tokens.shape[1]
         if n > len(self.positions):
             raise ValueError(f"{n} tokens, but positions for {len(self.positions)}: raise the length of the model")
-        visible = tokens != PADDING
+        visible = tokens != self.padding
         x = self.dropout(self.embedding(tokens) + self.positions[:n])
         for block in self.blocks:
             x = block(x, visible, memory, memory_visible)
@@ -163,27 +169,53 @@ class Stack(nn.Module):
         return states
 
 
-class EncoderDecoder(nn.Module):
-    """An encoder whose states a decoder attends to; returns the decoder's states.
+class LanguageModel(nn.Module):
+    """A stack that predicts tokens: the next ones if it is causal, hidden ones otherwise.
 
     Args:
         make: Builds the mechanism of each attention.
+        **size: See `Stack`.
+    """
+
+    def __init__(self, make: MakeMechanism, **size: Any) -> None:
+        super().__init__()
+        self.stack = Stack(make, **size)
+
+    def forward(self, tokens: Int64[Tensor, "b n"]) -> Float[Tensor, "b n v"]:
+        logits: Tensor = self.stack(tokens) @ self.stack.embedding.weight.mT
+        return logits
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters that weight decay spares besides vectors."""
+        return {f"stack.{name}" for name in SPARED}
+
+
+class EncoderDecoder(nn.Module):
+    """An encoder whose states a decoder attends to, and which predicts tokens from the decoder's states.
+
+    Args:
+        encoder: Builds the mechanism of each self attention of the encoder.
+        decoder: Builds that of each self attention of the decoder.
+        cross: Builds that of each attention of the decoder to the encoder.
         causal: Whether the decoder is; False gives a decoder that sees its whole input.
         **size: See `Stack`.
     """
 
-    def __init__(self, make: MakeMechanism, *, causal: bool = True, **size: int | float) -> None:
+    def __init__(
+        self, encoder: MakeMechanism, decoder: MakeMechanism, cross: MakeMechanism, *, causal: bool = True, **size: Any
+    ) -> None:
         super().__init__()
-        self.encoder = Stack(make, **size)  # type: ignore[arg-type]
-        self.decoder = Stack(make, causal=causal, cross=True, **size)  # type: ignore[arg-type]
+        self.encoder = Stack(encoder, **size)
+        self.decoder = Stack(decoder, causal=causal, cross=cross, **size)
 
-    def forward(self, source: Int64[Tensor, "b m"], target: Int64[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
-        states: Tensor = self.decoder(target, self.encoder(source), source != PADDING)
-        return states
+    def forward(self, source: Int64[Tensor, "b m"], target: Int64[Tensor, "b n"]) -> Float[Tensor, "b n v"]:
+        states = self.decoder(target, self.encoder(source), source != self.encoder.padding)
+        logits: Tensor = states @ self.decoder.embedding.weight.mT
+        return logits
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters that weight decay spares besides vectors."""
-        return {f"{part}.{name}" for part in ("encoder", "decoder") for name in ("positions", "embedding.weight")}
+        return {f"{part}.{name}" for part in ("encoder", "decoder") for name in SPARED}
 
 
 class Classifier(nn.Module):
@@ -196,17 +228,17 @@ class Classifier(nn.Module):
         **size: See `Stack`.
     """
 
-    def __init__(self, make: MakeMechanism, *, num_classes: int, dim: int, **size: int | float) -> None:
+    def __init__(self, make: MakeMechanism, *, num_classes: int, dim: int, **size: Any) -> None:
         super().__init__()
-        self.encoder = Stack(make, dim=dim, **size)  # type: ignore[arg-type]
+        self.encoder = Stack(make, dim=dim, **size)
         self.head = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, num_classes))
 
     def forward(self, tokens: Int64[Tensor, "b n"]) -> Float[Tensor, "b classes"]:
-        visible = (tokens != PADDING)[..., None]
+        visible = (tokens != self.encoder.padding)[..., None]
         states = self.encoder(tokens).masked_fill(~visible, 0)
         logits: Tensor = self.head(states.sum(1) / visible.sum(1).clamp_min(1))
         return logits
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters that weight decay spares besides vectors."""
-        return {"encoder.positions", "encoder.embedding.weight"}
+        return {f"encoder.{name}" for name in SPARED}

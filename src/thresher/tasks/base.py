@@ -146,6 +146,10 @@ class Task(pl.LightningModule, ABC):
                 self.log(f"train/{name}", value, prog_bar=name == self.metric, batch_size=step.size)
         return step.loss + compute_loss
 
+    def weight(self, step: Step) -> float | Tensor:
+        """Return how much the loss of a batch weighs in the mean of an evaluation."""
+        return step.size
+
     def training_metrics(self, step: Step) -> dict[str, Tensor]:
         """Return what to log of a training batch besides its loss."""
         return {}
@@ -222,7 +226,7 @@ class Task(pl.LightningModule, ABC):
         metrics: dict[str, Any] = dict(self.evaluation[stage].items())  # type: ignore[operator]
         for name, metric in metrics.items():
             if name == "loss":
-                metric.update(step.loss, weight=step.size)
+                metric.update(step.loss, weight=self.weight(step))
             elif isinstance(metric, ComputeRatio):
                 metric.update(self.meter.costs())
             else:

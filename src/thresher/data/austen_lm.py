@@ -1,0 +1,22 @@
+"""Jane Austen's novels for language modelling, with whole novels held out; ships with the package."""
+
+from thresher.data.corpus import CorpusData
+from thresher.data.works import read_works
+
+VAL = ("northangerabbey",)
+TEST = ("persuasion",)
+
+
+class AustenLM(CorpusData):
+    """Six novels, 4.03 million characters: one for validation, one for the test.
+
+    All hyper-parameters are those of `CorpusData`.
+    """
+
+    def read_works(self) -> dict[str, list[str]]:
+        """Split by novel."""
+        works = read_works("austen")
+        held_out = {"val": VAL, "test": TEST}
+        parts = {part: [works[title] for title in titles] for part, titles in held_out.items()}
+        parts["train"] = [text for title, text in works.items() if title not in (*VAL, *TEST)]
+        return parts

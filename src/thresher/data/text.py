@@ -1,0 +1,116 @@
+"""What all text classification data share: tokens, split, class names and counts."""
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from thresher.data.sequences import SequenceData, Sequences
+from thresher.data.tokens import load_tokenizer
+
+
+class Texts(NamedTuple):
+    """Texts with their labels.
+
+    Attributes:
+        texts: One string for each example.
+        labels: The place of its class among the names of the classes.
+    """
+
+    texts: list[str]
+    labels: list[int]
+
+
+class TextClassificationData(SequenceData):
+    """Labelled texts; a data set derives from this class and reads its files in `read_texts`.
+
+    Args:
+        batch_size: Texts in a batch of one process.
+        workers: Processes that load data; 0 loads them in the training process.
+        seed: Of the split, and of the training order unless `order_seed` is set.
+        val_fraction: Share of the training texts held out for validation, where there is no validation set.
+        limit_train: Train on the first so many of the training texts left after the split; None for all.
+        length: Tokens of a text that are read; the rest is cut off.
+        tokenizer: `bytes`, the folder of a tokenizer of Hugging Face's, or its name on the hub.
+
+    Raises:
+        ValueError: A hyper-parameter outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 32,
+        workers: int = 0,
+        seed: int = 0,
+        val_fraction: float = 0.1,
+        limit_train: int | None = None,
+        length: int = 512,
+        tokenizer: str = "bytes",
+    ) -> None:
+        super().__init__(batch_size=batch_size, workers=workers, seed=seed, limit_train=limit_train)
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"data.val_fraction must lie between 0 and 1, both excluded, not {val_fraction!r}")
+        if length < 1:
+            raise ValueError(f"data.length counts tokens and must be at least 1, got {length}")
+        self.val_fraction, self.length = val_fraction, length
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.padding = self.tokenizer.padding
+        self._classes: list[str] = []
+
+    @abstractmethod
+    def read_texts(self) -> tuple[list[str], dict[str, Texts]]:
+        """Return the names of the classes and the parts `train` and `test`, and `val` if there is one.
+
+        Raises:
+            FileNotFoundError: The files are not there; the message says how to get them.
+        """
+
+    def read(self) -> dict[str, Sequences]:
+        """Turn texts into tokens, and hold some out for validation."""
+        self._classes, parts = self.read_texts()
+        if len(self._classes) < 2:
+            raise ValueError(f"{type(self).__name__} has texts of one class only: {', '.join(self._classes)}")
+        sequences = {name: self._encode(name, part) for name, part in parts.items()}
+        train = sequences["train"]
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        held_out = 0
+        if "val" not in sequences:
+            held_out = round(self.val_fraction * len(order))
+            sequences["val"] = train.select(order[:held_out])
+        sequences["train"] = train.select(order[held_out:])
+        return sequences
+
+    def _encode(self, name: str, part: Texts) -> Sequences:
+        ids = self.tokenizer.encode(part.texts, whole=True, limit=self.length)
+        if blank := sum(not each for each in ids):
+            raise ValueError(f"{blank} of the {name} texts of {type(self).__name__} are empty")
+        return Sequences.of(ids, part.labels)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of the labels; known after `setup`."""
+        if not self._classes:
+            raise ValueError(f"the classes of {type(self).__name__} are known after prepare_data() and setup('fit')")
+        return list(self._classes)
+
+    @property
+    def model_arguments(self) -> Mapping[str, Any]:
+        """What a model must know of the data."""
+        return {
+            "num_classes": len(self.class_names),
+            "vocabulary": self.tokenizer.vocabulary,
+            "length": self.length,
+            "padding": self.padding,
+        }
+
+    @property
+    def task_arguments(self) -> Mapping[str, Any]:
+        """What a task must know of the data: how often each class occurs in training, too."""
+        counts = Counter(self._part("train").labels.tolist())
+        return {
+            "num_classes": len(self.class_names),
+            "class_counts": [counts[i] for i in range(len(self.class_names))],
+        }
