@@ -1,0 +1,129 @@
+"""Models of transformers as networks to train: token ids in, logits out, with another attention inside."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int64
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+
+from thresher.attention.base import MakeMechanism
+from thresher.hosts import inject
+
+HEADS: Mapping[str, Any] = {
+    "classification": AutoModelForSequenceClassification,
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "denoising": AutoModelForSeq2SeqLM,
+}
+
+
+class HuggingFaceNet(nn.Module):
+    """A model of transformers that takes token ids alone; ids that are padding are masked.
+
+    Args:
+        model: Any model with logits.
+        padding: The token id that stands for nothing.
+    """
+
+    def __init__(self, model: nn.Module, padding: int) -> None:
+        super().__init__()
+        self.model = model
+        self.padding = padding
+
+    def forward(self, tokens: Int64[Tensor, "b n"], target: Int64[Tensor, "b m"] | None = None) -> Tensor:
+        """Return logits; an encoder-decoder takes the tokens before each target, too."""
+        decoder = {} if target is None else {"decoder_input_ids": target}
+        logits: Tensor = self.model(input_ids=tokens, attention_mask=tokens != self.padding, **decoder).logits
+        return logits
+
+
+def huggingface_model(
+    *,
+    attention: MakeMechanism,
+    vocabulary: int,
+    length: int,
+    padding: int,
+    num_classes: int | None = None,
+    objective: str | None = None,
+    name_or_path: str = "bert",
+    pretrained: bool = False,
+    where: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Build a model of transformers with another attention and the head that the data ask for.
+
+    Args:
+        attention: Builds one mechanism for each attention module.
+        vocabulary: Number of token ids.
+        length: Largest number of tokens.
+        padding: The token id that stands for nothing.
+        num_classes: Number of logits of a classifier.
+        objective: Of a language model: "causal", "masked" or "denoising".
+        name_or_path: A folder with a model's files, a name on the hub, or for random weights a kind of model: "bert".
+        pretrained: Whether to load weights; otherwise the configuration alone is used.
+        where: Regular expression for the names of the attention modules to replace; all by default.
+        config: Entries of the configuration to set.
+
+    Raises:
+        ValueError: There is no such model, an entry of its configuration is unknown, or it is too small for the data.
+        FileNotFoundError: The model's files are neither there nor, as far as the network reaches, on the hub.
+    """
+    settings = dict(config or {})
+    if num_classes is not None:
+        settings["num_labels"] = num_classes
+    kind = objective or "classification"
+    built = _config(name_or_path, pretrained, settings | {"pad_token_id": padding})
+    if not pretrained:
+        built.vocab_size = vocabulary
+    _check_size(built, name_or_path, vocabulary, length)
+    auto = HEADS[kind]
+    if pretrained:
+        model = auto.from_pretrained(name_or_path, config=built, use_safetensors=True)
+    else:
+        model = auto.from_config(built)
+    net = HuggingFaceNet(model, padding)
+    inject(model, attention, where=where)
+    return net
+
+
+def _config(name: str, pretrained: bool, settings: dict[str, Any]) -> PreTrainedConfig:
+    if not pretrained and name in CONFIG_MAPPING:
+        built: PreTrainedConfig = CONFIG_MAPPING[name]()
+    else:
+        try:
+            built = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+        except (OSError, ValueError) as error:
+            kinds = "" if pretrained else f", or a kind of model ({', '.join(list(CONFIG_MAPPING)[:6])}, ...)"
+            raise FileNotFoundError(
+                f"there is no model {name!r}: model.name_or_path names a folder with config.json and safetensors, "
+                f"a model on the hub{kinds}"
+            ) from error
+    if unknown := [key for key in settings if not hasattr(built, key)]:
+        raise ValueError(f"{type(built).__name__} has no entry {', '.join(unknown)}, which model.config sets")
+    for key, value in settings.items():
+        setattr(built, key, value)
+    return built
+
+
+def _check_size(config: PreTrainedConfig, name: str, vocabulary: int, length: int) -> None:
+    if config.vocab_size < vocabulary:
+        raise ValueError(
+            f"{name} knows {config.vocab_size} tokens, the tokenizer has {vocabulary}: "
+            "set data.tokenizer to the model's own"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < length:
+        raise ValueError(
+            f"{name} has positions for {positions} tokens, the data have up to {length}: shorten them by data.length "
+            "or data.context, or set model.config.max_position_embeddings where weights are not loaded"
+        )
