@@ -102,10 +102,9 @@ def test_a_bare_attention_module_is_referred_to_mount() -> None:
         sparsify(Attention(32, 2), "latte")
 
 
-@pytest.mark.parametrize("module", [nn.Linear(2, 2), nn.MultiheadAttention(8, 2)], ids=lambda m: type(m).__name__)
-def test_a_module_that_no_host_knows_is_refused(module: nn.Module) -> None:
+def test_a_module_that_no_host_knows_is_refused() -> None:
     with pytest.raises(TypeError, match=r"no host knows torch\.nn.*mountable:.*timm\.layers\.attention\.Attention"):
-        mount(module, Dense)
+        mount(nn.Linear(2, 2), Dense)
 
 
 def test_mounting_needs_nothing_before_it() -> None:

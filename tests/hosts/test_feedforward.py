@@ -16,8 +16,8 @@ from tests.hosts.models import SIZE, build, images, same_state
 from thresher import ComputeMeter, densify, sparsify
 from thresher.attention.dense import Dense
 from thresher.attention.topk_ffn import TopKFeedForward
-from thresher.hosts.core import Host, mount_feed_forward
-from thresher.hosts.feedforward import FeedForwardHost
+from thresher.hosts.core import Host
+from thresher.hosts.feedforward import FeedForwardHost, mount_feed_forward
 from thresher.models.transformer import Classifier
 
 TEXT = {"vocab_size": 50, "max_position_embeddings": 16}

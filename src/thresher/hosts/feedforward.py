@@ -4,14 +4,83 @@ A description says which children hold the projections. Since it goes by names, 
 units kept the host must compute what the original computes.
 """
 
+import re
+import sys
 from collections.abc import Callable
+from functools import singledispatch
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from thresher.attention.topk_ffn import Projection, TopKFeedForward
-from thresher.hosts.core import Host, MakeFeedForward
+from thresher.hosts.core import Host, holding, load_hosts, qualified_name, replace
+
+FEED_FORWARD = {"topk_ffn": TopKFeedForward}
+MakeFeedForward = Callable[[], TopKFeedForward]
+
+
+@singledispatch
+def mount_feed_forward(module: nn.Module, make: MakeFeedForward) -> Host:
+    """Return a module that computes what `module` does, with the feed-forward layer that `make` builds.
+
+    Raises:
+        TypeError: No overload knows this kind of module.
+    """
+    _load()
+    if _knows(module):
+        return mount_feed_forward(module, make)
+    raise TypeError(f"no host knows {qualified_name(type(module))}; mountable: {_mountable()}")
+
+
+def inject_feed_forward(model: nn.Module, make: MakeFeedForward, *, where: str | None = None) -> list[str]:
+    """Mount `make` into every feed-forward module of `model` that a host knows, in place.
+
+    Args:
+        model: Any model.
+        make: Builds what runs inside, once for each module.
+        where: Regular expression that a module's dotted name must contain; all of them by default.
+
+    Returns:
+        The names of the modules that were replaced.
+
+    Raises:
+        ValueError: Nothing matched, or the model already holds a mechanism there.
+        TypeError: A module computes something else than its class promises.
+    """
+    _load()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    taken = holding(model, FeedForwardHost.part)
+    if any(where is None or re.search(where, name) for name in taken):
+        raise ValueError("the model already holds mechanisms there; call densify() first")
+    known = [name for name, module in modules.items() if _knows(module)]
+    names = [name for name in known if where is None or re.search(where, name)]
+    if not names and known + taken:
+        raise ValueError(f"no feed-forward module matches {where!r}; there are: {', '.join(known + taken)}")
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no feed-forward module that a host knows. Known: {_mountable()}, "
+            "and the layers of BERT, T5 and Llama kind of transformers"
+        )
+    hosts = {module: mount_feed_forward(module, make) for module in dict.fromkeys(modules[name] for name in names)}
+    for name in names:
+        replace(model, name, hosts[modules[name]])
+    return names
+
+
+def _load() -> None:
+    load_hosts()
+    if "transformers" in sys.modules:
+        import_module("thresher.hosts.huggingface_ffn").register_loaded()
+
+
+def _knows(module: nn.Module) -> bool:
+    return mount_feed_forward.dispatch(type(module)) is not mount_feed_forward.dispatch(object)
+
+
+def _mountable() -> str:
+    return ", ".join(qualified_name(cls) for cls in mount_feed_forward.registry if cls is not object)
 
 
 class FeedForwardHost(Host):
@@ -32,6 +101,7 @@ class FeedForwardHost(Host):
             else than the description says.
     """
 
+    part = "feed-forward"
     mechanism: TopKFeedForward
 
     def __init__(
@@ -49,12 +119,12 @@ class FeedForwardHost(Host):
         for name in (*inner, *(() if outer is None else (outer,))):
             if type(getattr(original, name, None)) is not nn.Linear:
                 raise TypeError(
-                    f"{_name(original)}.{name} is a {type(getattr(original, name, None)).__name__}; "
+                    f"{qualified_name(type(original))}.{name} is a {type(getattr(original, name, None)).__name__}; "
                     "a feed-forward layer of which units are kept needs an nn.Linear there"
                 )
         act = getattr(original, activation)
         if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
-            raise TypeError(f"the activation of {_name(original)} has parameters, which would receive no gradient")
+            raise TypeError(f"the activation of {qualified_name(type(original))} has parameters, which would receive no gradient")
         p = 0.0 if dropout is None else getattr(original, dropout).p
         super().__init__(original, make(), dropout=p)
         self._inner, self._outer, self._packed, self._after = inner, outer, packed, after
@@ -86,22 +156,19 @@ class FeedForwardHost(Host):
         weight = self._projection(self._inner[0]).weight
         if weight.is_meta:
             return
+        (original,) = self._original
         x = torch.randn(4, 1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
         training = self.training
         everything = TopKFeedForward(keys=1.0).eval()
         try:
-            self.original.eval()
+            original.eval()
             self.eval()
             with torch.no_grad():
-                assert_close(self._through(x, everything), self.original(x))
+                assert_close(self._through(x, everything), original(x))
         except AssertionError as error:
             raise TypeError(
-                f"{_name(self.original)} computes something of its own besides projections and an activation"
+                f"{qualified_name(type(original))} computes something of its own besides projections and an activation"
             ) from error
         finally:
-            self.original.train(training)
+            original.train(training)
             self.train(training)
-
-
-def _name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from thresher.hosts.core import Host, MakeFeedForward, mount_feed_forward
-from thresher.hosts.feedforward import FeedForwardHost
+from thresher.hosts.core import Host
+from thresher.hosts.feedforward import FeedForwardHost, MakeFeedForward, mount_feed_forward
 
 # By the end of the class name: what its parts are called. BERT's outer projection stands in another module, beside
 # the residual and the norm, so there the hidden units that are not kept are handed on as zeros.

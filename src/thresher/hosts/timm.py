@@ -6,8 +6,8 @@ from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from thresher.attention.base import Call, MakeMechanism, Mechanism, Pattern, ValueSource
-from thresher.hosts.core import Host, MakeFeedForward, mount, mount_feed_forward
-from thresher.hosts.feedforward import FeedForwardHost
+from thresher.hosts.core import Host, mount
+from thresher.hosts.feedforward import FeedForwardHost, MakeFeedForward, mount_feed_forward
 
 
 class TimmAttention(Host):

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from thresher.attention.base import Call, MakeMechanism, Pattern, ValueSource
-from thresher.hosts.core import Host, MakeFeedForward, mount_feed_forward
-from thresher.hosts.feedforward import FeedForwardHost
+from thresher.hosts.core import Host
+from thresher.hosts.feedforward import FeedForwardHost, MakeFeedForward, mount_feed_forward
 
 SPARED = ("positions", "embedding.weight")  # by weight decay, besides vectors
 
