@@ -27,8 +27,8 @@ MAY_IMPORT = {
 }
 # Libraries that only these parts may import, so that the rest stays light or free of them.
 ONLY_IN = {
-    "timm": {"hosts/timm.py", "models/build.py"},
-    "transformers": {"data/tokens.py"},
+    "timm": {"hosts/timm.py", "hosts/__main__.py", "models/build.py"},
+    "transformers": {"data/tokens.py", "hosts/huggingface.py", "hosts/__main__.py", "models/huggingface.py"},
     "datasets": {"data/hub.py"},
     "hydra": {"overrides.py", "commands.py", "cli.py"},
     "pytorch_lightning": {"tasks", "callbacks", "data", "cli.py"},

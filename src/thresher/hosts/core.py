@@ -20,7 +20,7 @@ from torch import nn
 from thresher.attention.base import MakeMechanism, Mechanism, Metered
 
 # The file of each host, in the order in which they are asked, and the library whose modules it knows.
-HOSTS = {"timm": "timm", "multihead": "torch", "sdpa": "torch"}
+HOSTS = {"timm": "timm", "huggingface": "transformers", "multihead": "torch", "sdpa": "torch"}
 _log = logging.getLogger(__name__)
 
 

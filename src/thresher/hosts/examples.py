@@ -1,0 +1,32 @@
+"""Inputs that a model of transformers can be run on without asking its user."""
+
+from typing import Any
+
+import torch
+
+
+def example_inputs_of(root: Any) -> dict[str, Any]:
+    """Make small inputs for a model: text of 7 and, behind an encoder, 5 tokens, or an image.
+
+    The lengths differ, so that cross attention is told from self attention.
+
+    Raises:
+        ValueError: The model takes something else.
+    """
+    config, device = root.config, root.device
+    text = config.get_text_config()
+    name = root.main_input_name
+    if name == "input_ids":
+        inputs: dict[str, Any] = {"input_ids": _ids(7, text.vocab_size, device)}
+        if config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = _ids(5, config.get_text_config(decoder=True).vocab_size, device)
+        return inputs | ({"use_cache": False} if hasattr(text, "use_cache") else {})
+    if name == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        size = vision.image_size if isinstance(vision.image_size, tuple | list) else (vision.image_size,) * 2
+        return {name: torch.zeros(2, vision.num_channels, *size, device=device, dtype=root.dtype)}
+    raise ValueError(f"{type(root).__name__} takes {name}; give example_inputs, say {{{name!r}: ...}}")
+
+
+def _ids(length: int, vocabulary: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(3, 3 + 2 * length, device=device).view(2, length) % vocabulary
