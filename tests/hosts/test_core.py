@@ -1,7 +1,9 @@
 """inject and sparsify: which modules they take, and what they say when they cannot."""
 
+import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from timm.layers.attention import Attention
@@ -13,7 +15,9 @@ from thresher.attention import available
 from thresher.attention.dense import Dense
 from thresher.attention.latte import Latte
 from thresher.attention.mean import Mean
-from thresher.hosts.core import Host
+from thresher.hosts import mounted
+from thresher.hosts.__main__ import table
+from thresher.hosts.core import HOSTS, Host
 
 
 def test_the_mechanism_is_built_with_the_hyper_parameters_given() -> None:
@@ -105,6 +109,34 @@ def test_a_bare_attention_module_is_referred_to_mount() -> None:
 def test_a_module_that_no_host_knows_is_refused() -> None:
     with pytest.raises(TypeError, match=r"no host knows torch\.nn.*mountable:.*timm\.layers\.attention\.Attention"):
         mount(nn.Linear(2, 2), Dense)
+
+
+def test_the_table_in_the_docs_is_what_trying_finds() -> None:
+    """Every mechanism takes a step of training in every host, or refuses when it is built."""
+    page = Path(__file__).parents[2] / "docs" / "hosts.md"
+    assert page.read_text().endswith(f"\n\n{table()}\n")
+
+
+def test_what_was_mounted_is_logged_and_listed(caplog: pytest.LogCaptureFixture) -> None:
+    model = build()
+    with caplog.at_level(logging.INFO, "thresher.hosts"):
+        sparsify(model, "mean", where="1")
+    assert caplog.messages == ["blocks.1.attn: TimmAttention: Mean(heads=2, head_dim=16, noncausal_self)"]
+    assert list(mounted(model)) == ["blocks.1.attn"]
+
+
+def test_a_library_too_old_for_its_host_is_named_and_hinders_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(HOSTS, "nothing", "torch")
+    sparsify(build(), "mean")
+    assert "models of torch cannot be reached: No module named 'thresher.hosts.nothing'" in caplog.text
+
+
+def test_importing_thresher_imports_no_library_of_models() -> None:
+    code = "import sys, thresher, thresher.hosts; print({'timm', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_mounting_needs_nothing_before_it() -> None:

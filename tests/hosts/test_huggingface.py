@@ -1,0 +1,492 @@
+"""Mechanisms inside models of transformers: masks, caches, patterns and files mean what they meant before."""
+
+import contextlib
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from tests.hosts.models import same_state
+from thresher import densify, inject, sparsify
+from thresher.attention import Attended, Call, Mechanism, Pattern, available
+from thresher.attention.dense import Dense
+from thresher.hosts import mounted
+from thresher.hosts.__main__ import MODELS, PAIR, TOKENS, build
+from thresher.hosts.examples import example_inputs_of
+from thresher.hosts.huggingface import from_pretrained
+from thresher.hosts.recording import run
+
+TEXT = ["BERT", "RoBERTa", "DistilBERT", "GPT-2", "Llama", "Qwen3", "T5", "BART"]
+DECODERS = ["GPT-2", "Llama", "Qwen3", "T5", "BART"]
+FIRST, SECOND = r"^\D*0", r"^\D*1"  # layers, by the first number in a module's name
+PADDED = {
+    "none": torch.ones(2, 7, dtype=torch.long),
+    "right": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]),
+    "left": torch.tensor([[1] * 7, [0] * 3 + [1] * 4]),
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def padded(name: str, side: str, ids: Tensor = TOKENS) -> dict[str, Tensor]:
+    """Return inputs with padding; encoder-decoders have it on both sides, which are of different lengths."""
+    mask = PADDED[side]
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if name in ("T5", "BART"):
+        short = slice(0, 5) if side == "right" else slice(2, 7)
+        return inputs | {"decoder_input_ids": ids[:, short], "decoder_attention_mask": mask[:, short]}
+    # RoBERTa numbers its positions by what is no padding token; the content of padding must not matter here.
+    return inputs | ({"position_ids": torch.arange(2, 9).expand(2, 7)} if name == "RoBERTa" else {})
+
+
+def real_outputs(name: str, side: str, model: nn.Module, ids: Tensor = TOKENS) -> Tensor:
+    inputs = padded(name, side, ids)
+    shown = inputs.get("decoder_attention_mask", inputs["attention_mask"])
+    return model(**inputs)[0][shown.bool()]
+
+
+@pytest.mark.parametrize("side", PADDED)
+@pytest.mark.parametrize("name", TEXT)
+def test_dense_changes_no_real_token(name: str, side: str) -> None:
+    plain, hosted = build(name), build(name)
+    names = sparsify(hosted, "dense")
+    assert set(mounted(hosted)) == set(names)
+    assert same_state(hosted, plain)
+    assert_close(real_outputs(name, side, hosted), real_outputs(name, side, plain), atol=1e-5, rtol=1e-5)
+    assert_close(run(hosted, MODELS[name].inputs)[0], run(plain, MODELS[name].inputs)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_dense_changes_no_image() -> None:
+    plain, hosted = build("ViT"), build("ViT")
+    sparsify(hosted, "dense")
+    assert torch.equal(run(hosted, MODELS["ViT"].inputs)[0], run(plain, MODELS["ViT"].inputs)[0])
+
+
+@pytest.mark.parametrize("attention", available())
+@pytest.mark.parametrize("name", TEXT)
+def test_the_content_of_padding_changes_no_real_token(name: str, attention: str) -> None:
+    model = build(name)
+    for where in MODELS[name].parts.values():
+        with contextlib.suppress(ValueError):  # the table in docs/hosts.md says who refuses what
+            sparsify(model, attention, where=where)
+    for side in ("left", "right"):
+        ids = torch.where(PADDED[side].bool(), TOKENS, TOKENS.flip(1) + 20)
+        assert torch.equal(real_outputs(name, side, model), real_outputs(name, side, model, ids)), side
+
+
+def test_each_kind_of_attention_has_a_mechanism_of_its_own_and_its_pattern() -> None:
+    for name in ("T5", "BART"):
+        model = build(name)
+        hosts = [model.get_submodule(place).mechanism for place in sparsify(model, "latte")]
+        kinds = [mechanism.pattern for mechanism in hosts]
+        assert kinds[:2] == [Pattern.NONCAUSAL_SELF] * 2
+        assert kinds[2:] == [Pattern.CAUSAL_SELF, Pattern.CAUSAL_CROSS] * 2
+        assert len(set(hosts)) == 6
+
+
+class Spy(Dense):
+    """Notes what it is told."""
+
+    calls: list[Call] = []
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        self.calls.append(call)
+        return super().forward(q, k, v, call)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", TEXT)
+def test_padding_stays_of_linear_size_and_hides_queries_too(name: str, side: str) -> None:
+    model = build(name)
+    inject(model, Spy)
+    Spy.calls.clear()
+    inputs = padded(name, side)
+    model(**inputs)
+    assert Spy.calls
+    for call in Spy.calls:
+        assert call.pairs is None
+        assert call.keys is not None
+    assert torch.equal(Spy.calls[0].keys, inputs["attention_mask"].bool())
+    assert torch.equal(Spy.calls[0].queries, inputs["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("where", [FIRST, SECOND])
+@pytest.mark.parametrize("side", PADDED)
+@pytest.mark.parametrize("name", TEXT)
+def test_layers_left_out_attend_as_before(name: str, side: str, where: str) -> None:
+    plain, hosted = build(name), build(name)
+    sparsify(hosted, "dense", where=where)
+    assert_close(real_outputs(name, side, hosted), real_outputs(name, side, plain), atol=1e-5, rtol=1e-5)
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    plain, hosted = build("Llama"), build("Llama")
+    sparsify(hosted, "dense")
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]]).expand(2, 7)
+    got = hosted(TOKENS, position_ids=positions, use_cache=False)[0]
+    assert_close(got, plain(TOKENS, position_ids=positions, use_cache=False)[0], atol=1e-5, rtol=1e-5)
+    assert_close(got[:, 3:], hosted(TOKENS[:, 3:])[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", PADDED)
+def test_a_sliding_window_stays_one(side: str) -> None:
+    settings = dict(MODELS["Llama"].build().config.to_dict())
+    config = transformers.MistralConfig(**settings | {"sliding_window": 3, "model_type": "mistral"})
+    torch.manual_seed(0)
+    plain = transformers.MistralForCausalLM(config).eval()
+    hosted = copy.deepcopy(plain)
+    sparsify(hosted, "dense")
+    wanted = real_outputs("Mistral", side, plain)
+    assert_close(real_outputs("Mistral", side, hosted), wanted, atol=1e-5, rtol=1e-5)
+    hosted.config.sliding_window = None
+    assert not torch.allclose(real_outputs("Mistral", side, hosted), wanted)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_a_whole_mask_of_the_users_is_obeyed(kind: str) -> None:
+    plain, hosted = build("BERT"), build("BERT")
+    sparsify(hosted, "dense")
+    mask = ((torch.arange(49).view(1, 1, 7, 7) % 3) > 0) | torch.eye(7).bool()
+    mask = mask.expand(2, 1, 7, 7)
+    if kind == "additive":
+        mask = torch.zeros(2, 1, 7, 7).masked_fill(~mask, torch.finfo(torch.float32).min)
+    wanted = plain(TOKENS, attention_mask=mask)[0]
+    assert_close(hosted(TOKENS, attention_mask=mask)[0], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["dense", "latte", "topk"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation_with_a_cache_equals_generation_without(name: str, attention: str) -> None:
+    model = build(name)
+    settings = {"theta": 0.5} if attention == "latte" else {"keys": 3} if attention == "topk" else {}
+    sparsify(model, attention, **settings)
+    ask = partial(model.generate, TOKENS, attention_mask=PADDED["left"], max_new_tokens=8, do_sample=False)
+    one, other = (ask(use_cache=cached, eos_token_id=None) for cached in (True, False))
+    assert one.shape[1] > 8
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("attention", ["dense", "latte", "topk"])
+def test_a_prompt_may_come_in_parts(attention: str) -> None:
+    model = build("Llama")
+    sparsify(model, attention)
+    mask = PADDED["left"]
+    whole = model(TOKENS, attention_mask=mask)[0]
+    first = model(TOKENS[:, :4], attention_mask=mask[:, :4])
+    cache = first.get("cache", first.get("past_key_values"))
+    name = "cache" if "cache" in first else "past_key_values"
+    second = model(TOKENS[:, 4:], attention_mask=mask, **{name: cache})[0]
+    assert_close(second, whole[:, 4:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["dense", "latte"])
+def test_a_cache_of_fixed_size_is_masked(attention: str) -> None:
+    model = build("Llama")
+    sparsify(model, attention)
+    ask = partial(model.generate, TOKENS, attention_mask=PADDED["left"], max_new_tokens=4, do_sample=False)
+    wanted = ask(use_cache=False, eos_token_id=None)
+    got = ask(cache_implementation="static", disable_compile=True, eos_token_id=None)
+    assert torch.equal(got, wanted)
+
+
+class Forgetful(Dense):
+    """A mechanism whose rows depend on the queries before them."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        return super().forward(q.cumsum(2), k, v, call)
+
+
+def test_a_mechanism_that_needs_earlier_queries_refuses_a_cache() -> None:
+    model = build("Llama")
+    inject(model, Forgetful)
+    model(TOKENS)
+    with pytest.raises(ValueError, match=r"Forgetful cannot go on from cached keys.*use_cache=False"):
+        model.generate(TOKENS, max_new_tokens=2, do_sample=False, eos_token_id=None)
+    model.generate(TOKENS, max_new_tokens=2, do_sample=False, eos_token_id=None, use_cache=False)
+
+
+def test_output_attentions_is_refused() -> None:
+    for name in TEXT:
+        model = build(name)
+        sparsify(model, "latte", where=FIRST)
+        with pytest.raises(ValueError, match="leave output_attentions out"):
+            run(model, MODELS[name].inputs | {"output_attentions": True})
+        densify(model)
+        run(model, MODELS[name].inputs | {"output_attentions": False})
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama", "T5", "BART"])
+def test_gradients_are_the_same_with_gradient_checkpointing(name: str) -> None:
+    grads = []
+    for checkpointed in (False, True):
+        model = build(name)
+        sparsify(model, "latte", theta=0.5)
+        if checkpointed:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        run(model.train(), MODELS[name].inputs | {"use_cache": False})[0].square().sum().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters()})
+    assert all(grad is not None for n, grad in grads[1].items() if "thresholds" in n)
+    for parameter, grad in grads[0].items():
+        assert_close(grads[1][parameter], grad)
+
+
+@pytest.mark.parametrize("name", ["BERT", "ViT", "Llama", "T5"])
+def test_a_saved_model_comes_back_with_its_thresholds(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    sparsify(model, "latte", where=FIRST, theta=0.5)
+    sparsify(model, "latte", where=f"{SECOND}(?!.*EncDec)", theta=float("inf"))
+    for parameter, x in model.named_parameters():
+        if "thresholds" in parameter:
+            x.data += torch.arange(4.0)
+    wanted = run(model, MODELS[name].inputs)[0]
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(str(tmp_path))
+    assert mounted(loaded) == mounted(model)
+    assert same_state(loaded, model)
+    assert torch.equal(run(loaded, MODELS[name].inputs)[0], wanted)
+    loaded.save_pretrained(tmp_path)
+    assert mounted(from_pretrained(str(tmp_path))) == mounted(model)
+
+
+def test_a_file_without_mechanisms_or_of_unknown_ones_is_refused(tmp_path: Path) -> None:
+    model = build("BERT")
+    sparsify(model, "latte")
+    densify(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="saved without mechanisms"):
+        from_pretrained(str(tmp_path))
+    inject(model, Spy)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="there is no attention"):
+        from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("attention", ["dense", "latte", "mean"])
+@pytest.mark.parametrize("name", [*TEXT, "ViT"])
+def test_densify_gives_back_the_model_that_was(name: str, attention: str) -> None:
+    plain, model = build(name), build(name)
+    before = model.config.to_dict()
+    sparsify(model, attention, where=FIRST)
+    sparsify(model, attention, where=SECOND)
+    copied = copy.deepcopy(model)
+    densify(copied)
+    assert len(mounted(model)) > 1
+    densify(model)
+    for restored in (copied, model):
+        assert restored.config.to_dict() == before
+        assert restored.config._attn_implementation == "sdpa"
+        assert same_state(restored, plain)
+        assert torch.equal(run(restored, MODELS[name].inputs)[0], run(plain, MODELS[name].inputs)[0])
+        assert not any(isinstance(m, Mechanism) for m in restored.modules())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in restored.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # DeBERTa's, in transformers 5.20
+@pytest.mark.parametrize(
+    ("model", "config", "settings"),
+    [
+        ("DebertaV2Model", "DebertaV2Config", {}),
+        ("LongformerModel", "LongformerConfig", {"attention_window": 4}),
+    ],
+)
+def test_a_model_that_does_not_ask_the_registry_is_refused_by_name(
+    model: str, config: str, settings: dict[str, Any]
+) -> None:
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    built = getattr(transformers, model)(getattr(transformers, config)(**size, **settings)).eval()
+    with pytest.raises(ValueError, match=rf"{model} does not call transformers' AttentionInterface"):
+        sparsify(built, "latte")
+
+
+def test_attention_of_another_kind_is_refused_by_name() -> None:
+    """GPT-OSS adds a learned sink to every row, Gemma 2 caps its scores."""
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
+    size |= {"num_key_value_heads": 2, "intermediate_size": 40}
+    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**size)).eval()
+    with pytest.raises(ValueError, match=r"^Gemma2Attention attends with softcap, which no mechanism knows"):
+        sparsify(model, "dense")
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        ("AlbertModel", "AlbertConfig"),
+        ("ModernBertModel", "ModernBertConfig"),
+        ("GPTNeoXForCausalLM", "GPTNeoXConfig"),
+        ("Dinov2Model", "Dinov2Config"),
+        ("CLIPTextModel", "CLIPTextConfig"),
+        ("SiglipVisionModel", "SiglipVisionConfig"),
+    ],
+)
+def test_models_that_nobody_here_named_are_reached(model: str, config: str) -> None:
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
+    text = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    image = {"image_size": 16, "patch_size": 4}
+    settings = size | (image if "Dino" in model or "Vision" in model else text)
+    torch.manual_seed(0)
+    plain = getattr(transformers, model)(getattr(transformers, config)(**settings)).eval()
+    hosted = copy.deepcopy(plain)
+    inputs = example_inputs_of(plain)
+    assert sparsify(hosted, "dense")
+    assert_close(hosted(**inputs)[0], plain(**inputs)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_takes_something_else_asks_for_example_inputs() -> None:
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
+    vision = text | {"image_size": 16, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=text | {"vocab_size": 64, "eos_token_id": 2}, vision_config=vision)
+    model = transformers.CLIPModel(config).eval()
+    inputs = {"input_ids": TOKENS, "pixel_values": MODELS["ViT"].inputs["pixel_values"]}
+    wanted = model(**inputs).logits_per_text
+    with pytest.raises(ValueError, match=r"CLIPModel could not be run.*give example_inputs"):
+        sparsify(model, "dense")
+    sparsify(model, "dense", example_inputs=inputs)
+    assert [m.pattern for m in model.modules() if isinstance(m, Mechanism)] == [
+        Pattern.CAUSAL_SELF,
+        Pattern.NONCAUSAL_SELF,
+    ]
+    assert_close(model(**inputs).logits_per_text, wanted)
+
+
+class Classifier(nn.Module):
+    """A user's module around a model of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = build("DistilBERT")
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.encoder(ids)[0][:, 0])
+
+
+@pytest.mark.parametrize("example_inputs", [None, TOKENS, (TOKENS,), {"ids": TOKENS}], ids=str)
+def test_a_model_inside_a_users_module_is_found(example_inputs: Any) -> None:
+    model = Classifier().eval()
+    wanted = model(TOKENS)
+    assert sparsify(model, "dense", example_inputs=example_inputs) == [
+        f"encoder.transformer.layer.{n}.attention" for n in range(2)
+    ]
+    assert_close(model(TOKENS), wanted)
+
+
+def test_attention_dropout_is_passed_on_or_refused_at_build() -> None:
+    def dropping() -> nn.Module:
+        torch.manual_seed(0)
+        config = MODELS["BERT"].build().config
+        config.attention_probs_dropout_prob = 0.3
+        return transformers.BertModel(config).train()
+
+    plain, hosted = dropping(), dropping()
+    sparsify(hosted, "dense")
+    assert [m.dropout for m in hosted.modules() if isinstance(m, Mechanism)] == [0.3, 0.3]
+    outputs = []
+    for model in (plain, hosted):
+        torch.manual_seed(1)
+        outputs.append(model(TOKENS)[0])
+    assert torch.equal(*outputs)
+    assert torch.equal(plain.eval()(TOKENS)[0], hosted.eval()(TOKENS)[0])
+    model = dropping()
+    with pytest.raises(ValueError, match="attention dropout to 0"):
+        sparsify(model, "yoso")
+    assert same_state(model, plain)
+    assert model.config._attn_implementation == "sdpa"
+    assert not mounted(model)
+
+
+@pytest.mark.parametrize("name", ["BERT", "DistilBERT", "ViT", "GPT-2", "Llama", "T5", "BART"])
+def test_a_mechanism_that_samples_the_value_projection_learns_what_it_was(name: str) -> None:
+    plain, hosted = build(name), build(name)
+    sparsify(hosted, "mca", alpha=1e-6, allow_noncausal_budget=True)
+    losses = [run(model, MODELS[name].inputs)[0].square().mean() for model in (plain, hosted)]
+    assert_close(*losses, atol=1e-4, rtol=1e-4)
+    for loss in losses:
+        loss.backward()
+    for (parameter_name, old), new in zip(plain.named_parameters(), hosted.parameters(), strict=True):
+        if old.grad is not None:
+            assert_close(new.grad, old.grad, atol=1e-3, rtol=1e-3, msg=lambda m, n=parameter_name: f"{n}: {m}")
+
+
+def test_a_copy_samples_the_value_projection_of_its_own() -> None:
+    model = build("BERT")
+    sparsify(model, "mca", alpha=1e-6)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter *= 1.5
+    wanted = model(TOKENS)[0]
+    got = copied(TOKENS)[0]
+    assert torch.equal(model(TOKENS)[0], wanted)
+    densify(copied)
+    assert_close(got, copied(TOKENS)[0], atol=1e-3, rtol=1e-3)
+
+
+def test_a_value_projection_that_was_exchanged_is_noticed() -> None:
+    model = build("BERT")
+    (place, *_) = sparsify(model, "mca")
+    model.get_submodule(place).value = nn.Sequential(model.get_submodule(place).value, nn.Tanh())
+    with pytest.raises(ValueError, match="value was exchanged"):
+        model(TOKENS)
+
+
+def test_values_that_no_layer_projected_are_refused() -> None:
+    model = build("Qwen3")
+    for layer in model.model.layers:
+        layer.self_attn.v_proj = nn.Sequential(layer.self_attn.v_proj, nn.Tanh())
+    with pytest.raises(ValueError, match=r"Mca needs to know what values.*Qwen3Attention"):
+        sparsify(model, "mca", allow_noncausal_budget=True)
+    assert not mounted(model)
+
+
+def test_a_call_in_another_pattern_is_refused() -> None:
+    model = build("BERT")
+    sparsify(model, "dense")
+    module = model.get_submodule(next(iter(mounted(model))))
+    module.is_causal = True
+    with pytest.raises(ValueError, match=r"mounted as noncausal_self and is called as causal"):
+        model(TOKENS)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_choice_of_attention_is_given_back(attention: str) -> None:
+    model = build("GPT-2")
+    model.set_attn_implementation(attention)
+    wanted = model(TOKENS)[0]
+    sparsify(model, "dense")
+    assert_close(model(TOKENS)[0], wanted, atol=1e-5, rtol=1e-5)
+    densify(model)
+    assert model.config._attn_implementation == attention
+    assert torch.equal(model(TOKENS)[0], wanted)
+
+
+def test_one_forward_for_finding_leaves_mode_and_random_numbers_alone() -> None:
+    model = build("BART").train()
+    model.model.encoder.eval()
+    modes = [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+    sparsify(model, "dense")
+    assert torch.equal(torch.get_rng_state(), state)
+    densify(model)
+    assert [m.training for m in model.modules()] == modes
+
+
+def loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**inputs)[0].square().mean()
+
+
+@pytest.mark.parametrize("make", [torch.bfloat16, torch.float64])
+def test_other_precisions(make: torch.dtype) -> None:
+    for name in ("Llama", "T5"):
+        model = build(name).to(make)
+        sparsify(model, "latte", theta=1.0)
+        assert loss(model, PAIR if name == "T5" else {"input_ids": TOKENS}).dtype == make
