@@ -11,9 +11,16 @@ from pytorch_lightning import Trainer
 
 from tests.running import CONF, tiny_config
 from thresher.overrides import compose_config
+from thresher.tasks.base import Task
 
 CHOICES = [p for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name not in ("hydra", "wandb")]
 WITHOUT_DEFAULTS = {"model", "trainer", "logger", "callbacks", "experiment", "debug"}
+REQUIRED = {
+    "data=image_folder": ["data.root=somewhere"],
+    "data=text_corpus": ["data.root=somewhere"],
+    "data=text_files": ["data.train=somewhere.csv"],
+    "model=hf": ["model.name_or_path=somewhere"],
+}
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
 
 
@@ -23,9 +30,7 @@ def choice_id(path: Path) -> str:
 
 @pytest.mark.parametrize("path", CHOICES, ids=choice_id)
 def test_every_choice_composes(path: Path, tmp_path: Path) -> None:
-    overrides = [choice_id(path)]
-    if choice_id(path) == "data=image_folder":
-        overrides.append("data.root=somewhere")
+    overrides = [choice_id(path), *REQUIRED.get(choice_id(path), ())]
     config = compose_config(CONF, "train", ["run.name=test", f"run.dir='{tmp_path}'", *overrides])
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
@@ -40,8 +45,9 @@ def test_yaml_mirrors_the_keyword_arguments(path: Path, tmp_path: Path) -> None:
         if parameter.default is not parameter.empty:
             wanted[parameter.name] = parameter.default
     if path.parent.name == "task":
-        base = inspect.signature(function.__mro__[1]).parameters.values()
-        wanted |= {p.name: p.default for p in base if p.default is not p.empty}
+        for base in function.__mro__[1 : function.__mro__.index(Task) + 1]:
+            own = inspect.signature(base).parameters.values()
+            wanted |= {p.name: p.default for p in own if p.default is not p.empty}
     given = {key: value for key, value in node.items() if not key.startswith("_") and value != "???"}
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in wanted.items()}
     if path.stem == "auto":

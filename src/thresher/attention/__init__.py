@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import pkgutil
+from collections.abc import Callable
 from importlib import import_module
 
 from thresher.attention.base import Attended, Call, Cost, MakeMechanism, Mechanism, Metered, Pattern, ValueSource
@@ -46,7 +47,7 @@ def _mechanisms_of(name: str) -> list[type[Mechanism]]:
     return [c for c in classes if issubclass(c, Mechanism) and not inspect.isabstract(c)]
 
 
-def hyperparameters(mechanism: type[Metered]) -> dict[str, object]:
+def hyperparameters(mechanism: Callable[..., Metered]) -> dict[str, object]:
     """Return the hyper-parameters of a mechanism with their defaults."""
     parameters = inspect.signature(mechanism).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from thresher.attention import available
-from thresher.hosts.core import mounted, sparsify
+from thresher.hosts import mounted, sparsify
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
 TEXT = SIZE | {"vocab_size": 64, "max_position_embeddings": 64}

@@ -124,7 +124,9 @@ class FeedForwardHost(Host):
                 )
         act = getattr(original, activation)
         if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
-            raise TypeError(f"the activation of {qualified_name(type(original))} has parameters, which would receive no gradient")
+            raise TypeError(
+                f"the activation of {qualified_name(type(original))} has parameters, which would receive no gradient"
+            )
         p = 0.0 if dropout is None else getattr(original, dropout).p
         super().__init__(original, make(), dropout=p)
         self._inner, self._outer, self._packed, self._after = inner, outer, packed, after

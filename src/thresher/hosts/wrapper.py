@@ -14,6 +14,8 @@ class Wrapper(Host):
     The tables themselves are shared: whoever moves, wraps or exchanges an entry does it for both.
     """
 
+    mechanism: Mechanism
+
     def __init__(self, original: nn.Module, mechanism: Mechanism) -> None:
         super().__init__(original, mechanism)
         original._modules["mechanism"] = mechanism

@@ -1,5 +1,6 @@
 """The two lines that users write: give a model a mechanism, and take it out again."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,14 +35,15 @@ def sparsify(
     Raises:
         ValueError: Unknown mechanism, unknown hyper-parameter, or nothing to replace.
     """
-    cls = FEED_FORWARD.get(attention) or mechanisms.find(attention)
-    allowed = mechanisms.hyperparameters(cls)
+    make: Callable[..., Any] = FEED_FORWARD.get(attention) or mechanisms.find(attention)
+    allowed = mechanisms.hyperparameters(make)
     if unknown := [name for name in hyperparameters if name not in allowed]:
         options = ", ".join(f"{name}={default!r}" for name, default in allowed.items()) or "none"
         raise ValueError(f"{attention} has no hyper-parameter {', '.join(map(repr, unknown))}; it has: {options}")
+    make = partial(make, **hyperparameters)
     if attention in FEED_FORWARD:
-        return inject_feed_forward(model, partial(cls, **hyperparameters), where=where)
-    return inject(model, partial(cls, **hyperparameters), where=where, example_inputs=example_inputs)
+        return inject_feed_forward(model, make, where=where)
+    return inject(model, make, where=where, example_inputs=example_inputs)
 
 
 def densify(model: nn.Module) -> list[str]:
