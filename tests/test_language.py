@@ -1,0 +1,168 @@
+"""Trainings on text by the real command, tiny: classification, language modelling of each objective, evaluation."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hydra.errors import InstantiationException
+from torch.nn import functional as F
+
+from tests.data.tokenizer import save_tokenizer
+from tests.running import CONF
+from thresher import cli
+from thresher.attention.dense import Dense
+from thresher.budgets import Budget
+from thresher.models.huggingface import huggingface_model
+from thresher.models.transformer import Classifier
+from thresher.overrides import compose_config
+from thresher.tasks.language_modeling import IGNORED, BitsPerByte, TokenAccuracy
+from thresher.tasks.optimizer import adamw, constant
+from thresher.tasks.text_classification import TextClassification
+
+TRAINER = (
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=6",
+    "trainer.limit_val_batches=2",
+    "trainer.limit_test_batches=2",
+    "trainer.log_every_n_steps=1",
+    "run.name=test",
+)
+SMALL = ("model.dim=16", "model.depth=1", "model.num_heads=2", "model.ffn_dim=24")
+TEXT = ("data=austen", "data.length=40", "data.batch_size=8", "task=text_classification", "model=encoder", *SMALL)
+CORPUS = ("data=shakespeare", "data.context=32", "data.batch_size=8", "task=language_modeling")
+OURS = (*CORPUS, "model=transformer", *SMALL)
+
+
+def train(folder: Path, *overrides: str) -> dict[str, float]:
+    return cli.train(compose_config(CONF, "train", [*TRAINER, f"run.dir='{folder}'", *overrides]))
+
+
+def test_text_classification_reports_macro_f1_and_evaluates_to_the_same_numbers(tmp_path: Path) -> None:
+    metrics = train(tmp_path / "run", *TEXT, "task.class_weights=balanced")
+    assert 0 <= metrics["test/f1"] <= 1
+    again = cli.evaluate([f"ckpt={tmp_path}/run/checkpoints/best.ckpt", f"run.dir={tmp_path}/eval"], CONF)
+    for name in ("test/acc", "test/f1", "test/loss", "test/kept", "test/compute"):
+        assert again[name] == metrics[name]
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked", "denoising"])
+def test_language_modelling_of_each_objective(tmp_path: Path, objective: str) -> None:
+    metrics = train(tmp_path / "run", *OURS, f"data.objective={objective}")
+    assert metrics["test/perplexity"] == pytest.approx(math.exp(metrics["test/loss"]), rel=1e-4)
+    assert ("test/bits_per_byte" in metrics) == (objective == "causal")
+    if objective == "causal":
+        assert metrics["test/bits_per_byte"] == pytest.approx(metrics["test/loss"] / math.log(2), rel=1e-4)
+    layers = json.loads((tmp_path / "run" / "heads.json").read_text())["layers"]
+    assert len(layers) == {"causal": 1, "masked": 1, "denoising": 3}[objective]
+    again = cli.evaluate([f"ckpt={tmp_path}/run/checkpoints/best.ckpt", f"run.dir={tmp_path}/eval"], CONF)
+    assert again["test/loss"] == metrics["test/loss"]
+
+
+def test_each_place_of_an_encoder_decoder_can_have_a_mechanism_of_its_own(tmp_path: Path) -> None:
+    places = ("+attention@model.cross=dense", "+attention@model.encoder=smyrf", "attention=topk", "compute=free")
+    train(tmp_path, *OURS, "data.objective=denoising", *places)
+    layers = json.loads((tmp_path / "heads.json").read_text())["layers"]
+    kept = {layer["name"]: layer["heads"][0]["kept"] for layer in layers}
+    assert kept["decoder.blocks.0.cross"] == 1
+    assert kept["decoder.blocks.0.attn"] < 0.2
+    assert list(kept) == ["encoder.blocks.0.attn", "decoder.blocks.0.attn", "decoder.blocks.0.cross"]
+
+
+def test_a_mechanism_for_a_place_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        InstantiationException, match=r"model\.cross would have no effect: data\.objective=causal builds decoder"
+    ):
+        train(tmp_path, *OURS, "+attention@model.cross=dense")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("data=shakespeare", "model=encoder", "task=language_modeling"),
+            "model: .*token_classifier is not for Shakes",
+        ),
+        (("data=austen", "model=encoder", "task=classification"), "task: .*Classification is not for Austen"),
+        (("data=austen", "model=vit", "task=text_classification"), "model: .*timm_classifier is not for Austen"),
+        (("data=fashion_mnist_12k", "model=transformer"), "model: .*language_model is not for FashionMNIST12k"),
+    ],
+)
+def test_models_and_tasks_for_other_data_are_refused(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, *overrides)
+
+
+def test_balanced_weights_make_rare_classes_count_as_much_as_frequent_ones() -> None:
+    net = Classifier(Dense, num_classes=2, vocabulary=9, length=8, dim=8, depth=1, num_heads=1, ffn_dim=8)
+    parts = {"optimizer": adamw, "scheduler": constant, "budget": Budget()}
+    task = TextClassification(net, **parts, num_classes=2, class_counts=[30, 10], class_weights="balanced")
+    assert task.weights is not None
+    assert task.weights.tolist() == pytest.approx([40 / 60, 40 / 20])
+
+
+def test_metrics_of_tokens_leave_out_what_is_not_due() -> None:
+    logits, targets = torch.randn(2, 3, 5), torch.tensor([[1, 2, IGNORED], [4, IGNORED, IGNORED]])
+    due = targets != IGNORED
+    bits, accuracy = BitsPerByte(4.0), TokenAccuracy(5)
+    for i in range(2):
+        bits.update(logits[i : i + 1], targets[i : i + 1])
+        accuracy.update(logits[i : i + 1], targets[i : i + 1])
+    nats = F.cross_entropy(logits[due], targets[due])
+    assert bits.compute().item() == pytest.approx(nats.item() / math.log(2) / 4, rel=1e-5)
+    assert accuracy.compute() == (logits.argmax(-1) == targets)[due].float().mean()
+
+
+BERT = "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 24}"
+GPT = "{n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}"
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "words"])
+def test_a_bert_with_random_weights_classifies_texts(tmp_path: Path, tokenizer: str) -> None:
+    name = tokenizer if tokenizer == "bytes" else str(save_tokenizer(tmp_path / "tokenizer"))
+    data = (
+        "data=austen",
+        "data.length=40",
+        "data.batch_size=8",
+        f"data.tokenizer='{name}'",
+        "task=text_classification",
+    )
+    metrics = train(tmp_path / "run", *data, "model=bert_small", f"model.config={BERT}")
+    again = cli.evaluate([f"ckpt={tmp_path}/run/checkpoints/best.ckpt", f"run.dir={tmp_path}/eval"], CONF)
+    assert again["test/loss"] == metrics["test/loss"]
+    assert metrics["test/kept"] < 1
+
+
+def test_a_gpt_with_random_weights_models_language(tmp_path: Path) -> None:
+    metrics = train(tmp_path / "run", *CORPUS, "model=gpt_small", f"model.config={GPT}")
+    assert 0 < metrics["test/bits_per_byte"] < 20
+    assert metrics["test/kept"] < 1
+
+
+def test_weights_of_a_folder_are_loaded_and_their_tokenizer_must_fit(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    config = transformers.BertConfig(
+        vocab_size=19, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    saved = transformers.BertForSequenceClassification(config)
+    saved.save_pretrained(tmp_path)
+    size = {"vocabulary": 19, "length": 40, "padding": 0, "num_classes": 2}
+    net = huggingface_model(attention=partial(Dense), name_or_path=str(tmp_path), pretrained=True, **size)
+    tokens = torch.tensor([[2, 5, 6, 3, 0, 0], [2, 7, 8, 9, 10, 3]])
+    wanted = saved.eval()(input_ids=tokens, attention_mask=tokens != 0).logits
+    torch.testing.assert_close(net.eval()(tokens), wanted)
+    with pytest.raises(ValueError, match=r"knows 19 tokens, the tokenizer has 260: set data.tokenizer"):
+        huggingface_model(
+            attention=partial(Dense), name_or_path=str(tmp_path), pretrained=True, **(size | {"vocabulary": 260})
+        )
+    with pytest.raises(ValueError, match=r"positions for 512 tokens, the data have up to 600.*data\.length"):
+        huggingface_model(
+            attention=partial(Dense), name_or_path=str(tmp_path), pretrained=True, **(size | {"length": 600})
+        )
+    with pytest.raises(ValueError, match="BertConfig has no entry hiden_size"):
+        huggingface_model(attention=partial(Dense), name_or_path="bert", config={"hiden_size": 3}, **size)
+    with pytest.raises(FileNotFoundError, match=r"there is no model 'brt': model.name_or_path names a folder"):
+        huggingface_model(attention=partial(Dense), name_or_path="brt", **size)
