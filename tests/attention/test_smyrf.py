@@ -17,8 +17,9 @@ from tests.attention.helpers import (
     softmax_attention,
 )
 from thresher.attention import Call, Pattern
+from thresher.attention.clusters import Clusters
 from thresher.attention.layout import from_slots, layout_of, rank_of, to_slots
-from thresher.attention.smyrf import Clusters, Smyrf
+from thresher.attention.smyrf import Smyrf
 from thresher.attention.visibility import hide_tokens
 
 SELF, CROSS, CAUSAL_CROSS = Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS

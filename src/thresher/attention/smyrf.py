@@ -21,42 +21,23 @@ Differs    from the official code: any number of tokens, padding in every exampl
            are fixed in evaluation, hashes in fp32. The published r and b cancel there; `quantise` makes them act.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, check_choice
+from thresher.attention.clusters import Clusters, place, tiles
 from thresher.attention.dense import attend_densely
-from thresher.attention.functional import at_least_fp32, drop_weights, expand_heads
-from thresher.attention.layout import Layout, from_slots, layout_of, rank_of, to_slots
+from thresher.attention.functional import at_least_fp32, expand_heads
+from thresher.attention.layout import layout_of, rank_of, to_slots
+from thresher.attention.tiles import MergedAttention
 from thresher.attention.visibility import count_seen_tokens, hide_tokens, seen_tokens, visible_keys_of
 
 Dedup = Literal["none", "count"]
 Resample = Literal["forward", "never"]
-
-
-class Clusters(NamedTuple):
-    """An assignment of queries and keys to clusters, one for each round and group.
-
-    Attributes:
-        of_query: Cluster of each query; `number` where it is hidden.
-        of_key: Cluster of each key; `number` where it is hidden.
-        of_tile: Cluster that each tile of queries attends to.
-        queries: Where queries go: tiles of equal size, each inside one cluster.
-        keys: Where keys go: clusters of equal size.
-        number: Largest number of clusters of any group.
-    """
-
-    of_query: Int[Tensor, "r g n"]
-    of_key: Int[Tensor, "r g m"]
-    of_tile: Int[Tensor, "r g tiles"] | None
-    queries: Layout
-    keys: Layout
-    number: int
 
 
 class Smyrf(Mechanism):
@@ -151,13 +132,13 @@ class Smyrf(Mechanism):
         slots_k = number * self.cluster
         keys = layout_of((of_key * self.cluster + in_cluster).masked_fill(~seen_k, slots_k), slots_k)
         if self.pattern.causal:
-            of_query = self.place(hash_q, hash_k.masked_fill(~seen_k, float("inf")), clusters, count_k, number)
+            of_query = place(hash_q, hash_k.masked_fill(~seen_k, float("inf")), clusters, count_k, number)
         else:
             count_q = seen_q.sum(-1, keepdim=True).clamp_min(1)
             of_query = rank_of(hash_q.masked_fill(~seen_q, float("inf"))) * clusters // count_q
         of_query = of_query.masked_fill(~seen_q, number)
         same_tokens = not self.pattern.cross and n == m and call.pairs is None and call.queries is call.keys
-        queries, of_tile = self.tiles(of_query, number, aligned=same_tokens)
+        queries, of_tile = tiles(of_query, number, self.cluster, aligned=same_tokens)
         return Clusters(of_query, of_key, of_tile, queries, keys, number)
 
     def hashes(
@@ -190,40 +171,6 @@ class Smyrf(Mechanism):
         # nan would sort behind the tokens that are hidden; it still reaches the scores.
         return hash_q.nan_to_num(), hash_k.nan_to_num()
 
-    @staticmethod
-    def place(hash_q: Tensor, hash_k: Tensor, clusters: Tensor, count: Tensor, number: int) -> Tensor:
-        """Return the cluster of each query by boundaries halfway between the keys of neighbouring clusters."""
-        ordered = hash_k.sort(dim=-1).values
-        cluster = torch.arange(1, number, device=hash_q.device)
-        first = -((-cluster * count) // clusters)
-        inside = cluster < clusters
-        above = ordered.gather(-1, first.clamp_max(ordered.shape[-1] - 1).expand(*ordered.shape[:2], -1))
-        below = ordered.gather(-1, (first - 1).clamp_max(ordered.shape[-1] - 1).expand(*ordered.shape[:2], -1))
-        boundary = ((above + below) / 2).masked_fill(~inside, float("inf"))
-        return torch.searchsorted(boundary, hash_q.contiguous(), right=True).minimum(clusters - 1)
-
-    def tiles(self, of_query: Tensor, number: int, aligned: bool) -> tuple[Layout, Tensor | None]:
-        """Lay queries out in tiles, each inside one cluster; aligned tiles are one for each cluster, in order.
-
-        A cluster may hold any number of queries, where it is not by construction the number of its keys: the
-        static bound is one partly filled tile for each cluster.
-        """
-        rounds, g, n = of_query.shape
-        size = self.cluster if aligned else max(-(-n // number), 1)
-        number_of_tiles = number if aligned else -(-n // size) + number
-        ones = torch.ones_like(of_query)
-        count = of_query.new_zeros(rounds, g, number + 1).scatter_add_(-1, of_query, ones)[..., :number]
-        tiles = -(-count // size)
-        start = F.pad(count.cumsum(-1), (1, 0))
-        first = F.pad(tiles.cumsum(-1) - tiles, (0, 1))
-        slots = number_of_tiles * size
-        slot = first.gather(-1, of_query) * size + rank_of(of_query) - start.gather(-1, of_query)
-        layout = layout_of(slot.masked_fill(of_query == number, slots), slots)
-        if aligned:
-            return layout, None
-        tile = torch.arange(number_of_tiles, device=of_query.device).expand(rounds, g, -1).contiguous()
-        return layout, torch.searchsorted(tiles.cumsum(-1), tile, right=True).clamp_max(number - 1)
-
     # Attention
 
     def attend(
@@ -250,7 +197,7 @@ class Smyrf(Mechanism):
             # Drawn by query, not by slot, where it would depend on the other queries; rounds share it.
             drawn = torch.rand(*q.shape[:2], self.cluster, device=q.device)
             drop = self.in_tiles(to_slots(drawn, clusters.queries), clusters) >= self.dropout
-        out = _MergedAttention.apply(tiles_q, tiles_k, tiles_v, extra, shown, drop, self.dropout, clusters.queries)
+        out = MergedAttention.apply(tiles_q, tiles_k, tiles_v, extra, shown, drop, self.dropout, clusters.queries)
         if call.pairs is None:
             meetings = (real_q.sum((-2, -1)) * real_k.sum((-2, -1))).sum((0, 2))
         else:
@@ -309,68 +256,3 @@ class Smyrf(Mechanism):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, cluster={self.cluster}, rounds={self.rounds}, dedup={self.dedup}"
-
-
-class _MergedAttention(torch.autograd.Function):
-    """Softmax attention of tiles whose rounds are merged by their log-sum-exp, with the gradient in closed form.
-
-    With lse_r of one round and LSE = log sum_r exp(lse_r), the merged weights are P_r exp(lse_r - LSE), and
-    dL/dscore = weight (g.v - g.out): what attention over all rounds at once would give.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        extra: Tensor | None,
-        shown: Tensor,
-        drop: Tensor | None,
-        dropout: float,
-        queries: Layout,
-    ) -> Tensor:
-        lowest = torch.finfo(q.dtype).min
-        scores = q @ k.mT
-        if extra is not None:
-            scores += extra
-        scores.masked_fill_(~shown, lowest)
-        weights = scores.softmax(-1)
-        level = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
-        level = level.masked_fill(level <= lowest / 2, float("-inf"))
-        outs = drop_weights(weights, drop, dropout) @ v
-        levels = from_slots(level.flatten(2, 3), queries).masked_fill(_without_slot(queries), float("-inf"))
-        merged = levels.logsumexp(0)
-        merged = merged.masked_fill(merged == float("-inf"), float("inf"))
-        out = (from_slots(outs.flatten(2, 3), queries) * (levels - merged).exp()).sum(0)
-        share = to_slots(merged, queries).masked_fill((queries.token == merged.shape[1])[..., None], float("inf"))
-        share = share.view_as(level)
-        weights *= (level - share).exp_()
-        ctx.dropout = dropout
-        ctx.save_for_backward(q, k, v, weights, drop, out, *queries)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, drop, out, *layout = ctx.saved_tensors
-        queries = Layout(*layout)
-        shape = q.shape[:-1]
-        g = to_slots(grad, queries).view(*shape, -1)
-        mean = to_slots((grad * out).sum(-1, keepdim=True), queries).view(*shape, 1)
-        through = drop_weights(g @ v.mT, drop, ctx.dropout).sub_(mean).mul_(weights)
-        extra = through if ctx.needs_input_grad[3] else None
-        return (
-            through @ k,
-            through.mT @ q,
-            drop_weights(weights, drop, ctx.dropout).mT @ g,
-            extra,
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-def _without_slot(layout: Layout) -> Tensor:
-    return (layout.slot == layout.token.shape[-1])[..., None]
