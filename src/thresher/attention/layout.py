@@ -1,36 +1,41 @@
-"""Tokens in slots: to sort tokens into groups of equal size, and back, with gradients that are gathers too.
+"""Tokens in slots: to sort tokens into groups of equal size, in one or more rounds, and to sum them up again.
 
-A layout is a partial permutation, one for each round and group of heads. Since every token has at most one slot
-and every slot at most one token, moving rows and its gradient are both a gather: fast, and deterministic on any
-device, where the scatter that autograd would use is neither.
+A layout is a partial permutation for each round and group of heads, the slots of all rounds side by side. Since every
+token has at most one slot in a round and every slot at most one token, each direction is a gather, and so is the
+gradient of each: fast, and deterministic on any device, where the scatter that autograd would use is neither.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Int, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from torch.nn import functional as F
 
 
 class Layout(NamedTuple):
-    """Where tokens go.
+    """Where tokens go; a token has a slot in each round or in none.
 
     Attributes:
         token: The token in each slot; n where it is empty.
-        slot: The slot of each token; the number of slots where it has none.
+        slot: The slot of each token in each round; the number of slots where it has none.
     """
 
-    token: Int[Tensor, "r g slots"]
+    token: Int[Tensor, "g slots"]
     slot: Int[Tensor, "r g n"]
 
 
+def unplaced(layout: Layout) -> Bool[Tensor, "g n"]:
+    """Return which tokens have no slots."""
+    return layout.slot[0] == layout.token.shape[1]
+
+
 def layout_of(slot: Int[Tensor, "r g n"], slots: int) -> Layout:
-    """Build a layout from the slot of each token; `slots` itself means none."""
-    n = slot.shape[-1]
-    token = slot.new_full((*slot.shape[:-1], slots + 1), n)
-    token = token.scatter_(-1, slot, torch.arange(n, device=slot.device).expand_as(slot))
-    return Layout(token[..., :slots], slot)
+    """Build a layout from the slot of each token in each round; `slots` itself means none."""
+    r, g, n = slot.shape
+    token = slot.new_full((g, slots + 1), n)
+    tokens = torch.arange(n, device=slot.device).repeat(r).expand(g, -1)
+    return Layout(token.scatter_(-1, slot.transpose(0, 1).flatten(1), tokens)[:, :slots], slot)
 
 
 def rank_of(x: Num[Tensor, "r g n"]) -> Int[Tensor, "r g n"]:
@@ -39,37 +44,21 @@ def rank_of(x: Num[Tensor, "r g n"]) -> Int[Tensor, "r g n"]:
     return torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order))
 
 
-def to_slots(x: Tensor, layout: Layout) -> Tensor:
-    """Move rows [g, n, d] to their slots [r, g, slots, d]; empty slots are zero."""
-    r, g, slots = layout.token.shape
-    moved: Tensor = _MoveRows.apply(x, layout.token.flatten(0, 1), layout.slot.flatten(0, 1))
-    return moved.view(r, g, slots, x.shape[-1])
-
-
-def from_slots(x: Tensor, layout: Layout) -> Tensor:
-    """Move slots [r, g, slots, d] back to their tokens [r, g, n, d]; tokens without a slot are zero."""
-    r, g, n = layout.slot.shape
-    moved: Tensor = _MoveRows.apply(x.flatten(0, 1), layout.slot.flatten(0, 1), layout.token.flatten(0, 1))
-    return moved.view(r, g, n, x.shape[-1])
-
-
-class _MoveRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(there, back)
-        ctx.groups = len(x)
-        return _gather_rows(x, there)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        _, back = ctx.saved_tensors
-        moved = _gather_rows(grads[0], back)
-        return moved.view(-1, ctx.groups, *moved.shape[1:]).sum(0), None, None
-
-
-def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Take rows of x [g, n, d] by index [k, p] into [k, p, d]; k is a multiple of g, and index n gives zeros."""
+def to_slots(x: Float[Tensor, "g n d"], token: Int[Tensor, "g slots"]) -> Float[Tensor, "g slots d"]:
+    """Take the rows of tokens; an empty slot receives some row of its group."""
     g, n, d = x.shape
-    first = torch.arange(len(index), device=x.device) % g * (n + 1)
-    rows = F.pad(x, (0, 0, 0, 1)).reshape(-1, d)
-    return rows.index_select(0, (index + first[:, None]).flatten()).view(*index.shape, d)
+    first = torch.arange(g, device=x.device)[:, None] * n
+    return x.reshape(g * n, d).index_select(0, (token.clamp_max(n - 1) + first).flatten()).view(g, -1, d)
+
+
+def from_slots(
+    x: Float[Tensor, "g slots d"], layout: Layout, weights: Float[Tensor, "r g n"] | None = None
+) -> Float[Tensor, "g n d"]:
+    """Sum up the slots of each token, times a weight for each round; a token without slots gets zero."""
+    (g, slots, d), (r, _, n) = x.shape, layout.slot.shape
+    index = layout.slot.clamp_max(slots - 1) + torch.arange(g, device=x.device)[:, None] * slots
+    bags = index.permute(1, 2, 0).reshape(g * n, r)
+    if weights is not None:
+        weights = weights.permute(1, 2, 0).reshape(g * n, r)
+    summed = F.embedding_bag(bags, x.reshape(g * slots, d), mode="sum", per_sample_weights=weights).view(g, n, d)
+    return summed.masked_fill_(unplaced(layout)[..., None], 0)

@@ -1,75 +1,232 @@
-"""Softmax attention inside tiles, a few queries and a few keys each, merged over rounds by log-sum-exp."""
+"""Softmax attention inside tiles, a few queries and the keys that they meet, merged by log-sum-exp.
 
-from typing import Any
+With lse_i of the keys that a query meets in its i-th tile, LSE = log sum_i exp(lse_i), merged outputs are
+sum_i exp(lse_i - LSE) out_i, and dL/dscore = exp(score - LSE) (g.v - g.out): what attention over all keys at once would
+give. A backward pass that is told out and LSE in place of those of its tile therefore finds the merged gradient,
+PyTorch's fused one included.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from thresher.attention.functional import drop_weights
-from thresher.attention.layout import Layout, from_slots, to_slots
+from thresher.attention.layout import Layout, from_slots, to_slots, unplaced
+
+Three = tuple[Tensor, Tensor, Tensor]
 
 
-class MergedAttention(torch.autograd.Function):
-    """Softmax attention of tiles whose rounds are merged by their log-sum-exp, with the gradient in closed form.
+class Tiles(NamedTuple):
+    """Which queries meet which keys.
 
-    With lse_r of one round and LSE = log sum_r exp(lse_r), the merged weights are P_r exp(lse_r - LSE), and
-    dL/dscore = weight (g.v - g.out): what attention over all rounds at once would give.
+    Attributes:
+        queries: Where queries go; tiles of equal size lie side by side.
+        keys: Where keys go; clusters of equal size lie side by side.
+        of_tile: Cluster that each tile attends to, in ascending order; None is one tile for each cluster.
+        shown: Which pairs of a tile are visible; None is all.
+        drop: Which weights dropout keeps.
+        clusters: Number of clusters.
+        times: How often each meeting counts.
     """
 
+    queries: Layout
+    keys: Layout
+    of_tile: Int[Tensor, "g tiles"] | None
+    shown: Bool[Tensor, "g tiles #s c"] | None
+    drop: Bool[Tensor, "g tiles s c"] | None
+    clusters: int
+    times: int
+
+
+def queries_of(tiles: Tiles) -> Int[Tensor, "g tiles s"]:
+    """Return the query in each slot of each tile."""
+    number = tiles.clusters if tiles.of_tile is None else tiles.of_tile.shape[1]
+    return tiles.queries.token.unflatten(1, (number, -1))
+
+
+def keys_of(tiles: Tiles) -> Int[Tensor, "g tiles c"]:
+    """Return the keys that each tile attends to."""
+    clusters = tiles.keys.token.unflatten(1, (tiles.clusters, -1))
+    if tiles.of_tile is None:
+        return clusters
+    return clusters.gather(1, tiles.of_tile[..., None].expand(-1, -1, clusters.shape[2]))
+
+
+def attend_in_tiles(
+    q: Float[Tensor, "g n d"],
+    k: Float[Tensor, "g m d"],
+    v: Float[Tensor, "g m dv"],
+    parts: Sequence[Tiles],
+    extras: Sequence[Float[Tensor, "g tiles s c"] | None],
+    *,
+    dropout: float = 0.0,
+    fused: bool = True,
+) -> Float[Tensor, "g n dv"]:
+    """Attend inside the tiles of all parts and merge them; a query that meets nothing gets zero.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        parts: Which queries meet which keys; tiles of one part have one size.
+        extras: What is added to the scores of each part.
+        dropout: The probability with which `Tiles.drop` was drawn.
+        fused: Use PyTorch's fused attention, where it exists; every query in a tile must see one of its keys.
+    """
+    fused = fused and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+    fused = fused and all(extra is None and part.drop is None for part, extra in zip(parts, extras, strict=True))
+    return _MergedAttention.apply(q, k, v, parts, dropout, fused, *extras)
+
+
+class _MergedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        extra: Tensor | None,
-        shown: Tensor,
-        drop: Tensor | None,
+        parts: Sequence[Tiles],
         dropout: float,
-        queries: Layout,
+        fused: bool,
+        *extras: Tensor | None,
     ) -> Tensor:
-        lowest = torch.finfo(q.dtype).min
-        scores = q @ k.mT
-        if extra is not None:
-            scores += extra
-        scores.masked_fill_(~shown, lowest)
-        weights = scores.softmax(-1)
-        level = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
-        level = level.masked_fill(level <= lowest / 2, float("-inf"))
-        outs = drop_weights(weights, drop, dropout) @ v
-        levels = from_slots(level.flatten(2, 3), queries).masked_fill(_without_slot(queries), float("-inf"))
-        merged = levels.logsumexp(0)
+        outs, levels = [], []
+        for part, extra in zip(parts, extras, strict=True):
+            tiles = _in_tiles(q, k, v, part)
+            out, level = _fused(*tiles, part.shown) if fused else _plain(*tiles, part, extra, dropout)
+            level = level.flatten(1).expand(len(part.queries.slot), -1, -1)
+            level = level.gather(-1, part.queries.slot.clamp_max(level.shape[-1] - 1)) + math.log(part.times)
+            levels.append(level.masked_fill(unplaced(part.queries), float("-inf")))
+            outs.append(out.flatten(1, 2))
+        merged = torch.cat(levels).logsumexp(0)
         merged = merged.masked_fill(merged == float("-inf"), float("inf"))
-        out = (from_slots(outs.flatten(2, 3), queries) * (levels - merged).exp()).sum(0)
-        share = to_slots(merged, queries).masked_fill((queries.token == merged.shape[1])[..., None], float("inf"))
-        share = share.view_as(level)
-        weights *= (level - share).exp_()
-        ctx.dropout = dropout
-        ctx.save_for_backward(q, k, v, weights, drop, out, *queries)
+        summed = [
+            from_slots(out, part.queries, (level - merged).exp())
+            for out, part, level in zip(outs, parts, levels, strict=True)
+        ]
+        out = summed[0] if len(summed) == 1 else torch.stack(summed).sum(0)
+        ctx.clusters_and_times = [(part.clusters, part.times) for part in parts]
+        ctx.dropout, ctx.fused = dropout, fused
+        ctx.save_for_backward(q, k, v, out, merged, *extras, *(x for part in parts for x in _tensors_of(part)))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, drop, out, *layout = ctx.saved_tensors
-        queries = Layout(*layout)
-        shape = q.shape[:-1]
-        g = to_slots(grad, queries).view(*shape, -1)
-        mean = to_slots((grad * out).sum(-1, keepdim=True), queries).view(*shape, 1)
-        through = drop_weights(g @ v.mT, drop, ctx.dropout).sub_(mean).mul_(weights)
-        extra = through if ctx.needs_input_grad[3] else None
-        return (
-            through @ k,
-            through.mT @ q,
-            drop_weights(weights, drop, ctx.dropout).mT @ g,
-            extra,
-            None,
-            None,
-            None,
-            None,
+        q, k, v, out, merged, *rest = ctx.saved_tensors
+        number = len(ctx.clusters_and_times)
+        grads, into_extras = [], []
+        for i, (clusters, times) in enumerate(ctx.clusters_and_times):
+            extra, tensors = rest[i], rest[number + 7 * i : number + 7 * (i + 1)]
+            queries, keys = Layout(*tensors[:2]), Layout(*tensors[2:4])
+            of_tile, shown, drop = tensors[4:]
+            part = Tiles(queries, keys, of_tile, shown, drop, clusters, times)
+            token = queries_of(part)
+            tiles = _in_tiles(q, k, v, part)
+            level = merged.gather(-1, token.flatten(1).clamp_max(q.shape[1] - 1)).view(token.shape) - math.log(times)
+            level = level.masked_fill(token == q.shape[1], float("inf"))
+            results = _gather(grad, token), _gather(out, token), level
+            through = None
+            if ctx.fused:
+                found = _fused_backward(*results, *tiles, part.shown)
+            else:
+                found, through = _plain_backward(*results, *tiles, part, extra, ctx.dropout)
+            grads.append(_from_tiles(*found, part))
+            into_extras.append(through if ctx.needs_input_grad[6 + i] else None)
+        into_q, into_k, into_v = (x[0] if number == 1 else torch.stack(x).sum(0) for x in zip(*grads, strict=True))
+        return into_q, into_k, into_v, None, None, None, *into_extras
+
+
+def _gather(x: Tensor, token: Tensor) -> Tensor:
+    return to_slots(x, token.flatten(1)).view(*token.shape, -1)
+
+
+def _tensors_of(part: Tiles) -> tuple[Tensor | None, ...]:
+    return (*part.queries, *part.keys, part.of_tile, part.shown, part.drop)
+
+
+def _in_tiles(q: Tensor, k: Tensor, v: Tensor, part: Tiles) -> Three:
+    token_k = keys_of(part)
+    return _gather(q, queries_of(part)), _gather(k, token_k), _gather(v, token_k)
+
+
+def _from_tiles(into_q: Tensor, into_k: Tensor, into_v: Tensor, part: Tiles) -> Three:
+    """Sum up gradients of tiles for each token."""
+    if part.of_tile is not None:
+        g, tiles = part.of_tile.shape
+        of = (part.of_tile + torch.arange(g, device=into_q.device)[:, None] * part.clusters).flatten()
+        start = torch.searchsorted(of, torch.arange(g * part.clusters, device=of.device))
+        every = torch.arange(g * tiles, device=of.device)
+        into_k, into_v = (
+            F.embedding_bag(every, x.reshape(g * tiles, -1), start, mode="sum").view(g, -1, *x.shape[2:])
+            for x in (into_k, into_v)
         )
+    return (
+        from_slots(into_q.flatten(1, 2), part.queries),
+        from_slots(into_k.flatten(1, 2), part.keys),
+        from_slots(into_v.flatten(1, 2), part.keys),
+    )
 
 
-def _without_slot(layout: Layout) -> Tensor:
-    return (layout.slot == layout.token.shape[-1])[..., None]
+def _scores(q: Tensor, k: Tensor, part: Tiles, extra: Tensor | None) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    if extra is not None:
+        scores += extra
+    return scores if part.shown is None else scores.masked_fill_(~part.shown, torch.finfo(q.dtype).min)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, part: Tiles, extra: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
+    """Return the output of each tile and its log-sum-exp."""
+    scores = _scores(q, k, part, extra)
+    weights = scores.softmax(-1)
+    level = scores.amax(-1) - weights.amax(-1).log()
+    level = level.masked_fill(level <= torch.finfo(q.dtype).min / 2, float("-inf"))
+    return drop_weights(weights, part.drop, dropout) @ v, level
+
+
+def _plain_backward(
+    grad: Tensor,
+    out: Tensor,
+    level: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    part: Tiles,
+    extra: Tensor | None,
+    dropout: float,
+) -> tuple[Three, Tensor]:
+    weights = (_scores(q, k, part, extra) - level[..., None]).exp_()
+    through = drop_weights(grad @ v.mT, part.drop, dropout) - (grad * out).sum(-1, keepdim=True)
+    through *= weights
+    scale = q.shape[-1] ** -0.5
+    into_v = drop_weights(weights, part.drop, dropout).mT @ grad
+    return ((through @ k) * scale, (through.mT @ q) * scale, into_v), through
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, shown: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Do what `_plain` does in PyTorch's fused attention."""
+    tiles = (x.flatten(0, 1)[:, None] for x in (q, k, v))
+    out, level = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tiles, attn_mask=_as_bias(shown, q))
+    return out.view_as(q), level.view(q.shape[:-1])
+
+
+def _fused_backward(
+    grad: Tensor, out: Tensor, level: Tensor, q: Tensor, k: Tensor, v: Tensor, shown: Tensor | None
+) -> Three:
+    inputs = (x.flatten(0, 1)[:, None] for x in (grad, q, k, v, out, level))
+    into_q, into_k, into_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *inputs, 0.0, False, attn_mask=_as_bias(shown, q)
+    )
+    return into_q.reshape(q.shape), into_k.reshape(k.shape), into_v.reshape(v.shape)
+
+
+def _as_bias(shown: Tensor | None, like: Tensor) -> Tensor | None:
+    if shown is None:
+        return None
+    return like.new_zeros(shown.shape).masked_fill_(~shown, float("-inf")).flatten(0, 1)[:, None]
