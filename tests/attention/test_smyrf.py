@@ -40,7 +40,8 @@ def drawn(mechanism: Smyrf, n: int = 24, m: int = 20, **options: object) -> Inpu
 
 def clusters_of(mechanism: Smyrf, inputs: Inputs, call: Call) -> Clusters:
     q, k, _ = hide_tokens(inputs.q, inputs.k, inputs.v, call, mechanism.pattern)
-    return mechanism.assign(q.flatten(0, 1), k.flatten(0, 1), call)
+    (clusters,) = mechanism.assign(q.flatten(0, 1), k.flatten(0, 1), call)
+    return clusters
 
 
 def meetings(mechanism: Smyrf, inputs: Inputs, call: Call) -> Tensor:

@@ -57,7 +57,8 @@ class Clusters(NamedTuple):
         queries: Where queries go: tiles of equal size, each inside one cluster.
         keys: Where keys go: clusters of equal size.
         number: Number of clusters in all rounds.
-        full: Whether every slot of a key is taken.
+        full: Whether every slot of a key that some query meets is taken.
+        present: Whether clusters are blocks of the sequence, in which keys after a query are to be hidden from it.
     """
 
     of_query: Int[Tensor, "r g n"]
@@ -67,6 +68,7 @@ class Clusters(NamedTuple):
     keys: Layout
     number: int
     full: bool
+    present: bool = False
 
 
 def hash_tokens(
@@ -110,7 +112,7 @@ def cluster_tokens(
         apart: Place each query by its own value between the keys, in place of ranking queries together.
         alike: As many queries are seen as keys, or all keys are seen.
     """
-    (rounds, _, n), m = hash_q.shape, hash_k.shape[-1]
+    n, m = hash_q.shape[-1], hash_k.shape[-1]
     number = -(-m // cluster)
     count: Tensor | int = m
     clusters: Tensor | int = number
@@ -120,7 +122,7 @@ def cluster_tokens(
         clusters, size = -(-count // cluster), cluster
     of_key, slot_k = _cut(hash_k, seen_k, clusters, size)
     if alike and not apart:
-        tile, tiles, of_tile = size if n == m else -(-n // number), number, None
+        tile, of_tile = size if n == m else -(-n // number), None
         of_query, slot_q = _cut(hash_q, seen_q, clusters, tile)
     else:
         if apart:
@@ -129,16 +131,35 @@ def cluster_tokens(
             of_query, _ = _cut(hash_q, seen_q, clusters, 1)
         tile = -(-n // number)
         of_tile, slot_q = lay_out(_hide(of_query, seen_q, number), number, tile, most=n)
-        tiles = of_tile.shape[-1]
-    hidden_q, hidden_k = (None if seen is None else ~seen for seen in (seen_q, seen_k))
+    return assemble(of_query, of_key, of_tile, slot_q, slot_k, seen_q, seen_k, (number, tile, size))
+
+
+def assemble(
+    of_query: Int[Tensor, "r g n"],
+    of_key: Int[Tensor, "r g m"],
+    of_tile: Int[Tensor, "r g tiles"] | None,
+    slot_q: Int[Tensor, "r g n"],
+    slot_k: Int[Tensor, "r g m"],
+    placed_q: Bool[Tensor, "g n"] | None,
+    placed_k: Bool[Tensor, "g m"] | None,
+    sizes: tuple[int, int, int],
+) -> Clusters:
+    """Number the clusters and slots of all rounds one round after the other; tokens that are not placed have none.
+
+    Sizes are the number of clusters in a round, of queries in a tile and of keys in a cluster.
+    """
+    number, tile, size = sizes
+    rounds, _, m = of_key.shape
+    tiles = number if of_tile is None else of_tile.shape[-1]
+    slots_q, slots_k = rounds * tiles * tile, rounds * number * size
     return Clusters(
-        of_query=_in_a_row(of_query, number, hidden_q, -1),
-        of_key=_in_a_row(of_key, number, hidden_k, -2),
+        of_query=_in_a_row(of_query, number, placed_q, -1),
+        of_key=_in_a_row(of_key, number, placed_k, -2),
         of_tile=None if of_tile is None else _in_a_row(of_tile, number).transpose(0, 1).flatten(1),
-        queries=layout_of(_in_a_row(slot_q, tiles * tile, hidden_q, rounds * tiles * tile), rounds * tiles * tile),
-        keys=layout_of(_in_a_row(slot_k, number * size, hidden_k, rounds * number * size), rounds * number * size),
+        queries=layout_of(_in_a_row(slot_q, tiles * tile, placed_q, slots_q), slots_q),
+        keys=layout_of(_in_a_row(slot_k, number * size, placed_k, slots_k), slots_k),
         number=rounds * number,
-        full=seen_k is None and m == number * size,
+        full=placed_k is None and m == number * size,
     )
 
 
@@ -193,7 +214,6 @@ def _hide(x: Tensor, seen: Tensor | None, value: float | int = float("inf")) -> 
     return x if seen is None else x.masked_fill(~seen, value)
 
 
-def _in_a_row(x: Int[Tensor, "r g n"], size: int, hidden: Tensor | None = None, none: int = 0) -> Tensor:
-    """Number things of all rounds one round after the other, `size` of them in each."""
+def _in_a_row(x: Int[Tensor, "r g n"], size: int, placed: Tensor | None = None, none: int = 0) -> Tensor:
     x = x + torch.arange(len(x), device=x.device)[:, None, None] * size
-    return x if hidden is None else x.masked_fill(hidden, none)
+    return x if placed is None else x.masked_fill(~placed, none)

@@ -5,22 +5,26 @@ Keeps      the keys that share a cluster with the query in at least one round. C
            means large q.k; tokens are sorted by hash value and cut into equal parts.
 Costs      rounds (n + m) (D + 2) MACs for the hashes and D + Dv for each meeting of a query with a key: with m keys, a
            share rounds * cluster / m of dense attention at most. Meetings are counted each time, kept pairs once.
-           Sorting is not counted.
+           Sorting is not counted. Causal self: about cluster (1 + rounds * log2(m / cluster) / 2) / 2 meetings for a
+           query; its block, which is met in every round, is computed and counted once.
 Trains     nothing of its own; gradients are exact with the clusters held constant. The cost has no gradient, so
            no budget can train it: `cluster` and `rounds` are set.
 Estimates  nothing without bias: dropped keys count as if they had no weight. A key met in two rounds counts twice in
            the published rule (`dedup=none`); `dedup=count` divides by the number of meetings, which gives the
            softmax over the union and tends to dense attention as rounds grow. Trained networks have structure to be
            found; on random q and k the captured mass is hardly more than that of random clusters.
-Patterns   self and cross attention, noncausal, as published. Causal cross attention: the rank of a query among the
+Patterns   all. Self and cross attention, noncausal, as published. Causal cross attention: the rank of a query among the
            others would betray later ones, so keys alone set the boundaries and each query is placed by its own value.
            In the others queries are ranked together: padding is to be hidden among the queries, too.
-           Causal self attention is refused: there the boundaries would have to ignore later keys, too.
+           Causal self attention (ours): dense in blocks of `cluster` tokens; the past is cut into segments of 1, 2, 4,
+           ... blocks, as the binary digits of a query's block say, and in each the query meets one cluster of
+           half as many keys, as in causal cross attention. Blocks weigh as if met in every round.
 Differs    from the official code: any number of tokens, padding in every example (the official mask is repeated in
            the wrong order when batch and heads both exceed 1, and counts padding in the norms), clusters that
            are fixed in evaluation, hashes in fp32. The published r and b cancel there; `quantise` makes them act.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Literal, get_args
 
@@ -33,9 +37,10 @@ from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, ch
 from thresher.attention.clusters import Clusters, Directions, cluster_tokens, hash_tokens
 from thresher.attention.dense import attend_densely
 from thresher.attention.functional import at_least_fp32, expand_heads
-from thresher.attention.layout import to_slots
+from thresher.attention.layout import to_slots, unplaced
+from thresher.attention.past import cluster_past
 from thresher.attention.tiles import Tiles, attend_in_tiles, keys_of, queries_of
-from thresher.attention.visibility import count_seen_tokens, hide_tokens, seen_tokens, visible_keys_of
+from thresher.attention.visibility import hide_tokens, seen_tokens, visible_keys_of
 
 Dedup = Literal["none", "count"]
 Resample = Literal["forward", "never"]
@@ -45,7 +50,8 @@ class Smyrf(Mechanism):
     """Softmax attention inside balanced clusters of queries and keys.
 
     Args:
-        cluster: Keys in a cluster, at most; with as many visible keys or fewer it is dense attention.
+        cluster: Keys in a cluster, at most; with as many keys or fewer it is dense attention. In causal self attention,
+            tokens in a block; clusters of the past hold half as many keys.
         rounds: Independent clusterings, merged by their log-sum-exp.
         dedup: "none" counts a key once for each round in which it is met, as published; "count" once.
         quantise: Round hash values down to multiples of `width`, as textbooks do; ties go by position.
@@ -56,7 +62,6 @@ class Smyrf(Mechanism):
         ValueError: A hyper-parameter outside its range.
     """
 
-    supports = frozenset({Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS})
     stochastic = True
     dense_limit = {"cluster": 10_000}
     precise = {"rounds": 16, "dedup": "count"}
@@ -98,21 +103,20 @@ class Smyrf(Mechanism):
         with torch.autocast(q.device.type, enabled=False):
             wide_q, wide_k, wide_v = (at_least_fp32(x).flatten(0, 1) for x in (q, k, v))
             with torch.no_grad():
-                clusters = self.assign(wide_q, wide_k, call)
-            out, meetings, kept = self.attend(wide_q, wide_k, wide_v, call, clusters)
+                parts = self.assign(wide_q, wide_k, call)
+            out, meetings, kept = self.attend(wide_q, wide_k, wide_v, call, parts)
         pairs = visible_keys_of(call, self.pattern, n, m, q.device).sum(-1).float().expand(b, h)
-        queries, keys = count_seen_tokens(call, self.pattern, n, m, pairs)
         cost = Cost(
             score=meetings.view(b, h) * d,
             value=meetings.view(b, h) * dv,
-            select=(queries + keys) * (self.rounds * (d + 2)),
+            select=self.hashing(parts, d).view(b, h),
             dense=pairs * (d + dv),
             kept=kept.view(b, h),
             visible=pairs,
         )
         return Attended(out.view(b, h, n, dv).to(v.dtype), cost)
 
-    def assign(self, q: Float[Tensor, "g n d"], k: Float[Tensor, "g m d"], call: Call) -> Clusters:
+    def assign(self, q: Float[Tensor, "g n d"], k: Float[Tensor, "g m d"], call: Call) -> list[Clusters]:
         """Hash tokens and cut them into clusters."""
         (g, n, _), m = q.shape, k.shape[1]
         seen_q, seen_k = (
@@ -124,35 +128,58 @@ class Smyrf(Mechanism):
             fresh = torch.randn_like(self.directions), torch.rand_like(self.shifts)
             directions = directions._replace(of_round=fresh[0], shifts=fresh[1])
         alike = call.pairs is None and (call.keys is None or (n == m and call.queries is call.keys))
-        hash_q, hash_k = hash_tokens(q, k, directions, apart=self.pattern.causal)
-        return cluster_tokens(hash_q, hash_k, seen_q, seen_k, self.cluster, apart=self.pattern.causal, alike=alike)
+        if self.pattern is Pattern.CAUSAL_SELF:
+            return cluster_past(q, k, seen_q, seen_k, directions, max(self.cluster // 2, 1), alike=alike and n == m)
+        apart = self.pattern.causal
+        hash_q, hash_k = hash_tokens(q, k, directions, apart=apart)
+        return [cluster_tokens(hash_q, hash_k, seen_q, seen_k, self.cluster, apart=apart, alike=alike)]
+
+    def hashing(self, parts: Sequence[Clusters], d: int) -> Float[Tensor, " g"]:
+        """Count the MACs of hashing: a token is projected once in each round, and completed in each part."""
+        total = torch.zeros(len(parts[0].queries.token), device=parts[0].queries.token.device)
+        parts = [part for part in parts if not part.present]
+        if not parts:
+            return total
+        for layouts in ([part.queries for part in parts], [part.keys for part in parts]):
+            placed = ~torch.stack([unplaced(layout) for layout in layouts])
+            total += placed.any(0).sum(-1) * d + placed.sum((0, 2)) * 2
+        return total * self.rounds
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, call: Call, clusters: Clusters
+        self, q: Tensor, k: Tensor, v: Tensor, call: Call, parts: Sequence[Clusters]
     ) -> tuple[Float[Tensor, "g n dv"], Float[Tensor, " g"], Float[Tensor, " g"]]:
-        """Attend inside clusters and merge the rounds; return outputs, meetings and distinct pairs met."""
-        tiles = Tiles(clusters.queries, clusters.keys, clusters.of_tile, None, None, clusters.number, 1)
-        token_q, token_k = queries_of(tiles), keys_of(tiles)
-        real_q, real_k = token_q < q.shape[1], token_k < k.shape[1]
-        shown = real_k[:, :, None]
-        if call.pairs is not None:
-            shown = shown & real_q[..., None] & self.pairwise(call.pairs, token_q, token_k)
-        if call.pairs is not None or not clusters.full:
-            tiles = tiles._replace(shown=shown)
-        every, again = self.repeats(clusters, token_q, token_k, None if call.pairs is None else shown)
-        extra = None
-        if call.bias is not None:
-            extra = self.pairwise(call.bias, token_q, token_k).to(q.dtype)
-        if every is not None:
-            less = every.clamp_min(1).to(q.dtype).log().neg()
-            extra = less if extra is None else extra + less
+        """Attend inside clusters and merge parts and rounds; return outputs, meetings and distinct pairs met."""
         dropout = self.dropout if self.training else 0.0
-        if dropout:
-            # Drawn by query, not by slot, where it would depend on the other queries; rounds share it.
-            drawn = torch.rand(*q.shape[:2], token_k.shape[2], device=q.device)
-            tiles = tiles._replace(drop=to_slots(drawn, token_q.flatten(1)).view(*token_q.shape, -1) >= dropout)
-        out = attend_in_tiles(q, k, v, [tiles], [extra], dropout=dropout, fused=call.pairs is None)
-        meetings = (real_q * shown.sum(-1)).sum((1, 2))
+        tiles, extras = [], []
+        meetings = again = torch.zeros(len(q), dtype=torch.long, device=q.device)
+        for part in parts:
+            times = self.rounds if part.present and self.dedup == "none" else 1
+            tile = Tiles(part.queries, part.keys, part.of_tile, None, None, part.number, times)
+            token_q, token_k = queries_of(tile), keys_of(tile)
+            real_q, real_k = token_q < q.shape[1], token_k < k.shape[1]
+            shown = real_k[:, :, None]
+            if part.present:
+                shown = shown & (token_k[:, :, None] <= token_q[..., None] + (k.shape[1] - q.shape[1]))
+            if call.pairs is not None:
+                shown = shown & real_q[..., None] & self.pairwise(call.pairs, token_q, token_k)
+            if call.pairs is not None or not part.full:
+                tile = tile._replace(shown=shown)
+            every, twice = self.repeats(part, token_q, token_k, None if call.pairs is None else shown)
+            extra = None
+            if call.bias is not None:
+                extra = self.pairwise(call.bias, token_q, token_k).to(q.dtype)
+            if every is not None:
+                less = every.clamp_min(1).to(q.dtype).log().neg()
+                extra = less if extra is None else extra + less
+            if dropout:
+                # Drawn by query, not by slot, where it would depend on the other queries; rounds share it.
+                drawn = torch.rand(*q.shape[:2], token_k.shape[2], device=q.device)
+                tile = tile._replace(drop=to_slots(drawn, token_q.flatten(1)).view(*token_q.shape, -1) >= dropout)
+            tiles.append(tile)
+            extras.append(extra)
+            meetings = meetings + (real_q * shown.sum(-1)).sum((1, 2))
+            again = again + twice
+        out = attend_in_tiles(q, k, v, tiles, extras, dropout=dropout, fused=call.pairs is None)
         return out, meetings.float(), (meetings - again).float()
 
     def pairwise(

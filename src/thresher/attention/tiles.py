@@ -63,7 +63,7 @@ def attend_in_tiles(
     k: Float[Tensor, "g m d"],
     v: Float[Tensor, "g m dv"],
     parts: Sequence[Tiles],
-    extras: Sequence[Float[Tensor, "g tiles s c"] | None],
+    extras: Sequence[Tensor | None],
     *,
     dropout: float = 0.0,
     fused: bool = True,
