@@ -7,7 +7,8 @@ PyTorch's fused one included.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -106,11 +107,10 @@ class _MergedAttention(torch.autograd.Function):
             outs.append(out.flatten(1, 2))
         merged = torch.cat(levels).logsumexp(0)
         merged = merged.masked_fill(merged == float("-inf"), float("inf"))
-        summed = [
+        out = _sum(
             from_slots(out, part.queries, (level - merged).exp())
             for out, part, level in zip(outs, parts, levels, strict=True)
-        ]
-        out = summed[0] if len(summed) == 1 else torch.stack(summed).sum(0)
+        )
         ctx.clusters_and_times = [(part.clusters, part.times) for part in parts]
         ctx.dropout, ctx.fused = dropout, fused
         ctx.save_for_backward(q, k, v, out, merged, *extras, *(x for part in parts for x in _tensors_of(part)))
@@ -121,7 +121,8 @@ class _MergedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, merged, *rest = ctx.saved_tensors
         number = len(ctx.clusters_and_times)
-        grads, into_extras = [], []
+        total: list[Tensor] = []
+        into_extras: list[Tensor | None] = []
         for i, (clusters, times) in enumerate(ctx.clusters_and_times):
             extra, tensors = rest[i], rest[number + 7 * i : number + 7 * (i + 1)]
             queries, keys = Layout(*tensors[:2]), Layout(*tensors[2:4])
@@ -137,10 +138,15 @@ class _MergedAttention(torch.autograd.Function):
                 found = _fused_backward(*results, *tiles, part.shown)
             else:
                 found, through = _plain_backward(*results, *tiles, part, extra, ctx.dropout)
-            grads.append(_from_tiles(*found, part))
+            grads = _from_tiles(*found, part)
+            total = [_sum(pair) for pair in zip(total, grads, strict=True)] if total else list(grads)
             into_extras.append(through if ctx.needs_input_grad[6 + i] else None)
-        into_q, into_k, into_v = (x[0] if number == 1 else torch.stack(x).sum(0) for x in zip(*grads, strict=True))
-        return into_q, into_k, into_v, None, None, None, *into_extras
+        return *total, None, None, None, *into_extras
+
+
+def _sum(each: Iterable[Tensor]) -> Tensor:
+    """Add everything to the first, so that there is never more than one beside it."""
+    return reduce(Tensor.add_, each)
 
 
 def _gather(x: Tensor, token: Tensor) -> Tensor:
