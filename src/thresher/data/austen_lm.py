@@ -1,7 +1,7 @@
 """Jane Austen's novels for language modelling, with whole novels held out; ships with the package."""
 
 from thresher.data.corpus import CorpusData
-from thresher.data.works import read_works
+from thresher.data.works import split_works
 
 VAL = ("northangerabbey",)
 TEST = ("persuasion",)
@@ -15,8 +15,4 @@ class AustenLM(CorpusData):
 
     def read_works(self) -> dict[str, list[str]]:
         """Split by novel."""
-        works = read_works("austen")
-        held_out = {"val": VAL, "test": TEST}
-        parts = {part: [works[title] for title in titles] for part, titles in held_out.items()}
-        parts["train"] = [text for title, text in works.items() if title not in (*VAL, *TEST)]
-        return parts
+        return split_works("austen", VAL, TEST)

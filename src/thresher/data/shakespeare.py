@@ -1,7 +1,7 @@
 """Shakespeare's plays and poems, with whole plays held out; ships with the package."""
 
 from thresher.data.corpus import CorpusData
-from thresher.data.works import read_works
+from thresher.data.works import split_works
 
 VAL = ("macbeth", "twelfth_night")
 TEST = ("tempest", "henry_v", "much_ado_about_nothing")
@@ -15,8 +15,4 @@ class Shakespeare(CorpusData):
 
     def read_works(self) -> dict[str, list[str]]:
         """Split by work."""
-        works = read_works("shakespeare")
-        held_out = {"val": VAL, "test": TEST}
-        parts = {part: [works[title] for title in titles] for part, titles in held_out.items()}
-        parts["train"] = [text for title, text in works.items() if title not in (*VAL, *TEST)]
-        return parts
+        return split_works("shakespeare", VAL, TEST)

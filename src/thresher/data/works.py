@@ -3,6 +3,7 @@
 import gzip
 import json
 import zlib
+from collections.abc import Sequence
 from importlib.resources import files
 
 
@@ -22,3 +23,13 @@ def read_works(name: str) -> dict[str, str]:
         raise FileNotFoundError(f"{path} is missing from the installation; install thresher again") from error
     except (OSError, EOFError, zlib.error, ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}); install thresher again") from error
+
+
+def split_works(name: str, val: Sequence[str], test: Sequence[str]) -> dict[str, list[str]]:
+    """Return the texts of a file in the parts `train`, `val` and `test`, the last two given by title."""
+    works = read_works(name)
+    return {
+        "train": [text for title, text in works.items() if title not in (*val, *test)],
+        "val": [works[title] for title in val],
+        "test": [works[title] for title in test],
+    }
