@@ -284,3 +284,4 @@ class FakeShape:
     """The shape of the data, for building a network without reading any."""
 
     model_arguments: ClassVar[dict[str, int]] = {"num_classes": 10, "channels": 1, "image_size": 28}
+    task_arguments: ClassVar[dict[str, int]] = {"num_classes": 10}

@@ -374,8 +374,8 @@ def test_a_decoder_is_causal_where_it_was_in_the_example() -> None:
 def test_a_refusal_half_way_leaves_the_model_as_it_was() -> None:
     name = "nn.TransformerDecoder"
     plain, model = build(name), build(name)
-    with pytest.raises(ValueError, match="Smyrf does not support causal_self"):
-        sparsify(model, "smyrf", example_inputs=MODELS[name].inputs)
+    with pytest.raises(ValueError, match=r"Mca.*causal"):
+        sparsify(model, "mca", example_inputs=MODELS[name].inputs)
     with pytest.raises(ValueError, match="NoAttention does not support causal_cross"):
         sparsify(model, "none", example_inputs=MODELS[name].inputs)
     assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
