@@ -28,7 +28,7 @@ class Sequences(Dataset[tuple[Tensor, Tensor]]):
         self.tokens, self.ends, self.labels = tokens, ends, labels
 
     @classmethod
-    def of(cls, sequences: Sequence[Sequence[int]], labels: Sequence[int]) -> "Sequences":
+    def of(cls, sequences: Sequence[Sequence[int] | np.ndarray], labels: Sequence[int] | np.ndarray) -> "Sequences":
         """Store sequences end to end."""
         flat = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in sequences] or [np.zeros(0, dtype=np.int32)])
         return cls(flat, np.cumsum([len(ids) for ids in sequences]), np.asarray(labels))
@@ -48,8 +48,8 @@ class Sequences(Dataset[tuple[Tensor, Tensor]]):
 
     def select(self, indices: Sequence[int]) -> "Sequences":
         """Return some of the sequences, in the order given."""
-        chosen = [self[i] for i in indices]
-        return Sequences.of([tokens.numpy() for tokens, _ in chosen], [int(label) for _, label in chosen])  # type: ignore[misc]
+        starts = self.ends - self.lengths
+        return Sequences.of([self.tokens[starts[i] : self.ends[i]] for i in indices], self.labels[list(indices)])
 
 
 class LengthBatches(BatchSampler):

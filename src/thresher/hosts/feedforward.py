@@ -140,9 +140,9 @@ class FeedForwardHost(Host):
     def _through(self, x: Tensor, mechanism: TopKFeedForward) -> Tensor:
         inner = [self._projection(name) for name in self._inner]
         if self._packed:
-            (weight, bias), halves = inner[0], range(2)
-            biases = [None, None] if bias is None else bias.chunk(2)
-            inner = [Projection(weight.chunk(2)[i], biases[i]) for i in halves]
+            weight, bias = inner[0]
+            biases = (None, None) if bias is None else bias.chunk(2)
+            inner = [Projection(*each) for each in zip(weight.chunk(2), biases, strict=True)]
             inner = inner[::-1] if self._packed == "gate last" else inner
         outer = None if self._outer is None else self._projection(self._outer)
         out = mechanism(x, inner, outer, self._activation).out
