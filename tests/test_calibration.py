@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tests.attention.helpers import first, noise_like
 from thresher import sparsify
-from thresher.attention import Mechanism
-from thresher.attention.thresholds import Thresholds
+from thresher.attention import Call, Mechanism
+from thresher.attention.thresholds import Differences, Thresholds
 from thresher.calibration import ThresholdProbe, calibrate, difference_quantile
 
 
@@ -160,16 +160,20 @@ class OneHeadHidden(nn.Module):
         super().__init__()
         self.thresholds = Thresholds(2, init=3.0, tau=0.5, trainable=True)
 
-    def forward(self, difference: Tensor) -> Tensor:
-        visible = torch.tensor([True, False])[None, :, None, None].expand(*difference.shape)
-        return self.thresholds(difference, visible).kept
+    def differences(self, q: Tensor, k: Tensor, call: Call) -> Differences:
+        visible = torch.tensor([True, False])[None, :, None, None].expand(len(q), 2, q.shape[2], k.shape[2])
+        return Differences(differences(*visible.shape).float(), visible, 0)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        return self.thresholds(*self.differences(q, k, call)).kept
 
 
 def test_a_head_that_saw_nothing_keeps_its_threshold() -> None:
     model = OneHeadHidden()
     with torch.no_grad():
         model.thresholds.offset.copy_(torch.tensor([1.0, 1.0]))
-    found = calibrate(model, [differences(2, 2, 4, 5).float()], 0.5)
+    q = k = v = torch.zeros(2, 2, 4, 8)
+    found = calibrate(model, [q], 0.5, forward=lambda batch: model(batch, k, v, Call()))
     assert found["thresholds"][0] != 4.0
     assert found["thresholds"][1] == 4.0
 

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from thresher.attention.thresholds import Thresholds
+from thresher.attention.base import Call
+from thresher.attention.thresholds import Thresholded
 
 
 def difference_quantile(
@@ -36,7 +37,7 @@ class ThresholdProbe:
     Hooks stay registered and do nothing while `level` is None; make the probe before a compiled model first runs.
 
     Args:
-        model: Any model with `Thresholds` inside.
+        model: Any model with thresholds inside.
         examples: Number of examples of a batch that are read.
 
     Attributes:
@@ -50,27 +51,26 @@ class ThresholdProbe:
     def __init__(self, model: nn.Module, examples: int = 16) -> None:
         self.level: float | None = None
         self.examples = examples
-        self.thresholds = {name: m for name, m in model.named_modules() if isinstance(m, Thresholds)}
-        if not self.thresholds:
+        owners = {name: m for name, m in model.named_modules() if isinstance(m, Thresholded)}
+        if not owners:
             raise ValueError(f"{type(model).__name__} has no thresholds to calibrate; sparsify() it with 'latte' first")
+        self.thresholds = {f"{name}.thresholds".lstrip("."): m.thresholds for name, m in owners.items()}
         self._read: dict[str, list[Tensor]] = {name: [] for name in self.thresholds}
         self._handles = [
-            module.register_forward_pre_hook(partial(self._see, name), with_kwargs=True)
-            for name, module in self.thresholds.items()
+            owner.register_forward_pre_hook(partial(self._see, name))  # type: ignore[attr-defined]
+            for name, owner in zip(self.thresholds, owners.values(), strict=True)
         ]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _see(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @torch.no_grad()
+    def _see(self, name: str, owner: Thresholded, args: tuple[Tensor, Tensor, Tensor, Call]) -> None:
         if self.level is not None:
-            difference, visible, *rest = args
-            always_keep = rest[0] if rest else kwargs.get("always_keep", 0)
+            q, k, _, call = args
+            some = slice(self.examples)
+            difference, visible, always_keep = owner.differences(q[some], k[some], call.examples(some))
             # What is kept anyway counts towards the share, too.
-            difference = difference.detach()[: self.examples].clone()
             difference[..., :always_keep] = float("-inf")
-            if visible is not None and visible.shape[0] > 1:
-                visible = visible[: self.examples]
-            quantile = difference_quantile(difference, visible, self.level).clamp_min(0)
-            self._read[name].append(quantile)
+            self._read[name].append(difference_quantile(difference, visible, self.level).clamp_min(0))
 
     @torch.no_grad()
     def collect(self) -> dict[str, Float[Tensor, " h"]]:

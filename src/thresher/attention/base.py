@@ -63,6 +63,17 @@ class Call:
     bias: Float[Tensor, "#b #h n m"] | None = None
     source: ValueSource | None = None
 
+    def examples(self, rows: slice) -> "Call":
+        """Return what a call of some of the examples knows."""
+
+        def of(x: Tensor | None) -> Tensor | None:
+            return x if x is None or len(x) == 1 else x[rows]
+
+        source = self.source and self.source._replace(x=self.source.x[rows])
+        return Call(
+            queries=of(self.queries), keys=of(self.keys), pairs=of(self.pairs), bias=of(self.bias), source=source
+        )
+
 
 class Cost(NamedTuple):
     """Multiply-accumulates and pairs of one call, per example and head.

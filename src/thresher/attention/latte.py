@@ -37,12 +37,14 @@ from thresher.attention.functional import (
     straight_through,
 )
 from thresher.attention.quantise import Split, completed_product, estimated_product, quantise, split_codes
-from thresher.attention.thresholds import Gate, Thresholds
+from thresher.attention.thresholds import Differences, Gate, Thresholds
 from thresher.attention.visibility import count_pairs, hide_tokens, visible_pairs
 
 Mode = Literal["ste", "soft", "hard"]
 Scoring = Literal["exact", "int8"]
 Unit = Literal["nats", "spread"]
+
+BLOCK_PAIRS = 2**19  # pairs at a time on a CPU, in whole examples: their maps then stay in its cache
 
 
 class Latte(Mechanism):
@@ -105,20 +107,42 @@ class Latte(Mechanism):
         self.thresholds = Thresholds(num_heads, init=theta, tau=tau, trainable=trainable and mode != "hard", unit=unit)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        size = max(BLOCK_PAIRS // max(q.shape[1] * q.shape[2] * k.shape[2], 1), 1)
+        if q.device.type != "cpu" or len(q) <= size or torch.compiler.is_compiling():
+            return self.attend(q, k, v, call)
+        blocks = [slice(start, start + size) for start in range(0, len(q), size)]
+        done = [self.attend(q[rows], k[rows], v[rows], call.examples(rows)) for rows in blocks]
+        costs = zip(*(block.cost for block in done), strict=True)
+        return Attended(torch.cat([block.out for block in done]), Cost(*map(torch.cat, costs)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """Attend, all examples at once."""
         shape = (*q.shape[:3], k.shape[2])
         k, v = expand_heads(k, shape[1]), expand_heads(v, shape[1])
         visible = visible_pairs(call, self.pattern, shape[2], shape[3], q.device)
         q, k, v = hide_tokens(q, k, v, call, self.pattern)
         with torch.autocast(q.device.type, enabled=False):
-            scores, estimate = self.scores(at_least_fp32(q), at_least_fp32(k), call)
-            best = fill_hidden(estimate, visible, float("-inf")).amax(-1, keepdim=True)
-            best = best.masked_fill(best == float("-inf"), 0)
-            unit = spread_of(estimate, best, visible) if self.unit == "spread" else None
-            difference = best - estimate if unit is None else (best - estimate) / unit
+            scores, difference, unit = self.judged(q, k, call, visible)
             gate = self.thresholds(difference, visible, self.always_keep, surrogate=self.mode != "hard")
             weights = self.weights(scores, difference, unit, gate, visible)
             weights = F.dropout(weights, self.dropout, self.training)
         return Attended(weights.to(v.dtype) @ v, self.cost(gate, count_pairs(visible, shape, q.device), v.shape[-1]))
+
+    def differences(self, q: Tensor, k: Tensor, call: Call) -> Differences:
+        """Return what the thresholds of a call are compared with."""
+        k = expand_heads(k, q.shape[1])
+        visible = visible_pairs(call, self.pattern, q.shape[2], k.shape[2], q.device)
+        q, k, _ = hide_tokens(q, k, k, call, self.pattern)
+        with torch.autocast(q.device.type, enabled=False):
+            return Differences(self.judged(q, k, call, visible)[1], visible, self.always_keep)
+
+    def judged(self, q: Tensor, k: Tensor, call: Call, visible: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return scores, how far each estimate lies below its row's best, and the unit in which that is counted."""
+        scores, estimate = self.scores(at_least_fp32(q), at_least_fp32(k), call)
+        best = fill_hidden(estimate, visible, float("-inf")).amax(-1, keepdim=True)
+        best = best.masked_fill(best == float("-inf"), 0)
+        unit = spread_of(estimate, best, visible) if self.unit == "spread" else None
+        return scores, best - estimate if unit is None else (best - estimate) / unit, unit
 
     def scores(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Return the scores [b, h, n, m] that weigh kept pairs, and the estimates that decide which are kept."""

@@ -12,13 +12,38 @@ The surrogate gradient is that of g = sigmoid((theta - difference) / tau) in pla
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from thresher.attention.base import Call
 from thresher.attention.functional import bounded_below, fill_hidden, with_slope
+
+
+class Differences(NamedTuple):
+    """What a threshold decides by.
+
+    Attributes:
+        difference: How far each score lies below its row's best, in the unit of the threshold; anything where hidden.
+        visible: The pairs that count.
+        always_keep: Number of leading keys that are kept however far below they lie.
+    """
+
+    difference: Float[Tensor, "b h n m"]
+    visible: Bool[Tensor, "#b #h #n m"] | None
+    always_keep: int
+
+
+@runtime_checkable
+class Thresholded(Protocol):
+    """A mechanism with thresholds, which calibration can ask for the differences that they judge."""
+
+    thresholds: "Thresholds"
+
+    def differences(self, q: Tensor, k: Tensor, call: Call) -> Differences:
+        """Return the differences of all pairs of a call."""
 
 
 class Gate(NamedTuple):
