@@ -1,0 +1,163 @@
+"""The command that repeats a run: its config as overrides of the configs in `conf/`."""
+
+import math
+import re
+import shlex
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from thresher.report.configs import BOOKKEEPING, Table, flatten, part_of, read_config
+from thresher.report.runs import Run
+
+PLAIN = re.compile(r"[A-Za-z0-9_./+@%-]+(?: [A-Za-z0-9_./+@%-]+)*$")
+REPLACEABLE = ("attention", "data", "trainer")  # what eval.py takes another choice of
+REFERENCE = re.compile(r"\$\{([^:{}]+)\}")
+
+
+class Commands:
+    """Writes commands for runs.
+
+    Args:
+        conf: The folder of the configs that `train.py` composes.
+    """
+
+    def __init__(self, conf: Path) -> None:
+        self._conf = conf
+        primary = OmegaConf.to_container(OmegaConf.load(conf / "train.yaml"), resolve=False)
+        assert isinstance(primary, dict)
+        entries = [next(iter(e.items())) for e in primary.pop("defaults") if isinstance(e, dict)]
+        self._defaults = {group: str(choice) for group, choice in entries if choice is not None}
+        self._primary = dict(flatten({k: v for k, v in primary.items() if k != "hydra"}))
+        self._choose = lru_cache(maxsize=None)(self._best)
+        self._choices: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def of(self, run: Run) -> str:
+        """Return the command of a run as a line for a shell, or an empty string for one that has no config."""
+        if not run.config:
+            return ""
+        return self._evaluation(run) if run.evaluation else self._training(run.config)
+
+    def _training(self, config: dict[str, Any]) -> str:
+        groups: list[str] = []
+        values: list[str] = []
+        for group in self._defaults:
+            if group not in BOOKKEEPING:
+                choice, changes = self._expressed(group, config)
+                groups += [f"{group}={choice}"] if choice != self._defaults[group] else []
+                values += changes
+        known = (*self._defaults, *BOOKKEEPING, "seed")
+        own = {key: value for key, value in config.items() if not part_of(key, known)}
+        values += _changes({key: self._primary[key] for key in self._primary if not part_of(key, known)}, own, config)
+        return _line("train.py", [*groups, *values, f"seed={config.get('seed', 0)}"])
+
+    def _evaluation(self, run: Run) -> str:
+        checkpoint = run.checkpoint
+        if checkpoint is None:
+            return ""
+        trained = checkpoint.parent.parent / "config.yaml"
+        try:
+            before = read_config(trained.read_text())
+        except (OSError, ValueError):
+            before = {}
+        overrides = []
+        for group in (*REPLACEABLE, "model", "task") if before else ():
+            was, now = _part(group, before), _part(group, run.config)
+            if was.get(f"{group}._target_") == now.get(f"{group}._target_") or group not in REPLACEABLE:
+                overrides += _changes(was, now, run.config)
+            else:
+                choice, changes = self._expressed(group, run.config)
+                overrides += [f"{group}={choice}", *changes]
+        overrides = [o for o in overrides if not o.startswith("model.pretrained=")]
+        return _line("eval.py", [f"ckpt={_value(_relative(checkpoint))}", *overrides])
+
+    def _expressed(self, group: str, config: dict[str, Any]) -> tuple[str, list[str]]:
+        """Return the choice of a group that is nearest to a config, and the overrides that are left."""
+        part = _part(group, config)
+        choice: str = self._choose(group, tuple(part.items()))
+        return choice, _changes(self._group(group)[choice], part, config)
+
+    def _best(self, group: str, items: tuple[tuple[str, Any], ...]) -> str:
+        part = dict(items)
+        choices = self._group(group)
+        default = self._defaults[group]
+        return min(choices, key=lambda c: (len(_changes(choices[c], part, part)), c != default, c))
+
+    def _group(self, group: str) -> dict[str, dict[str, Any]]:
+        if group not in self._choices:
+            names = [path.stem for path in sorted((self._conf / group).glob("*.yaml"))]
+            self._choices[group] = {name: dict(flatten({group: self._load(group, name)})) for name in names}
+        return self._choices[group]
+
+    def _load(self, group: str, name: str) -> dict[str, Any]:
+        own = OmegaConf.load(self._conf / group / f"{name}.yaml")
+        assert isinstance(own, DictConfig)
+        parts = [entry for entry in own.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+        merged = OmegaConf.merge(*(self._load(group, part) for part in parts), own)
+        plain = OmegaConf.to_container(merged, resolve=False)
+        return {str(k): v for k, v in plain.items()} if isinstance(plain, dict) else {}
+
+
+def _part(group: str, config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if part_of(key, [group])}
+
+
+def _changes(base: dict[str, Any], wanted: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Return the overrides that turn one flat config into another; references are looked up in `config`."""
+    changed = [
+        f"{'' if key in base else '+'}{key}={_value(value)}"
+        for key, value in wanted.items()
+        if key not in base or not _same(base[key], value, config)
+    ]
+    # A reference such as ${attention} that was replaced by a node: the node replaces it key by key.
+    replaced = {key for key in base if key not in wanted and any(w.startswith(f"{key}.") for w in wanted)}
+    return changed + [f"~{key}" for key in base if key not in wanted and key not in replaced and base[key] != Table()]
+
+
+def _same(base: Any, value: Any, config: dict[str, Any]) -> bool:
+    if isinstance(base, str) and base != value and (reference := REFERENCE.fullmatch(base)):
+        base = config.get(reference.group(1), base)
+    return bool(base == value) and (type(base) is type(value) or (_number(base) and _number(value)))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _value(value: Any) -> str:
+    """Write a value in the grammar of Hydra's overrides."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value)
+    if isinstance(value, Table):
+        return f"{{{','.join(f'{key}:{_value(child)}' for key, child in value)}}}"
+    if isinstance(value, tuple):
+        return f"[{','.join(_value(child) for child in value)}]"
+    text = str(value)
+    if isinstance(value, int) or (PLAIN.match(text) and not _read_as_another_type(text)):
+        return text
+    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+
+
+def _read_as_another_type(text: str) -> bool:
+    if text.lower() in {"null", "true", "false", "inf", "nan", "-inf", "+inf"}:
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _relative(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path)
+
+
+def _line(script: str, overrides: list[str]) -> str:
+    return " ".join(["python", script, *(shlex.quote(override) for override in overrides)])

@@ -1,0 +1,160 @@
+"""Runs as they lie in folders: what each was asked, what it measured, how it ended."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from thresher.report.configs import read_config, without
+
+CONTINUED = re.compile(r"config_(\d+)\.yaml$")
+PREFIX = re.compile(r"^(\[[^\]]*\])+ - ")  # of a line in train.log: time, logger, level
+LOGS = ("output.log", "train.log")  # what a sweep's trial printed says more than what it logged
+EXCERPT = 12  # lines
+SKIPPED = {"checkpoints", "csv", "tensorboard", "wandb", "__pycache__"}
+TROUBLE = re.compile(r"error|exception|traceback|killed|sigterm|out of memory|cannot|no space", re.IGNORECASE)
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Attributes:
+        folder: Where it lies.
+        name: The folder as seen from the folder that the report was asked for.
+        config: Dotted keys and values; empty where it ended before it had one.
+        metrics: Name and value; None where a value was not finite.
+        problem: Why it counts for nothing, or an empty string where it counts.
+        excerpt: The last lines that it printed or logged, of a run that counts for nothing.
+    """
+
+    folder: Path
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    problem: str = ""
+    excerpt: str = ""
+
+    @property
+    def evaluation(self) -> bool:
+        """Whether eval.py wrote it: a checkpoint was tested, nothing trained."""
+        return bool(self.metrics) and "train/seconds" not in self.metrics
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that an evaluation read, if that is known."""
+        if not self.config.get("train", True) and self.config.get("ckpt_path"):
+            return Path(str(self.config["ckpt_path"]))
+        return self.folder.parent.parent / "checkpoints" / "best.ckpt" if self.folder.parent.name == "eval" else None
+
+    @property
+    def mechanism(self) -> str:
+        """The name of its attention."""
+        return str(self.config.get("attention._target_", "?")).split(".")[-2 if self.config else -1]
+
+
+def find_runs(roots: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Return the folders of runs in and below some folders, each once, with the name to show.
+
+    Raises:
+        FileNotFoundError: One of them is not a folder.
+    """
+    found: dict[Path, str] = {}
+    for root in roots:
+        if not root.is_dir():
+            raise FileNotFoundError(f"there is no folder {root}; name one that holds runs, as train.py writes them")
+        for folder in _run_folders(root):
+            inside = folder.relative_to(root).as_posix()
+            name = inside if len(roots) == 1 else f"{root.as_posix()}/{inside}"
+            found.setdefault(folder.resolve(), root.resolve().name if inside == "." else name)
+    return list(found.items())
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
+    """Yield folders with a config, and those with a log alone that hold no such folder: runs that ended early."""
+    begun: list[Path] = []
+    configured: list[Path] = []
+    for path, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in SKIPPED and not name.startswith("."))
+        if "config.yaml" in files:
+            configured.append(Path(path))
+        elif not set(LOGS).isdisjoint(files):
+            begun.append(Path(path))
+    above = {parent for path in configured for parent in path.parents}
+    yield from sorted([*configured, *(path for path in begun if path not in above)])
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read one run; whatever is missing or broken is told by `Run.problem`."""
+    run = Run(folder, name)
+    try:
+        run.config = read_config(_newest_config(folder).read_text())
+        run.metrics = _metrics(folder)
+        if run.evaluation:
+            run.config = dict(without(run.config, ["callbacks"]))  # those of the training
+        run.problem = _problem(run)
+    except FileNotFoundError as error:
+        missing = Path(str(error.filename)).name
+        run.problem = "ended before it had a config" if missing == "config.yaml" else "no metrics.json: not finished"
+    except (ValueError, OSError) as error:
+        run.problem = str(error)
+    if run.problem:
+        run.problem, run.excerpt = _ending(folder, run.problem)
+    return run
+
+
+def _newest_config(folder: Path) -> Path:
+    continued = [(int(m.group(1)), path) for path in folder.glob("config_*.yaml") if (m := CONTINUED.search(path.name))]
+    return max(continued)[1] if continued else folder / "config.yaml"
+
+
+def _metrics(folder: Path) -> dict[str, float | None]:
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"metrics.json cannot be read: {error}") from error
+    if not isinstance(metrics, dict) or not all(isinstance(v, (int, float)) or v is None for v in metrics.values()):
+        raise ValueError("metrics.json cannot be read: it is not a table of names and numbers")
+    return {str(k): float(v) if v is not None and math.isfinite(v) else None for k, v in metrics.items()}
+
+
+def _problem(run: Run) -> str:
+    if run.config.get("test", True) and not any(name.startswith("test/") for name in run.metrics):
+        return "trained, but its test is not finished"
+    broken = [name for name, value in run.metrics.items() if value is None and name.startswith(("test/", "val/"))]
+    return f"not a finite number: {', '.join(broken)}" if broken else ""
+
+
+def _ending(folder: Path, problem: str) -> tuple[str, str]:
+    """Return why a run ended, in a line, and the last lines that it left."""
+    code = _text(folder / "exit_code").strip()
+    if code and code != "0":
+        problem = f"exit code {code}"
+    excerpt = next((tail for log in LOGS if (tail := _tail(folder / log))), "")
+    telling = [line for line in excerpt.splitlines() if TROUBLE.search(line) and "HYDRA_FULL_ERROR" not in line]
+    if telling:
+        return f"{problem}: {PREFIX.sub('', telling[-1]).strip()[:300]}", excerpt
+    newest = max((p.stat().st_mtime for p in [folder, *folder.glob("*.*"), *folder.glob("csv/*/*.csv")]), default=0)
+    return f"{problem}, last written {datetime.fromtimestamp(newest):%Y-%m-%d %H:%M}", excerpt
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 16_384))
+            text = file.read().decode(errors="replace").replace("\r", "\n")
+    except OSError:
+        return ""
+    return "\n".join([line.rstrip()[:400] for line in text.splitlines() if line.strip()][-EXCERPT:])

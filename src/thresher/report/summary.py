@@ -1,0 +1,154 @@
+"""All that a report says, before it takes a form: settings by task, their fronts, and what failed."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from thresher.report.commands import Commands
+from thresher.report.front import pareto_front
+from thresher.report.runs import Run, find_runs, read_run
+from thresher.report.settings import (
+    AXES,
+    Setting,
+    axis_of,
+    dense_twins,
+    differences,
+    lower_is_better,
+    metrics_of,
+    settings_of,
+)
+
+
+@dataclass(frozen=True)
+class Front:
+    """Settings that nothing else of their task beats, by place in the summary, cheapest first."""
+
+    task: str
+    metric: str
+    axis: str
+    places: list[int]
+
+
+@dataclass
+class Summary:
+    """What a folder of runs gave.
+
+    Attributes:
+        runs: All of them.
+        commands: What repeats each run, in their order; empty where that is not known.
+    """
+
+    runs: list[Run]
+    commands: list[str]
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """Settings of the runs that count."""
+        return settings_of(run for run in self.runs if not run.problem)
+
+    @cached_property
+    def failed(self) -> list[Run]:
+        """Runs that count for nothing."""
+        return [run for run in self.runs if run.problem]
+
+    @cached_property
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """By task, the keys in which its settings differ, with the most common value of each."""
+        return {task: differences([s for s in self.settings if s.task == task]) for task in self.tasks}
+
+    @cached_property
+    def twins(self) -> dict[int, int]:
+        """The dense setting of the same training, for each setting that has one."""
+        return dense_twins(self.settings)
+
+    @cached_property
+    def tasks(self) -> dict[str, list[str]]:
+        """Tasks, the one with the most runs first, with the metrics that were measured."""
+        by_task: dict[str, list[Setting]] = {}
+        for setting in self.settings:
+            by_task.setdefault(setting.task, []).append(setting)
+        return {task: metrics_of(own) for task, own in sorted(by_task.items(), key=lambda item: -len(item[1]))}
+
+    @cached_property
+    def fronts(self) -> list[Front]:
+        """The fronts of every task, metric and axis."""
+        wanted = ((task, m, axis) for task, metrics in self.tasks.items() for m in metrics for axis in AXES)
+        return [Front(*key, self._front(*key)) for key in wanted]
+
+    def _front(self, task: str, metric: str, axis: str) -> list[int]:
+        measured = []
+        for i, setting in enumerate(self.settings):
+            if setting.task == task:
+                cost, value = setting.spread(axis_of(metric, axis)), setting.spread(metric)
+                if cost is not None and value is not None:
+                    measured.append((i, cost.mean, value.mean))
+        places, costs, values = zip(*measured, strict=True) if measured else ((), (), ())
+        return [places[i] for i in pareto_front(costs, values, lower_is_better=lower_is_better(metric))]
+
+    def command(self, run: Run) -> str:
+        """Return what repeats a run."""
+        return self._by_run.get(id(run), "")
+
+    @cached_property
+    def _by_run(self) -> dict[int, str]:
+        return {id(run): command for run, command in zip(self.runs, self.commands, strict=True)}
+
+    @cached_property
+    def on_a_front(self) -> dict[str, dict[int, str]]:
+        """By task, the settings on the fronts of its first metric, with the axes: `kept`, `compute` or both."""
+        found: dict[str, dict[int, str]] = {task: {} for task in self.tasks}
+        for front in self.fronts:
+            if front.metric == self.tasks[front.task][0]:
+                for place in front.places:
+                    before = found[front.task].get(place)
+                    found[front.task][place] = f"{before} + {front.axis}" if before else front.axis
+        return found
+
+
+def summarise(
+    roots: Sequence[Path], conf: Path | None, track: Callable[[Iterable[Any], str], Iterable[Any]]
+) -> Summary:
+    """Read all runs in and below some folders.
+
+    Args:
+        roots: The folders.
+        conf: The folder of configs that commands refer to; None leaves commands out.
+        track: Shows progress over something, under a title.
+
+    Raises:
+        FileNotFoundError: One of them is not a folder.
+    """
+    runs = [read_run(*found) for found in track(find_runs(roots), "reading runs")]
+    commands = Commands(conf) if conf else None
+    return Summary(runs, [commands.of(run) if commands else "" for run in track(runs, "writing commands")])
+
+
+def shown(key: str, value: Any) -> str:
+    """Return how a value of the config is shown: a target by its own name."""
+    if key == "attention._target_":
+        return str(value).split(".")[-2]
+    if key.endswith("_target_"):
+        return str(value).rpartition(".")[2]
+    if isinstance(value, bool) or value is None:
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(shown(key, child) for child in value)}]"
+    return f"{value:g}" if isinstance(value, float) and f"{value:g}" == repr(value) else str(value)
+
+
+def key_label(key: str) -> str:
+    """Return how a key of the config is shown."""
+    return key.removesuffix("._target_")
+
+
+def difference(summary: Summary, setting: Setting) -> str:
+    """Describe a setting by its mechanism and by what is not as in most others."""
+    others = [
+        f"{key_label(key)}={shown(key, value)}"
+        for key, common in summary.columns[setting.task].items()
+        if key != "attention._target_" and (value := setting.config.get(key, common)) != common
+    ]
+    name = "evaluated " + setting.mechanism if setting.identity[0] else setting.mechanism
+    return f"{name}  {' '.join(others)}".strip()
