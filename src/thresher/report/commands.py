@@ -31,7 +31,7 @@ class Commands:
         entries = [next(iter(e.items())) for e in primary.pop("defaults") if isinstance(e, dict)]
         self._defaults = {group: str(choice) for group, choice in entries if choice is not None}
         self._primary = dict(flatten({k: v for k, v in primary.items() if k != "hydra"}))
-        self._choose = lru_cache(maxsize=None)(self._best)
+        self._expressed = lru_cache(maxsize=None)(self._nearest)
         self._choices: dict[str, dict[str, dict[str, Any]]] = {}
 
     def of(self, run: Run) -> str:
@@ -41,16 +41,19 @@ class Commands:
         return self._evaluation(run) if run.evaluation else self._training(run.config)
 
     def _training(self, config: dict[str, Any]) -> str:
+        parts: dict[str, dict[str, Any]] = {}
+        for key, value in config.items():
+            parts.setdefault(key.partition(".")[0], {})[key] = value
         groups: list[str] = []
         values: list[str] = []
         for group in self._defaults:
             if group not in BOOKKEEPING:
-                choice, changes = self._expressed(group, config)
+                choice, changes = self._expressed(group, tuple(parts.pop(group, {}).items()))
                 groups += [f"{group}={choice}"] if choice != self._defaults[group] else []
                 values += changes
-        known = (*self._defaults, *BOOKKEEPING, "seed")
-        own = {key: value for key, value in config.items() if not part_of(key, known)}
-        values += _changes({key: self._primary[key] for key in self._primary if not part_of(key, known)}, own, config)
+        known = (*BOOKKEEPING, "seed")
+        own = {key: value for part in parts.values() for key, value in part.items() if not part_of(key, *known)}
+        values += _changes({key: value for key, value in self._primary.items() if not part_of(key, *known)}, own)
         return _line("train.py", [*groups, *values, f"seed={config.get('seed', 0)}"])
 
     def _evaluation(self, run: Run) -> str:
@@ -66,24 +69,20 @@ class Commands:
         for group in (*REPLACEABLE, "model", "task") if before else ():
             was, now = _part(group, before), _part(group, run.config)
             if was.get(f"{group}._target_") == now.get(f"{group}._target_") or group not in REPLACEABLE:
-                overrides += _changes(was, now, run.config)
+                overrides += _changes(was, now)
             else:
-                choice, changes = self._expressed(group, run.config)
+                choice, changes = self._expressed(group, tuple(now.items()))
                 overrides += [f"{group}={choice}", *changes]
         overrides = [o for o in overrides if not o.startswith("model.pretrained=")]
         return _line("eval.py", [f"ckpt={_value(_relative(checkpoint))}", *overrides])
 
-    def _expressed(self, group: str, config: dict[str, Any]) -> tuple[str, list[str]]:
+    def _nearest(self, group: str, items: tuple[tuple[str, Any], ...]) -> tuple[str, list[str]]:
         """Return the choice of a group that is nearest to a config, and the overrides that are left."""
-        part = _part(group, config)
-        choice: str = self._choose(group, tuple(part.items()))
-        return choice, _changes(self._group(group)[choice], part, config)
-
-    def _best(self, group: str, items: tuple[tuple[str, Any], ...]) -> str:
         part = dict(items)
-        choices = self._group(group)
+        changes = {choice: _changes(base, part) for choice, base in self._group(group).items()}
         default = self._defaults[group]
-        return min(choices, key=lambda c: (len(_changes(choices[c], part, part)), c != default, c))
+        choice = min(changes, key=lambda c: (len(changes[c]), c != default, c))
+        return choice, changes[choice]
 
     def _group(self, group: str) -> dict[str, dict[str, Any]]:
         if group not in self._choices:
@@ -101,24 +100,24 @@ class Commands:
 
 
 def _part(group: str, config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if part_of(key, [group])}
+    return {key: value for key, value in config.items() if part_of(key, group)}
 
 
-def _changes(base: dict[str, Any], wanted: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """Return the overrides that turn one flat config into another; references are looked up in `config`."""
+def _changes(base: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Return the overrides that turn one flat config into another; references are to keys of the latter."""
     changed = [
         f"{'' if key in base else '+'}{key}={_value(value)}"
         for key, value in wanted.items()
-        if key not in base or not _same(base[key], value, config)
+        if key not in base or not _same(base[key], value, wanted)
     ]
     # A reference such as ${attention} that was replaced by a node: the node replaces it key by key.
     replaced = {key for key in base if key not in wanted and any(w.startswith(f"{key}.") for w in wanted)}
     return changed + [f"~{key}" for key in base if key not in wanted and key not in replaced and base[key] != Table()]
 
 
-def _same(base: Any, value: Any, config: dict[str, Any]) -> bool:
+def _same(base: Any, value: Any, wanted: dict[str, Any]) -> bool:
     if isinstance(base, str) and base != value and (reference := REFERENCE.fullmatch(base)):
-        base = config.get(reference.group(1), base)
+        base = wanted.get(reference.group(1), base)
     return bool(base == value) and (type(base) is type(value) or (_number(base) and _number(value)))
 
 

@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from functools import cache, lru_cache
 from typing import Any
 
 import yaml
@@ -53,8 +53,8 @@ def _parsed(block: str) -> Items:
 
 def _referring(flat: dict[str, Any]) -> dict[str, Any]:
     """Write the model's attention as a reference where it repeats the attention of the run."""
-    own = {key: value for key, value in flat.items() if part_of(key, ["attention"])}
-    copied = {key[6:]: value for key, value in flat.items() if part_of(key, ["model.attention"])}
+    own = {key: value for key, value in flat.items() if part_of(key, "attention")}
+    copied = {key[6:]: value for key, value in flat.items() if part_of(key, "model.attention")}
     if not own or own != copied:
         return flat
     return {key: value for key, value in flat.items() if key[6:] not in own} | {"model.attention": "${attention}"}
@@ -77,12 +77,12 @@ def _frozen(value: Any) -> Any:
     return "nan" if isinstance(value, float) and math.isnan(value) else value
 
 
-def part_of(key: str, parts: Iterable[str]) -> bool:
+@cache
+def part_of(key: str, *parts: str) -> bool:
     """Say whether a dotted key is, or lies below, one of some others; one that ends in `_` is a prefix."""
     return any(key == p or key.startswith(f"{p}." if p[-1] != "_" else p) for p in parts)
 
 
-def without(config: Mapping[str, Any], parts: Iterable[str]) -> Items:
+def without(config: Mapping[str, Any], *parts: str) -> Items:
     """Return the sorted entries of a config outside of some parts."""
-    parts = tuple(parts)
-    return tuple(sorted((item for item in config.items() if not part_of(item[0], parts)), key=lambda item: item[0]))
+    return tuple((key, config[key]) for key in sorted(config) if not part_of(key, *parts))

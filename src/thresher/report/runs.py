@@ -96,7 +96,7 @@ def read_run(folder: Path, name: str) -> Run:
         run.config = read_config(_newest_config(folder).read_text())
         run.metrics = _metrics(folder)
         if run.evaluation:
-            run.config = dict(without(run.config, ["callbacks"]))  # those of the training
+            run.config = dict(without(run.config, "callbacks"))  # those of the training
         run.problem = _problem(run)
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name

@@ -1,9 +1,9 @@
 """Settings: runs that differ in their seed only, taken together; and the dense twin of each."""
 
-import statistics
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from thresher.report.configs import BOOKKEEPING, SPARSE_ONLY, part_of, without
@@ -36,6 +36,7 @@ class Setting:
     runs: list[Run]
     task: str
     identity: tuple[Any, ...]
+    _spreads: dict[str, Spread | None] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -47,19 +48,25 @@ class Setting:
 
     def spread(self, metric: str) -> Spread | None:
         """Return mean and deviation of a metric, None unless every run has it."""
-        values = [run.metrics.get(metric) for run in self.runs]
-        known = [value for value in values if value is not None]
-        if len(known) < len(values):
-            return None
-        deviation = statistics.stdev(known) if len(known) > 1 else None
-        return Spread(statistics.fmean(known), deviation, len(known))
+        if metric not in self._spreads:
+            self._spreads[metric] = _spread([run.metrics.get(metric) for run in self.runs])
+        return self._spreads[metric]
+
+
+def _spread(values: Sequence[float | None]) -> Spread | None:
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    mean = math.fsum(known) / len(known)
+    squares = math.fsum((value - mean) ** 2 for value in known)
+    return Spread(mean, math.sqrt(squares / (len(known) - 1)) if len(known) > 1 else None, len(known))
 
 
 def settings_of(runs: Iterable[Run]) -> list[Setting]:
     """Take runs that differ in their seed only together, in the order of the runs."""
     found: dict[tuple[Any, ...], Setting] = {}
     for run in runs:
-        identity = (run.evaluation, without(run.config, (*BOOKKEEPING, "seed")))
+        identity = (run.evaluation, without(run.config, *BOOKKEEPING, "seed"))
         found.setdefault(identity, Setting([], task_of(run), identity)).runs.append(run)
     return list(found.values())
 
@@ -81,8 +88,8 @@ def dense_twins(settings: Sequence[Setting]) -> dict[int, int]:
     dense: dict[tuple[Any, ...], int] = {}
     for i, setting in enumerate(settings):
         if setting.mechanism == "dense" and not setting.identity[0]:
-            dense.setdefault(without(setting.config, apart), i)
-    twins = ((i, dense.get(without(setting.config, apart))) for i, setting in enumerate(settings))
+            dense.setdefault(without(setting.config, *apart), i)
+    twins = ((i, dense.get(without(setting.config, *apart))) for i, setting in enumerate(settings))
     return {i: twin for i, twin in twins if twin is not None and twin != i}
 
 
@@ -116,5 +123,5 @@ def differences(settings: Sequence[Setting]) -> dict[str, Any]:
         for key, value in setting.config.items():
             values.setdefault(key, Counter())[value] += 1
     aside = (*BOOKKEEPING, "seed")
-    varying = {key: count for key, count in values.items() if len(count) > 1 and not part_of(key, aside)}
+    varying = {key: count for key, count in values.items() if len(count) > 1 and not part_of(key, *aside)}
     return {key: count.most_common(1)[0][0] for key, count in varying.items()}

@@ -1,5 +1,5 @@
 // The Pareto front, the card of the setting that is looked at, and the front as a table.
-const MOST = 2000; // points off the front that are drawn
+const MOST = 1000; // points off the front that are drawn
 let order = []; // settings as the arrow keys pass them
 
 function frontPlaces() {
@@ -35,7 +35,7 @@ function drawFront() {
     yaxis: { title: { text: short(y) } }, shapes: lines.shapes, annotations: lines.annotations,
   });
   const thinned = drawn.length < off.length ? ` ${drawn.length.toLocaleString('en')} of ${off.length.toLocaleString('en')} points off the front are drawn.` : '';
-  const seeds = known.some((i) => data.settings[i].runs.length > 1) ? ' Bars are one standard deviation over seeds.' : '';
+  const seeds = known.length <= 400 && known.some((i) => data.settings[i].runs.length > 1) ? ' Bars are one standard deviation over seeds.' : '';
   byId('front-note').textContent = `${short(y)}, ${metric().lower ? 'lower' : 'higher'} is better, against ${chosen.axis}. Filled: on the front. Grey and open: something is better and cheaper.${seeds}${thinned}`;
   drawFrontTable(front, x, y);
   if (!known.includes(chosen.setting)) chosen.setting = front.length ? front[0] : (known[0] ?? null);
@@ -44,7 +44,7 @@ function drawFront() {
 
 function points(own, name, good, x, y, many) {
   const at = (key, part) => own.map((i) => spread(data.settings[i], key)[part]);
-  const bars = (key) => ({ type: 'data', array: at(key, 1).map((d) => d ?? 0), visible: !many || good, thickness: 1, width: 3, color: good ? tint(name) : css('--faint') });
+  const bars = (key) => ({ type: 'data', array: at(key, 1).map((d) => d ?? 0), visible: !many, thickness: 1, width: 3, color: good ? tint(name) : css('--faint') });
   return {
     x: at(x, 0), y: at(y, 0), customdata: own, mode: 'markers', name: plain(name), legendgroup: name,
     showlegend: good || !frontPlaces().some((i) => data.settings[i].mechanism === name),

@@ -6,9 +6,9 @@ function fill(select, names, at) {
 
 function drawAll() {
   drawFront();
-  drawRun();
-  drawClock();
-  drawTable();
+  whenNear('run', drawRun);
+  whenNear('clock', drawClock);
+  whenNear('runs', drawTable);
 }
 
 function chooseMetric(i) {
@@ -36,7 +36,7 @@ if (data.settings.length && data.tasks.some((t) => t.metrics.length)) {
   wireFront();
   byId('task').addEventListener('change', (event) => chooseTask(Number(event.target.value)));
   byId('metric').addEventListener('change', (event) => { chooseMetric(Number(event.target.value)); drawAll(); });
-  byId('axis').addEventListener('change', (event) => { chosen.axis = event.target.value; drawFront(); drawTable(); });
+  byId('axis').addEventListener('change', (event) => { chosen.axis = event.target.value; drawFront(); whenNear('runs', drawTable); });
   byId('filter').addEventListener('input', () => { limit = 100; drawTable(); });
   byId('more').addEventListener('click', () => { limit += 100; drawTable(); });
   dark.addEventListener('change', drawAll);

@@ -19,7 +19,7 @@ function firstRun() {
 function chooseRun(place, scroll) {
   chosen.run = place;
   byId('chosen').value = String(place);
-  drawRun();
+  whenNear('run', drawRun);
   if (scroll) byId('run').scrollIntoView({ behavior: window.matchMedia('(prefers-reduced-motion: reduce)').matches ? 'auto' : 'smooth' });
 }
 

@@ -64,3 +64,23 @@ function layout(extra) {
 const config = { displaylogo: false, responsive: true, displayModeBar: wide.matches ? 'hover' : false, modeBarButtonsToRemove: ['select2d', 'lasso2d', 'autoScale2d'] };
 const draw = (id, traces, extra) => Plotly.react(byId(id), traces, layout(extra), config);
 const show = (id, on) => { byId(id).hidden = !on; };
+
+// Plots further down are drawn when they come near the window: the first screen does not wait for them.
+const waiting = new Map(), near = new Set();
+const watcher = new IntersectionObserver((entries) => entries.forEach(({ target, isIntersecting }) => {
+  if (isIntersecting) near.add(target.id); else near.delete(target.id);
+  if (isIntersecting) drawWaiting(target.id);
+}), { rootMargin: '400px' });
+
+function drawWaiting(id) {
+  const drawIt = waiting.get(id);
+  waiting.delete(id);
+  if (drawIt) drawIt();
+}
+
+function whenNear(id, drawIt) {
+  waiting.set(id, drawIt);
+  if (near.has(id)) drawWaiting(id);
+  watcher.observe(byId(id));
+}
+window.addEventListener('beforeprint', () => [...waiting.keys()].forEach(drawWaiting));

@@ -73,7 +73,7 @@ function openRun(place) {
 function drawClock() {
   const y = metric().name, x = beside(y, 'compute');
   const known = data.settings.map((s, i) => i).filter((i) => data.settings[i].task === chosen.task && spread(data.settings[i], x) && spread(data.settings[i], 'train/seconds'));
-  show('clock', known.length > 0);
+  byId('clock-plot').classList.toggle('absent', !known.length);
   const step = Math.max(1, known.length / MOST);
   const drawn = Array.from({ length: Math.min(known.length, MOST) }, (_, i) => known[Math.floor(i * step)]);
   const traces = mechanisms.map((name) => [name, drawn.filter((i) => data.settings[i].mechanism === name)]).filter(([, own]) => own.length).map(([name, own]) => ({

@@ -1,0 +1,161 @@
+"""The page in a real browser, from disk."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report.conftest import HOSTILE
+from thresher.report.__main__ import main
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed here to open the page in")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Opened:
+    """A page, with everything it complained about or asked the network for."""
+
+    def __init__(self, browser: Any, path: Path, width: int = 1280, scheme: str = "light") -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        self.page.set_default_timeout(60_000)
+        self.complaints: list[str] = []
+        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        self.page.on("request", lambda r: self.complaints.append(r.url) if r.url.startswith("http") else None)
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("html[data-ready=yes]", state="attached")
+
+    def seen(self, part: str) -> None:
+        self.page.locator(part).scroll_into_view_if_needed()
+        self.page.wait_for_selector(f"{part} .main-svg")
+
+
+@pytest.fixture
+def opened(browser: Any, report: Path) -> Iterator[Opened]:
+    opened = Opened(browser, report)
+    yield opened
+    assert opened.complaints == []
+    opened.page.close()
+
+
+def points(page: Any) -> Any:
+    return page.locator("#front-plot .scatterlayer .trace path.point")
+
+
+def test_hovering_a_point_shows_its_command_and_its_differences(opened: Opened) -> None:
+    page = opened.page
+    box = points(page).first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.wait_for_selector("#front-plot .hoverlayer text")
+    hovered = page.locator("#front-plot .hoverlayer").text_content()
+    assert "python " in hovered
+    card = page.locator("#card").text_content()
+    assert "python train.py" in card or "python eval.py" in card
+    assert "wall clock" in card
+    assert "compute (MACs)" in card
+
+
+def test_axes_and_metrics_change_the_front(opened: Opened) -> None:
+    page = opened.page
+    assert "kept" in page.locator("#front-plot .xtitle").text_content()
+    before = page.evaluate("document.getElementById('front-plot').data.map(t => t.x)")
+    page.locator("#axis input[value=compute]").check(force=True)
+    assert "compute" in page.locator("#front-plot .xtitle").text_content()
+    assert page.evaluate("document.getElementById('front-plot').data.map(t => t.x)") != before
+    page.select_option("#metric", label="test loss")
+    assert page.locator("#front-plot .ytitle").text_content() == "test loss"
+    assert "lower is better" in page.locator("#front-note").text_content()
+
+
+def test_choosing_a_run_changes_heads_and_curves(opened: Opened) -> None:
+    page = opened.page
+    opened.seen("#heat-kept")
+    page.select_option("#chosen", label="latte0")
+    first = page.evaluate("document.getElementById('heat-kept').data[0].z")
+    assert page.locator("#heat-threshold").is_visible()
+    assert page.evaluate("document.getElementById('curve-threshold').data.length") == 4
+    page.select_option("#chosen", label="dense")
+    assert page.evaluate("document.getElementById('heat-kept').data[0].z") != first
+    assert page.locator("#no-threshold").is_visible()
+
+
+def test_names_stay_text(opened: Opened, report: Path) -> None:
+    page = opened.page
+    page.locator("#runs").scroll_into_view_if_needed()
+    page.wait_for_selector("#run-table tbody tr")
+    assert "<img src=x onerror=alert(1)>" in page.locator("#run-table").text_content()
+    assert "</script><script>alert(1)</script><b>" in page.locator("#run-table").text_content()
+    assert HOSTILE in page.locator("#failed").text_content()
+    assert "<b>out of memory</b>" in page.locator("#failed").text_content()
+    assert page.locator("img, b").count() == 0
+    assert "<script>alert" not in report.read_text()
+
+
+def test_the_policy_stops_scripts_that_are_not_the_pages_own(browser: Any, report: Path) -> None:
+    opened = Opened(browser, report)
+    opened.page.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), {text: 'window.x = 1'}))"
+    )
+    assert opened.page.evaluate("window.x") is None
+    assert any("Content Security Policy" in complaint for complaint in opened.complaints)
+    opened.page.close()
+
+
+def test_a_run_table_sorts_filters_and_marks_differences(opened: Opened) -> None:
+    page = opened.page
+    page.locator("#runs").scroll_into_view_if_needed()
+    page.wait_for_selector("#run-table tbody tr")
+    page.get_by_role("button", name="Wall clock, s").click()
+    assert page.locator("#run-table th[aria-sort=descending]").text_content() == "Wall clock, s"
+    cells = page.locator("#run-table tbody tr td:nth-child(7)").all_text_contents()
+    seconds = [float(cell.replace(",", "")) for cell in cells if cell not in ("", "–")]
+    assert seconds == sorted(seconds, reverse=True)
+    assert page.locator("#run-table .odd").count() > 0
+    page.fill("#filter", "attention=dense")
+    assert page.locator("#run-table tbody tr").count() == 1
+
+
+def test_the_front_is_walked_by_keys(opened: Opened) -> None:
+    page = opened.page
+    page.focus("#front-plot")
+    seen = set()
+    for _ in range(4):
+        page.keyboard.press("ArrowLeft")
+    for _ in range(4):
+        seen.add(page.locator("#card").text_content())
+        page.keyboard.press("ArrowRight")
+    assert len(seen) >= 3
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_overflows(browser: Any, report: Path, width: int, scheme: str) -> None:
+    opened = Opened(browser, report, width, scheme)
+    for part in ("#heat", "#curves", "#clock-plot"):
+        opened.seen(part)
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.complaints == []
+    opened.page.close()
+
+
+def test_pages_of_no_run_and_of_one_open(browser: Any, runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    shutil.copytree(runs / "dense", tmp_path / "one" / "dense")
+    for folder in ("none", "one"):
+        assert main([str(tmp_path / folder)]) == 0
+        opened = Opened(browser, tmp_path / folder / "report.html")
+        assert opened.complaints == []
+        opened.page.close()

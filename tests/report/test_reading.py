@@ -1,0 +1,199 @@
+"""Runs as the report reads them, and the files and the table that it makes of them."""
+
+import csv
+import json
+import math
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.report.conftest import HOSTILE
+from tests.running import CONF
+from thresher.overrides import compose_config
+from thresher.report.__main__ import main
+from thresher.report.configs import read_config, without
+from thresher.report.details import chosen_runs, details
+from thresher.report.runs import read_run
+from thresher.report.settings import dense_twins
+from thresher.report.summary import Summary
+
+
+def test_runs_of_other_seeds_are_one_setting_and_an_evaluation_is_another(summary: Summary) -> None:
+    found = {(s.mechanism, bool(s.identity[0])): len(s.runs) for s in summary.settings}
+    assert found == {("dense", False): 1, ("latte", False): 2, ("latte", True): 1}
+
+
+def test_mean_and_deviation_are_those_over_seeds(summary: Summary, runs: Path) -> None:
+    setting = next(s for s in summary.settings if len(s.runs) == 2)
+    values = [json.loads((runs / f"latte{i}" / "metrics.json").read_text())["test/loss"] for i in (0, 1)]
+    spread = setting.spread("test/loss")
+    assert spread is not None
+    assert spread.mean == pytest.approx(statistics.fmean(values))
+    assert spread.deviation == pytest.approx(statistics.stdev(values))
+    assert setting.spread("test/perplexity") is None
+
+
+def test_the_dense_twin_is_the_dense_run_of_the_same_training(summary: Summary) -> None:
+    dense = next(i for i, s in enumerate(summary.settings) if s.mechanism == "dense")
+    latte = next(i for i, s in enumerate(summary.settings) if len(s.runs) == 2)
+    assert summary.twins[latte] == dense
+    for run in summary.settings[latte].runs:
+        run.config["trainer.max_epochs"] = 7
+    assert latte not in dense_twins(summary.settings)
+    for run in summary.settings[latte].runs:
+        run.config["trainer.max_epochs"] = 1
+
+
+def test_a_run_without_metrics_says_why(summary: Summary) -> None:
+    (run,) = summary.failed
+    assert run.name == HOSTILE
+    assert run.problem == "no metrics.json: not finished: <b>out of memory</b>"
+    assert "begun" in run.excerpt
+
+
+@pytest.mark.parametrize(
+    ("metrics", "problem"),
+    [
+        ('{"test/acc": null, "train/seconds": 1}', "not a finite number: test/acc"),
+        ('{"train/seconds": 1}', "trained, but its test is not finished"),
+        ('{"test/acc": "<b>"}', "not a table of names and numbers"),
+        ("{", "metrics.json cannot be read"),
+    ],
+)
+def test_results_that_cannot_count_are_told(runs: Path, tmp_path: Path, metrics: str, problem: str) -> None:
+    shutil.copy(runs / "dense" / "config.yaml", tmp_path)
+    (tmp_path / "metrics.json").write_text(metrics)
+    assert problem in read_run(tmp_path, "x").problem
+
+
+def test_a_run_that_ended_before_its_config_and_one_with_an_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "output.log").write_text("error: there is no attention=lattee\n(HYDRA_FULL_ERROR=1 shows it)\n")
+    assert "ended before it had a config: error: there is no attention=lattee" in read_run(tmp_path, "x").problem
+    (tmp_path / "exit_code").write_text("137")
+    assert read_run(tmp_path, "x").problem.startswith("exit code 137")
+
+
+def test_a_config_that_is_no_config_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("a: [1\n")
+    assert "config.yaml cannot be read" in read_run(tmp_path, "x").problem
+
+
+def test_paths_of_the_run_are_written_as_references(runs: Path) -> None:
+    config = read_config((runs / "dense" / "config.yaml").read_text())
+    assert config["callbacks.heads.path"] == "${run.dir}/heads.json"
+    assert config["model.attention"] == "${attention}"
+
+
+@pytest.mark.parametrize("name", ["dense", "latte0", "latte1"])
+def test_the_command_composes_to_the_config_of_the_run(runs: Path, summary: Summary, name: str, tmp_path: Path) -> None:
+    run = next(r for r in summary.runs if r.name == name)
+    script, *overrides = shlex.split(summary.command(run))[1:]
+    assert script == "train.py"
+    assert_composes_to(read_config((runs / name / "config.yaml").read_text()), overrides, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [
+            "data=shakespeare",
+            "task=language_modeling",
+            "model=transformer",
+            "data.objective=denoising",
+            "attention=topk",
+        ],
+        ["trainer=ddp", "trainer.devices=2", "callbacks=ema", "compute=lagrangian", "compute.quantity=macs"],
+        ["attention.theta=.inf", "callbacks=none", "logger=none", "optimizer.betas=[0.8,0.9]", "data.augment='a, b=c'"],
+        ["model=timm", "model.name=deit3_small_patch16_224", "attention=dense", "compute=free", "+model.extra={a: 1}"],
+        ["model=transformer", "+attention@model.cross=dense", "data=shakespeare", "task=language_modeling"],
+        ["experiment=vit_fashion_mnist_latte", "+data.note=null", "~model.global_pool", "data.limit_train=64"],
+    ],
+    ids=lambda value: value[0],
+)
+def test_commands_of_any_config_compose_to_it(overrides: list[str], tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    (tmp_path / "run").mkdir()
+    cfg = compose_config(CONF, "train", [*overrides, "run.name=x", f"run.dir='{tmp_path}/run'"])
+    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    OmegaConf.save(resolved, tmp_path / "run" / "config.yaml")
+    assert main([str(tmp_path)]) == 0
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    wanted = read_config((tmp_path / "run" / "config.yaml").read_text())
+    assert_composes_to(wanted, shlex.split(row["command"])[2:], tmp_path)
+
+
+def assert_composes_to(wanted: dict[str, object], overrides: list[str], tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    again = compose_config(CONF, "train", [*overrides, "run.name=x", f"run.dir='{tmp_path}/again'"])
+    OmegaConf.save(OmegaConf.create(OmegaConf.to_container(again, resolve=True)), tmp_path / "again.yaml")
+    aside = ("run", "logger", "tags", "optimized_metric")
+    assert without(read_config((tmp_path / "again.yaml").read_text()), *aside) == without(wanted, *aside)
+
+
+def test_the_command_of_an_evaluation_names_checkpoint_and_change(runs: Path, summary: Summary) -> None:
+    run = next(r for r in summary.runs if r.evaluation)
+    command = shlex.split(summary.command(run))
+    assert command[1] == "eval.py"
+    assert command[2:] == [f"ckpt={runs}/latte0/checkpoints/best.ckpt", "attention.est_bits=8"]
+
+
+def test_details_hold_heads_and_curves(summary: Summary, runs: Path) -> None:
+    run = next(r for r in summary.runs if r.name == "latte0")
+    found = details(run)
+    written = json.loads((runs / "latte0" / "heads.json").read_text())["layers"]
+    assert found["heads"]["layers"] == [layer["name"] for layer in written]
+    assert found["heads"]["kept"][1][0] == pytest.approx(written[1]["heads"][0]["kept"], rel=1e-3)
+    assert {"train/kept", "train/aim", "val/acc", "heads/blocks.0.attn.0/threshold"} <= set(found["curves"])
+    dense = next(r for r in summary.runs if r.name == "dense")
+    assert details(dense)["heads"]["threshold"] is None
+    assert details(read_run(runs, "nothing")) == {"heads": None, "curves": {}}
+
+
+def test_details_are_of_runs_on_a_front_and_dense_ones_first(summary: Summary) -> None:
+    assert len(chosen_runs(summary, 2)) == 2
+    assert len(chosen_runs(summary, 100)) == len(summary.runs)
+
+
+def test_files_hold_every_front_and_every_run(report: Path) -> None:
+    fronts = json.loads((report.parent / "front.json").read_text())["fronts"]
+    assert {(f["metric"], f["axis"]) for f in fronts} >= {("test/acc", "test/kept"), ("test/loss", "test/compute")}
+    for front in fronts:
+        costs = [point[front["axis"]]["mean"] for point in front["points"]]
+        assert costs == sorted(costs)
+        assert all(run["command"].startswith("python ") for point in front["points"] for run in point["runs"])
+    with (report.parent / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    assert sum(row["status"] == "failed" for row in rows) == 1
+    assert all(math.isfinite(float(row["test/acc"])) for row in rows if row["status"] == "finished")
+
+
+def test_the_table_names_settings_commands_and_failures(runs: Path, tmp_path: Path, capsys: object) -> None:
+    command = [sys.executable, "-m", "thresher.report", str(runs), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CONF.parent, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for part in ("test/acc, higher is better", "dense", "±", "python train.py", "out of memory", "report.html"):
+        assert part in done.stdout
+
+
+def test_mistakes_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nowhere")]) == 1
+    assert main([str(tmp_path), "--conf", str(tmp_path)]) == 1
+    errors = capsys.readouterr().err
+    assert "there is no folder" in errors
+    assert "has no train.yaml" in errors
+
+
+def test_an_empty_folder_gives_a_page_that_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 0
+    assert "No finished runs yet" in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "front.json").read_text())["fronts"] == []
+    assert "no finished runs" in capsys.readouterr().out
