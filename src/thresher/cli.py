@@ -303,6 +303,7 @@ def evaluate(arguments: Sequence[str], conf: Path) -> dict[str, float]:
     )
     trainer.test(task, datamodule=data, verbose=False)
     written = write_metrics(folder, trainer.callback_metrics)
+    cfg.train, cfg.ckpt_path = False, str(path)
     OmegaConf.save(OmegaConf.create(_plain(cfg)), folder / "config.yaml")
     if trainer.is_global_zero:
         print_results(f"{path}  →  {folder}", written, folder / "heads.json", {})

@@ -21,8 +21,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cli.train(tiny_config(root / "dense", "attention=dense", "compute=free", *SHORT))
     for seed in (0, 1):
         cli.train(tiny_config(root / f"latte{seed}", "compute.target=0.5", f"seed={seed}", *SHORT))
-    cli.evaluate([f"ckpt='{root}/latte0/checkpoints/best.ckpt'", "attention.est_bits=8"], CONF)
-    shutil.copytree(root / "latte0", root / HOSTILE, ignore=shutil.ignore_patterns("eval", "metrics.json"))
+    cli.evaluate(
+        [f"ckpt='{root}/latte0/checkpoints/best.ckpt'", "attention.est_bits=8", f"run.dir='{root}/est8'"], CONF
+    )
+    shutil.copytree(root / "latte0", root / HOSTILE, ignore=shutil.ignore_patterns("metrics.json"))
     (root / HOSTILE / "train.log").write_text("[now][thresher][INFO] - begun\n[now][x][ERROR] - <b>out of memory</b>\n")
     return root
 

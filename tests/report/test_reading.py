@@ -18,7 +18,7 @@ from thresher.overrides import compose_config
 from thresher.report.__main__ import main
 from thresher.report.configs import read_config, without
 from thresher.report.details import chosen_runs, details
-from thresher.report.runs import read_run
+from thresher.report.runs import Run, read_run
 from thresher.report.settings import dense_twins
 from thresher.report.summary import Summary
 
@@ -145,6 +145,13 @@ def test_the_command_of_an_evaluation_names_checkpoint_and_change(runs: Path, su
     assert command[2:] == [f"ckpt={runs}/latte0/checkpoints/best.ckpt", "attention.est_bits=8"]
 
 
+def test_an_evaluation_below_its_run_is_of_its_best_checkpoint(tmp_path: Path) -> None:
+    metrics: dict[str, float | None] = {"test/acc": 0.5}
+    run = Run(tmp_path / "eval" / "now", "now", {"train": True, "ckpt_path": None}, metrics)
+    assert run.checkpoint == tmp_path / "checkpoints" / "best.ckpt"
+    assert Run(tmp_path / "elsewhere", "now", {"train": True, "ckpt_path": None}, metrics).checkpoint is None
+
+
 def test_details_hold_heads_and_curves(summary: Summary, runs: Path) -> None:
     run = next(r for r in summary.runs if r.name == "latte0")
     found = details(run)
@@ -176,7 +183,7 @@ def test_files_hold_every_front_and_every_run(report: Path) -> None:
     assert all(math.isfinite(float(row["test/acc"])) for row in rows if row["status"] == "finished")
 
 
-def test_the_table_names_settings_commands_and_failures(runs: Path, tmp_path: Path, capsys: object) -> None:
+def test_the_table_names_settings_commands_and_failures(runs: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "thresher.report", str(runs), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=CONF.parent, timeout=120)
     assert done.returncode == 0, done.stderr

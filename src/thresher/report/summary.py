@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from thresher.report.commands import Commands
+from thresher.report.configs import SPARSE_ONLY, part_of
 from thresher.report.front import pareto_front
 from thresher.report.runs import Run, find_runs, read_run
 from thresher.report.settings import (
@@ -144,11 +145,12 @@ def key_label(key: str) -> str:
 
 
 def difference(summary: Summary, setting: Setting) -> str:
-    """Describe a setting by its mechanism and by what is not as in most others."""
+    """Describe a setting by its mechanism and by what is not as in most others and matters to it."""
+    idle = SPARSE_ONLY if setting.mechanism == "dense" else ("attention._target_",)
     others = [
         f"{key_label(key)}={shown(key, value)}"
         for key, common in summary.columns[setting.task].items()
-        if key != "attention._target_" and (value := setting.config.get(key, common)) != common
+        if not part_of(key, *idle) and (value := setting.config.get(key, common)) != common
     ]
     name = "evaluated " + setting.mechanism if setting.identity[0] else setting.mechanism
     return f"{name}  {' '.join(others)}".strip()

@@ -44,7 +44,7 @@ function drawFront() {
 
 function points(own, name, good, x, y, many) {
   const at = (key, part) => own.map((i) => spread(data.settings[i], key)[part]);
-  const bars = (key) => ({ type: 'data', array: at(key, 1).map((d) => d ?? 0), visible: !many, thickness: 1, width: 3, color: good ? tint(name) : css('--faint') });
+  const bars = (key) => ({ type: 'data', array: at(key, 1).map((d) => d ?? NaN), visible: !many, thickness: 1, width: 3, color: good ? tint(name) : css('--faint') });
   return {
     x: at(x, 0), y: at(y, 0), customdata: own, mode: 'markers', name: plain(name), legendgroup: name,
     showlegend: good || !frontPlaces().some((i) => data.settings[i].mechanism === name),
@@ -93,7 +93,7 @@ function drawCard() {
   const y = metric().name, axis = frontPlaces().includes(chosen.setting);
   const seeds = s.runs.map((r) => data.runs[r].seed).join(', ');
   card.append(element('h3', s.evaluation ? `${s.mechanism}, evaluated` : s.mechanism));
-  card.append(element('p', `${axis ? '★ on the front' : 'off the front'} · ${s.runs.length} run${s.runs.length > 1 ? 's' : ''}, seed ${seeds}`, { class: 'where' }));
+  card.append(element('p', `${axis ? '★ on the front' : 'off the front'} · ${s.runs.length} run${s.runs.length > 1 ? 's' : ''}, seed${s.runs.length > 1 ? 's' : ''} ${seeds}`, { class: 'where' }));
   const facts = [[short(y), written(spread(s, y))], ['kept', written(spread(s, beside(y, 'kept')))], ['compute (MACs)', written(spread(s, beside(y, 'compute')))],
     ['wall clock, training', spread(s, 'train/seconds') ? `${written(spread(s, 'train/seconds'))} s` : '–']];
   const twin = data.settings[s.twin];
@@ -102,14 +102,14 @@ function drawCard() {
     facts.push(['its dense twin', written(spread(twin, y))], ['difference to it', (gap > 0 ? '+' : '−') + number(Math.abs(gap))]);
   }
   card.append(element('dl', facts.flatMap(([k, v]) => [element('dt', k), element('dd', v)])));
+  s.runs.slice(0, 5).forEach((place) => card.append(...runActions(place)));
+  if (s.runs.length > 5) card.append(element('p', `and ${s.runs.length - 5} more runs, in the table below`, { class: 'note' }));
   const keys = task().keys.map(([key, common], i) => [key, s.values[i], s.values[i] !== null && s.values[i] !== common]).filter(([, v]) => v !== null);
   if (keys.length) {
     keys.sort((a, b) => b[2] - a[2]);
     card.append(element('h4', 'Differs in'));
     card.append(element('dl', keys.flatMap(([key, v, odd]) => [element('dt', key), element('dd', element('span', v, odd ? { class: 'odd' } : {}))])));
   }
-  s.runs.slice(0, 5).forEach((place) => card.append(...runActions(place)));
-  if (s.runs.length > 5) card.append(element('p', `and ${s.runs.length - 5} more runs, in the table below`, { class: 'note' }));
 }
 
 function runActions(place) {

@@ -31,7 +31,9 @@ function drawRun() {
   show('run-missing', missing !== '');
   show('heat', Boolean(details?.heads));
   show('curves', Boolean(details && Object.keys(details.curves).length));
-  byId('run-note').textContent = run ? [data.settings[run.setting]?.label ?? 'without results', run.command].filter(Boolean).join(' · ') : '';
+  byId('run-note').textContent = run ? (data.settings[run.setting]?.label ?? 'without results') : '';
+  byId('run-command').textContent = run?.command ?? '';
+  show('run-command', Boolean(run?.command));
   if (!details) return;
   if (details.heads) drawHeads(details.heads);
   drawCurves(details.curves);
