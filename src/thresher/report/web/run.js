@@ -13,7 +13,8 @@ function fillRuns() {
 function firstRun() {
   const candidates = [...frontPlaces(), ...data.settings.keys()].filter((i) => data.settings[i].task === chosen.task);
   const places = candidates.flatMap((i) => data.settings[i].runs).filter((r) => data.details[r]);
-  return places.find((r) => data.details[r].heads?.threshold) ?? places[0] ?? Object.keys(data.details).map(Number)[0] ?? null;
+  const trained = places.filter((r) => Object.keys(data.details[r].curves).length);
+  return trained.find((r) => data.details[r].heads?.threshold) ?? trained[0] ?? places[0] ?? Object.keys(data.details).map(Number)[0] ?? null;
 }
 
 function chooseRun(place, scroll) {
