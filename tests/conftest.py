@@ -6,8 +6,14 @@ import pytest
 import torch
 from jaxtyping import config, install_import_hook
 
+from tests.assets import demand
+
 torch.set_num_threads(1)
 install_import_hook(["thresher.attention", "thresher.calibration"], "beartype.beartype")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    demand(package for mark in item.iter_markers("asset") for package in mark.args)
 
 
 @pytest.fixture

