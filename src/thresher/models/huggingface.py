@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -18,6 +20,7 @@ from transformers import (
 
 from thresher.attention.base import MakeMechanism
 from thresher.hosts import inject
+from thresher.installed import located
 
 HEADS: Mapping[str, Any] = {
     "classification": AutoModelForSequenceClassification,
@@ -69,7 +72,8 @@ def huggingface_model(
         padding: The token id that stands for nothing.
         num_classes: Number of logits of a classifier.
         objective: Of a language model: "causal", "masked" or "denoising".
-        name_or_path: A folder with a model's files, a name on the hub, or for random weights a kind of model: "bert".
+        name_or_path: A folder with a model's files, `package:NAME/FOLDER` for one inside an installed package, a name
+            on the hub, or for random weights a kind of model: "bert".
         pretrained: Whether to load weights; otherwise the configuration alone is used.
         where: Regular expression for the names of the attention modules to replace; all by default.
         config: Entries of the configuration to set.
@@ -81,19 +85,72 @@ def huggingface_model(
     settings = dict(config or {})
     if num_classes is not None:
         settings["num_labels"] = num_classes
-    kind = objective or "classification"
-    built = _config(name_or_path, pretrained, settings | {"pad_token_id": padding})
+    auto = HEADS[objective or "classification"]
+    size = {"vocabulary": vocabulary, "length": length, "padding": padding}
+    net = HuggingFaceNet(_model(auto, name_or_path, pretrained, settings, **size), padding)
+    inject(net, attention, where=where)
+    return net
+
+
+class SentenceEncoder(nn.Module):
+    """The mean of the states that a model of transformers gives to a text's tokens; ids that are padding are masked.
+
+    Args:
+        model: Any model with a last hidden state.
+        padding: The token id that stands for nothing.
+        num_classes: Number of logits of a linear head on the mean; None returns the mean, scaled to length 1.
+    """
+
+    def __init__(self, model: Any, padding: int, num_classes: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.padding = padding
+        self.head = None if num_classes is None else nn.Linear(model.config.hidden_size, num_classes)
+
+    def forward(self, tokens: Int64[Tensor, "b n"]) -> Float[Tensor, "b c"]:
+        visible = tokens != self.padding
+        states = self.model(input_ids=tokens, attention_mask=visible).last_hidden_state
+        mean = states.masked_fill(~visible[..., None], 0).sum(1) / visible.sum(1, keepdim=True).clamp_min(1)
+        result: Tensor = F.normalize(mean, dim=-1) if self.head is None else self.head(mean)
+        return result
+
+
+def sentence_encoder(
+    *,
+    attention: MakeMechanism,
+    vocabulary: int,
+    length: int,
+    padding: int,
+    num_classes: int | None = None,
+    name_or_path: str = "sentence-transformers/all-MiniLM-L6-v2",
+    pretrained: bool = True,
+    where: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Build a model of transformers that turns a text into one vector, the mean over its tokens, or classifies by it.
+
+    Arguments and errors are those of `huggingface_model`; without `num_classes` the result are embeddings.
+    """
+    size = {"vocabulary": vocabulary, "length": length, "padding": padding}
+    model = _model(AutoModel, name_or_path, pretrained, dict(config or {}), **size)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # reads the first token alone, and nothing reads it here
+    net = SentenceEncoder(model, padding, num_classes)
+    inject(net, attention, where=where)
+    return net
+
+
+def _model(
+    auto: Any, name: str, pretrained: bool, settings: dict[str, Any], *, vocabulary: int, length: int, padding: int
+) -> Any:
+    name = located(name)
+    built = _config(name, pretrained, settings | {"pad_token_id": padding})
     if not pretrained:
         built.vocab_size = vocabulary
-    _check_size(built, name_or_path, vocabulary, length)
-    auto = HEADS[kind]
+    _check_size(built, name, vocabulary, length)
     if pretrained:
-        model = auto.from_pretrained(name_or_path, config=built, use_safetensors=True)
-    else:
-        model = auto.from_config(built)
-    net = HuggingFaceNet(model, padding)
-    inject(model, attention, where=where)
-    return net
+        return auto.from_pretrained(name, config=built, use_safetensors=True)
+    return auto.from_config(built)
 
 
 def _config(name: str, pretrained: bool, settings: dict[str, Any]) -> PreTrainedConfig:
