@@ -15,7 +15,7 @@ from thresher.checkpoint import RECORD, load, load_weights
 def main(path: str) -> None:
     checkpoint = load(path)
     cfg = OmegaConf.create(checkpoint[RECORD]["config"])
-    data = cli._make(cfg.data)
+    data = cli.make(cfg.data)
     data.setup("fit")
     task = cli.build_task(cfg, data)
     load_weights(task, checkpoint["state_dict"], other_attention=False)

@@ -46,15 +46,19 @@ def train(cfg: DictConfig) -> dict[str, float]:
         FileNotFoundError: Data are not where the config says.
     """
     quiet_lightning()
+    if "dropin" in cfg:
+        raise ValueError(f"{cfg.run.name} trains nothing: python eval.py experiment=... measures it")
     folder = _new_run_folder(cfg)
     _continue_loggers(cfg)
-    config = _plain(cfg)
+    config = plain_config(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = _make(cfg.data)
+    data = make(cfg.data)
     data.order_seed = cfg.seed
     data.prepare_data()
     data.setup("fit")
     task = build_task(cfg, data)
+    if cfg.init_from is not None:
+        _begin_from(cfg, task)
     rank_zero_info(describe(task))
     if cfg.compile:
         compile_network(task)
@@ -76,12 +80,20 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return metrics
 
 
+def _begin_from(cfg: DictConfig, task: Task) -> None:
+    """Load the weights of another run, say a dense one; thresholds and whatever else a mechanism holds begin anew."""
+    if cfg.ckpt_path is not None:
+        raise ValueError("ckpt_path goes on with a run, init_from begins one with another's weights: set one of them")
+    load_weights(task, load(cfg.init_from)["state_dict"], other_attention=True)
+    rank_zero_info(f"weights of {cfg.init_from}")
+
+
 def _trainer(cfg: DictConfig, folder: Path) -> pl.Trainer:
-    callbacks = [_make(callback) for callback in (cfg.callbacks or {}).values()]
+    callbacks = [make(callback) for callback in (cfg.callbacks or {}).values()]
     if not cfg.logger:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-    trainer: pl.Trainer = _make(cfg.trainer)(
-        logger=[_make(logger) for logger in (cfg.logger or {}).values()],
+    trainer: pl.Trainer = make(cfg.trainer)(
+        logger=[make(logger) for logger in (cfg.logger or {}).values()],
         callbacks=callbacks,
         default_root_dir=str(folder),
         enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
@@ -143,12 +155,12 @@ def build_task(cfg: DictConfig, data: Any) -> Task:
     """Build the network and what trains it, for the kind of data at hand."""
     _check_fits_data("model", cfg.model["_target_"], data, data.model_arguments)
     _check_fits_data("task", cfg.task["_target_"], data, data.task_arguments)
-    net = _make(cfg.model, **data.model_arguments)
-    task: Task = _make(cfg.task)(
+    net = make(cfg.model, **data.model_arguments)
+    task: Task = make(cfg.task)(
         net,
-        optimizer=_make(cfg.optimizer),
-        scheduler=_make(cfg.scheduler),
-        budget=_make(cfg.compute),
+        optimizer=make(cfg.optimizer),
+        scheduler=make(cfg.scheduler),
+        budget=make(cfg.compute),
         **data.task_arguments,
     )
     task.attention = attention_name(net)
@@ -260,41 +272,14 @@ def evaluate(arguments: Sequence[str], conf: Path) -> dict[str, float]:
     if "ckpt" not in own:
         raise ValueError("which checkpoint? python eval.py ckpt=runs/.../checkpoints/best.ckpt [overrides]")
     path = Path(str(own["ckpt"]))
-    checkpoint = load(path)
-    record = checkpoint[RECORD]
-    cfg = checked_config(record["config"], conf, path)
-    was = OmegaConf.to_container(cfg)
-    if cfg.model.get("attention") == cfg.attention:
-        cfg.model.attention = "${attention}"
-    for override in sorted(given, key=lambda o: not overrides.is_group(conf, o.key_or_group)):
-        if override.key_or_group not in EVAL_KEYS:
-            _apply(cfg, override, conf)
-    other = cfg.attention["_target_"] != was["attention"]["_target_"]  # type: ignore[index,call-overload]
-    for override in given:
-        if override.key_or_group in INITIAL and not other:
-            raise ValueError(f"{override.key_or_group} is a starting value: the checkpoint's own thresholds are used")
-    if "pretrained" in cfg.model:
-        cfg.model.pretrained = False
-    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    default = run / "eval" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folder = Path(str(own.get("run.dir") or default))
-    if (folder / "config.yaml").exists():
-        raise ValueError(f"{folder} already holds a run: choose another run.dir")
-    folder.mkdir(parents=True, exist_ok=True)
+    cfg, checkpoint, other = rebuilt(path, [o for o in given if o.key_or_group not in EVAL_KEYS], conf)
+    folder = new_folder(str(own.get("run.dir") or evaluation_folder(path, "eval")))
     cfg.run.dir = str(folder)
-
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = _make(cfg.data)
-    data.prepare_data()
-    data.setup("fit")
-    if list(data.class_names) != record["classes"]:
-        raise ValueError(
-            f"the checkpoint tells {len(record['classes'])} classes apart ({', '.join(record['classes'][:5])}, ...), "
-            f"the data have {len(data.class_names)} ({', '.join(data.class_names[:5])}, ...)"
-        )
+    data = data_of(cfg, checkpoint[RECORD]["classes"])
     task = build_task(cfg, data)
     load_weights(task, checkpoint["state_dict"], other_attention=other)
-    trainer: pl.Trainer = _make(cfg.trainer)(
+    trainer: pl.Trainer = make(cfg.trainer)(
         logger=False,
         callbacks=[HeadStatistics(str(folder / "heads.json")), progress()],
         enable_checkpointing=False,
@@ -304,10 +289,60 @@ def evaluate(arguments: Sequence[str], conf: Path) -> dict[str, float]:
     trainer.test(task, datamodule=data, verbose=False)
     written = write_metrics(folder, trainer.callback_metrics)
     cfg.train, cfg.ckpt_path = False, str(path)
-    OmegaConf.save(OmegaConf.create(_plain(cfg)), folder / "config.yaml")
+    OmegaConf.save(OmegaConf.create(plain_config(cfg)), folder / "config.yaml")
     if trainer.is_global_zero:
         print_results(f"{path}  →  {folder}", written, folder / "heads.json", {})
     return written
+
+
+def rebuilt(path: Path, given: Sequence[Any], conf: Path) -> tuple[DictConfig, dict[str, Any], bool]:
+    """Return the config of a checkpoint with overrides applied, the checkpoint, and whether its attention is another.
+
+    Raises:
+        ValueError: An override is wrong, or the checkpoint cannot be read or trusted.
+        FileNotFoundError: There is no such checkpoint.
+    """
+    checkpoint = load(path)
+    cfg = checked_config(checkpoint[RECORD]["config"], conf, path)
+    was = cfg.attention["_target_"]
+    if cfg.model.get("attention") == cfg.attention:
+        cfg.model.attention = "${attention}"
+    for override in sorted(given, key=lambda o: not overrides.is_group(conf, o.key_or_group)):
+        _apply(cfg, override, conf)
+    other: bool = cfg.attention["_target_"] != was
+    for override in given:
+        if override.key_or_group in INITIAL and not other:
+            raise ValueError(f"{override.key_or_group} is a starting value: the checkpoint's own thresholds are used")
+    if "pretrained" in cfg.model:
+        cfg.model.pretrained = False
+    return cfg, checkpoint, other
+
+
+def evaluation_folder(checkpoint: Path, kind: str) -> Path:
+    """Return where an evaluation goes if nobody says: a new folder inside that of the checkpoint's run."""
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    return run / kind / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def new_folder(folder: str | Path) -> Path:
+    """Make the folder that results go to; it must not hold a run already."""
+    if (Path(folder) / "config.yaml").exists():
+        raise ValueError(f"{folder} already holds a run: choose another run.dir")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
+
+
+def data_of(cfg: DictConfig, classes: Sequence[str]) -> Any:
+    """Read the data of a config; they must tell the same classes apart as the network that was trained."""
+    data = make(cfg.data)
+    data.prepare_data()
+    data.setup("fit")
+    if list(data.class_names) != classes:
+        raise ValueError(
+            f"the checkpoint tells {len(classes)} classes apart ({', '.join(classes[:5])}, ...), "
+            f"the data have {len(data.class_names)} ({', '.join(data.class_names[:5])}, ...)"
+        )
+    return data
 
 
 def _apply(cfg: DictConfig, override: Any, conf: Path) -> None:
@@ -333,11 +368,12 @@ def _apply(cfg: DictConfig, override: Any, conf: Path) -> None:
 # Both
 
 
-def _make(node: DictConfig, **arguments: Any) -> Any:
+def make(node: DictConfig, **arguments: Any) -> Any:
+    """Build what a part of a config describes."""
     return instantiate(node, **arguments, _convert_="all")
 
 
-def _plain(cfg: DictConfig) -> dict[str, Any]:
+def plain_config(cfg: DictConfig) -> dict[str, Any]:
     """Resolve a config into plain values without secrets."""
     plain: dict[str, Any] = redacted(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     return plain
