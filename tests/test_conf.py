@@ -75,7 +75,11 @@ def test_trainers_name_real_options(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=choice_id)
 def test_experiments_say_what_to_expect(path: Path, tmp_path: Path) -> None:
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    for word in ("python train.py experiment=", "minutes", "accuracy", "kept"):
+    if "\ndropin:" in path.read_text():
+        words = (f"python eval.py experiment={path.stem}", "minutes", "dense", "kept")
+    else:
+        words = (f"python train.py experiment={path.stem}", "minutes", "accuracy", "kept")
+    for word in words:
         assert word in header, f"the header of {path.name} lacks {word!r}"
 
 

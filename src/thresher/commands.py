@@ -41,12 +41,17 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def evaluate(arguments: Sequence[str], conf: Path) -> None:
-    """Evaluate a checkpoint as the overrides say."""
+    """Evaluate a checkpoint as the overrides say, or drop mechanisms in where an experiment asks for that."""
 
     def run() -> None:
-        from thresher import cli
+        if any(o.key_or_group == "experiment" for o in overrides.parse(arguments)):
+            from thresher import dropin
 
-        cli.evaluate(arguments, conf)
+            dropin.evaluate(arguments, conf)
+        else:
+            from thresher import cli
+
+            cli.evaluate(arguments, conf)
 
     told(run)
 
