@@ -20,6 +20,7 @@ REQUIRED = {
     "data=text_corpus": ["data.root=somewhere"],
     "data=text_files": ["data.train=somewhere.csv"],
     "model=hf": ["model.name_or_path=somewhere"],
+    "model=sentence_encoder": ["model.name_or_path=somewhere"],
 }
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
 
