@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "overrides": set(),
     "checkpoint": set(),
     "results": {"attention"},
+    "sweep": {"commands", "overrides"},
     "report": set(),
     "commands": {"cli", "dropin", "overrides"},
     "dropin": {
@@ -41,6 +42,8 @@ ONLY_IN = {
     "plotly": {"report/page.py"},
     "jinja2": {"report/page.py"},
     "markupsafe": {"report/page.py"},
+    "optuna": {"sweep"},
+    "submitit": {"sweep/launchers.py"},
 }
 
 

@@ -1,0 +1,170 @@
+"""From a command line to a driver: the config is composed, checked and turned into objects."""
+
+import hashlib
+import json
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from thresher import overrides
+from thresher.sweep.driver import Driver, Settings, quoted
+from thresher.sweep.launchers import Launcher, Local, Submitit
+from thresher.sweep.ledger import Ledger, Plan
+from thresher.sweep.pruning import Pruning
+from thresher.sweep.samplers import SAMPLERS
+from thresher.sweep.space import Spaces, read_spaces
+from thresher.sweep.status import StatusLine, line, print_tables
+from thresher.sweep.storage import open_storage, shown
+
+LAUNCHERS = ("local", "submitit", "print")
+MODES = ("run", "status")
+
+
+def sweep(root: Path, arguments: Sequence[str], last: Sequence[str]) -> int:
+    """Run the sweep that a command line describes; return the exit code.
+
+    Args:
+        root: The folder of `conf/` and the program.
+        arguments: Overrides of `conf/sweep.yaml`.
+        last: Overrides of the program.
+
+    Raises:
+        ValueError: Something in them cannot be; the message says what to change.
+    """
+    conf = root / "conf"
+    overrides.check(conf, "sweep", [a for a in arguments if not a.startswith("sweep=")])
+    cfg = overrides.compose_config(conf, "sweep", list(arguments))
+    if OmegaConf.is_missing(cfg, "name"):
+        raise ValueError("which sweep? name=NAME begins one or goes on with it, sweep=NAME takes one of conf/sweep/")
+    plan = _plan(cfg, read_spaces(cfg.overrides, cfg.spaces, last))
+    program = root / cfg.program
+    if not program.is_file():
+        raise FileNotFoundError(f"there is no program {program}")
+    if (conf / f"{program.stem}.yaml").is_file():
+        for space in plan.spaces.members:
+            overrides.check(conf, program.stem, [*space.fixed, *(p.text for p in space.varied)])
+    folder = Path(cfg.dir)
+    command = [sys.executable, os.path.relpath(program)]
+    if cfg.launcher == "print":
+        return _print_commands(plan, command, folder)
+    return _run(cfg, plan, command, folder)
+
+
+def _plan(cfg: DictConfig, spaces: Spaces) -> Plan:
+    for key, known in (("sampler", SAMPLERS), ("launcher", LAUNCHERS), ("mode", MODES)):
+        if cfg[key] not in known:
+            raise ValueError(f"there is no {key}={cfg[key]}. Available: {', '.join(known)}")
+    objectives = dict.fromkeys(cfg.maximize, "maximize") | dict.fromkeys(cfg.minimize, "minimize")
+    if not objectives or len(objectives) < len(cfg.maximize) + len(cfg.minimize):
+        raise ValueError(f"maximize={cfg.maximize} and minimize={cfg.minimize} must name metrics, each once")
+    if cfg.prune.start is not None and len(cfg.prune.monitor) != len(objectives):
+        raise ValueError(f"prune.monitor needs one column for each of {', '.join(objectives)}")
+    if cfg.sampler == "grid" and cfg.trials is not None:
+        raise ValueError("trials is for samplers that propose points; sampler=grid tries all of its own")
+    if cfg.sampler != "grid" and (cfg.trials is None or cfg.trials < 1):
+        raise ValueError(f"sampler={cfg.sampler} needs trials=N, at least 1")
+    if cfg.sampler in ("nsga2", "gp") and len(spaces.members) > 1:
+        raise ValueError(f"sampler={cfg.sampler} searches one space, not several: take tpe, random or grid")
+    if cfg.sampler != "grid" and not any(space.varied for space in spaces.members) and len(spaces.members) == 1:
+        raise ValueError("nothing varies: list values (seed=0,1,2) or give an interval")
+    if cfg.workers < 1:
+        raise ValueError(f"workers={cfg.workers} must be at least 1")
+    return Plan(spaces, objectives, cfg.sampler, cfg.trials, cfg.seed, cfg.requeue)
+
+
+def _run(cfg: DictConfig, plan: Plan, command: Sequence[str], folder: Path) -> int:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    url = cfg.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+    if cfg.mode == "status" and cfg.storage is None and not (folder / "study.db").exists():
+        raise FileNotFoundError(f"no sweep was begun in {folder}")
+    ledger = Ledger(open_storage(url), cfg.name, plan, cfg.workers)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if cfg.mode == "status":
+        view = ledger.view()
+        print(line(view, 0, cfg.stale_after, 0))
+        print_tables(view, plan.objectives, folder, console)
+        return 0
+    _save(cfg, folder)
+    print(f"{cfg.name}: {len(ledger.slots)} trials by {cfg.sampler}, {cfg.workers} at a time  →  {folder}", flush=True)
+    if cfg.retry_failed:
+        print(f"{ledger.retry_failed()} failed trials are tried again", flush=True)
+    if outside := ledger.view().outside:
+        print(f"{outside} trials of this study are not in the plan as it is now; they stay as they are", flush=True)
+    pruning = None
+    if cfg.prune.start is not None:
+        maximize = tuple(direction == "maximize" for direction in plan.objectives.values())
+        pruning = Pruning(tuple(cfg.prune.monitor), maximize, cfg.prune.start, cfg.prune.quorum)
+    status = StatusLine(cfg.stale_after, cfg.workers)
+    driver = Driver(ledger, _launcher(cfg, folder), _settings(cfg, command, folder), pruning, status)
+    code = driver.run()
+    status.close()
+    view = ledger.view()
+    print_tables(view, plan.objectives, folder, console)
+    if code == 1:
+        print(
+            f"error: more than max_failures={cfg.max_failures} trials failed. retry_failed=true tries them again, "
+            "max_failures=null goes on without them",
+            file=sys.stderr,
+        )
+    elif code > 1:
+        print(f"interrupted: {line(view, 0, cfg.stale_after, cfg.workers)}. The same command goes on", file=sys.stderr)
+    return code
+
+
+def _settings(cfg: DictConfig, command: Sequence[str], folder: Path) -> Settings:
+    return Settings(
+        command,
+        folder,
+        workers=cfg.workers,
+        timeout=cfg.timeout,
+        max_failures=cfg.max_failures,
+        heartbeat=cfg.heartbeat,
+        stale_after=cfg.stale_after,
+    )
+
+
+def _launcher(cfg: DictConfig, folder: Path) -> Launcher:
+    if cfg.launcher == "submitit":
+        parameters: Any = OmegaConf.to_container(cfg.slurm, resolve=True)
+        return Submitit(folder / "slurm", cfg.cluster, parameters)
+    return Local(cfg.threads or max(1, (os.cpu_count() or 1) // cfg.workers))
+
+
+def _save(cfg: DictConfig, folder: Path) -> None:
+    """Write down what was asked, without the storage's password."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    plain.pop("help")
+    if plain["storage"]:
+        plain["storage"] = shown(plain["storage"])
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(plain), folder / "sweep.yaml")
+
+
+def _print_commands(plan: Plan, command: Sequence[str], folder: Path) -> int:
+    """Print a command for each point of the grid that has no result in its folder yet."""
+    if plan.sampler != "grid":
+        raise ValueError(f"launcher=print needs sampler=grid: {plan.sampler} proposes a point after it has seen others")
+    for point in plan.spaces.grid():
+        place = folder / hashlib.blake2b(" ".join(point).encode(), digest_size=4).hexdigest()
+        if not _has_result(place, list(plan.objectives)):
+            print(shlex.join([*command, *point, f"run.dir={quoted(place)}"]))
+    return 0
+
+
+def _has_result(folder: Path, objectives: Sequence[str]) -> bool:
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return set(objectives) <= metrics.keys()

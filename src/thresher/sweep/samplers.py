@@ -1,0 +1,27 @@
+"""Who proposes the next point: Optuna's samplers, by name."""
+
+import warnings
+
+import optuna
+from optuna.samplers import BaseSampler
+
+SAMPLERS = ("grid", "random", "tpe", "nsga2", "gp")
+
+
+def make_sampler(name: str, seed: int, workers: int) -> BaseSampler:
+    """Make a sampler; the grid needs none, its points are planned beforehand.
+
+    Args:
+        name: One of `SAMPLERS`.
+        seed: Of its random numbers.
+        workers: Trials that run at a time; with several, TPE keeps away from what the others try.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "tpe":
+            return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=workers > 1)
+        if name == "nsga2":
+            return optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
+        if name == "gp":
+            return optuna.samplers.GPSampler(seed=seed)
+    return optuna.samplers.RandomSampler(seed=seed)

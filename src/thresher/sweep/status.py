@@ -1,0 +1,160 @@
+"""What a sweep says of itself: one honest line while it runs, tables at its end."""
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from operator import ge
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from thresher.sweep import processes
+from thresher.sweep.ledger import State, View
+
+SHOWN = 20  # rows of a table
+
+
+def stale(view: View, patience: float, now: float | None = None) -> list[FrozenTrial]:
+    """Return the trials whose driver gives no sign of life; clocks of several machines must agree within `patience`."""
+    now = time.time() if now is None else now
+
+    def lives(driver: Mapping[str, Any]) -> bool:
+        if driver["ended"]:
+            return False
+        return processes.is_alive(driver) if processes.is_here(driver) else now - driver["beat"] < patience
+
+    living = {name for name, driver in view.drivers.items() if lives(driver)}
+    started = [trial for trial in view.running() if "run" in trial.user_attrs]
+    return [trial for trial in started if trial.user_attrs["run"]["driver"] not in living]
+
+
+def seconds_left(view: View, workers: int) -> float | None:
+    """Estimate the time that is left from the mean of the finished trials; None while there is none."""
+    took = [
+        (trial.datetime_complete - trial.datetime_start).total_seconds()
+        for slot in view.of(State.DONE)
+        if (trial := view.latest[slot]).datetime_complete is not None and trial.datetime_start is not None
+    ]
+    if not took:
+        return None
+    mean = sum(took) / len(took)
+    now = time.time()
+    begun = [trial.datetime_start.timestamp() for trial in view.running() if trial.datetime_start is not None]
+    rest = sum(max(mean - (now - start), 0.0) for start in begun)
+    return (rest + mean * len(view.of(State.LEFT))) / max(workers, 1)
+
+
+def line(view: View, own: int, patience: float, workers: int) -> str:
+    """Say in one line where a sweep stands.
+
+    Args:
+        view: The study.
+        own: Trials of this driver.
+        patience: Seconds after which a driver that gives no sign of life counts as dead.
+        workers: Trials that this driver can run at a time; others are counted while they run some.
+    """
+    gone = len(stale(view, patience))
+    running = len(view.of(State.RUNNING)) - gone
+    left = len(view.of(State.LEFT))
+    time_left = seconds_left(view, max(workers + running - own, 1))
+    parts = [
+        f"done {len(view.of(State.DONE))} of {len(view.states)}",
+        f"running {running}" + (f" ({own} here)" if running != own else ""),
+        f"failed {len(view.of(State.FAILED))}",
+        *([f"pruned {n}"] if (n := len(view.of(State.PRUNED))) else []),
+        f"stale {gone}",
+        f"left {left}",
+        f"time left {clock(time_left)}" if left or running or gone else "",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def clock(seconds: float | None) -> str:
+    """Write a time as hours, minutes and seconds."""
+    if seconds is None or not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"
+
+
+class StatusLine:
+    """Prints the line: over itself on a terminal, else when something has changed, and every minute.
+
+    Args:
+        patience: Seconds after which a driver counts as dead.
+        workers: Trials that this driver can run at a time.
+    """
+
+    def __init__(self, patience: float, workers: int) -> None:
+        self._patience = patience
+        self._workers = workers
+        self._last: tuple[object, ...] = ()
+        self._next = 0.0
+        self._over = sys.stdout.isatty()
+
+    def __call__(self, view: View, own: int) -> None:
+        counts = tuple(len(view.of(state)) for state in State)
+        now = time.monotonic()
+        if not self._over and counts == self._last and now < self._next:
+            return
+        self._last, self._next = counts, now + 60
+        text = line(view, own, self._patience, self._workers)
+        print(f"\r\033[K{text}" if self._over else text, end="" if self._over else "\n", flush=True)
+
+    def close(self) -> None:
+        """Leave the line."""
+        if self._over:
+            print(flush=True)
+
+
+def print_tables(view: View, objectives: Mapping[str, str], folder: Path, console: Console) -> None:
+    """Print the best trials, and what failed and why."""
+    done, failed = ([view.latest[slot] for slot in view.of(state)] for state in (State.DONE, State.FAILED))
+    best = pareto(done, objectives)
+    if best:
+        table = Table(title=f"best of {len(done)} trials", title_justify="left")
+        for name in (*objectives, "folder", "overrides"):
+            table.add_column(name, overflow="fold")
+        for trial in best[:SHOWN]:
+            run = trial.user_attrs["run"]
+            values = (f"{value:.4f}" for value in trial.values)
+            table.add_row(*values, run["folder"], escape(" ".join(run["overrides"])))
+        _print(console, table, len(best))
+    if failed:
+        table = Table(title="failed", title_justify="left")
+        for name in ("folder", "why"):
+            table.add_column(name, overflow="fold")
+        for trial in failed[:SHOWN]:
+            table.add_row(trial.user_attrs.get("run", {}).get("folder", "-"), escape(reason(trial)))
+        _print(console, table, len(failed))
+    console.print(f"results are in {folder}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _print(console: Console, table: Table, rows: int) -> None:
+    if rows > SHOWN:
+        table.caption = f"and {rows - SHOWN} more"
+    console.print(table)
+
+
+def reason(trial: FrozenTrial) -> str:
+    """Return why a trial failed."""
+    lost = trial.user_attrs.get("lost", {}).get("reason")
+    return str(trial.user_attrs.get("failure") or (f"lost too often: {lost}" if lost else "no reason was recorded"))
+
+
+def pareto(trials: Sequence[FrozenTrial], objectives: Mapping[str, str]) -> list[FrozenTrial]:
+    """Return the trials that no other beats in one objective while it equals them in the rest, best metric first."""
+    signs = [1.0 if direction == "maximize" else -1.0 for direction in objectives.values()]
+    scored = [(tuple(s * v for s, v in zip(signs, trial.values, strict=True)), trial) for trial in trials]
+    front: list[tuple[tuple[float, ...], FrozenTrial]] = []
+    for values, trial in sorted(scored, key=lambda pair: pair[0], reverse=True):
+        # Whatever could dominate comes first in this order.
+        if not any(other != values and all(map(ge, other, values)) for other, _ in front):
+            front.append((values, trial))
+    return [trial for _, trial in front]
