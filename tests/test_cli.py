@@ -31,6 +31,8 @@ def call(script: str, *arguments: str, cwd: Path = ROOT) -> subprocess.Completed
         ("train.py", ["data=image_folder", "data.root=nowhere"], "nowhere"),
         ("train.py", ["+attention.unknown=1"], "unknown"),
         ("train.py", ["model=timm", "model.name=vit_tinny"], "timm has no model"),
+        ("train.py", ["-m", "trainer=ddp", "seed=0,1"], "python -m thresher.sweep"),
+        ("train.py", ["-m", "trainer.devices=2", "trainer.strategy=ddp", "seed=0,1"], "python -m thresher.sweep"),
         ("eval.py", ["ckpt=nowhere.ckpt"], "there is no checkpoint"),
         ("eval.py", ["attention=dense"], "which checkpoint?"),
     ],

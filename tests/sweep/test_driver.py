@@ -1,0 +1,160 @@
+"""Sweeps from the command line, with trials that are real processes: killed, shared, failing, refused."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from tests.running import CONF
+
+ROOT = CONF.parent
+POINTS = "x=0.1,0.2,0.3,0.4,0.5,0.6"
+
+
+def started(folder: Path, *arguments: str, points: tuple[str, ...]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "thresher.sweep", "name=trials", f"dir={folder}", "program=tests/sweep/trial.py"]
+    return subprocess.Popen(
+        [*command, "heartbeat=0.5", "stale_after=3", *arguments, "--", *points],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(folder: Path, *arguments: str, points: tuple[str, ...]) -> tuple[int, str]:
+    driver = started(folder, *arguments, points=points)
+    output, _ = driver.communicate(timeout=120)
+    return driver.returncode, output
+
+
+def trials(folder: Path) -> list[FrozenTrial]:
+    return optuna.load_study(study_name="trials", storage=f"sqlite:///{folder / 'study.db'}").trials
+
+
+def finished(folder: Path) -> Counter[str]:
+    return Counter(t.user_attrs["slot"] for t in trials(folder) if t.state == TrialState.COMPLETE)
+
+
+def seeds(count: int) -> str:
+    return "seed=" + ",".join(map(str, range(count)))
+
+
+def test_a_driver_killed_five_times_finishes_every_trial_once(tmp_path: Path) -> None:
+    """What a killed driver had started goes on, and is taken over by the next."""
+    rng, points = random.Random(0), (POINTS, seeds(10), "sleep=0.2")
+    for _ in range(5):
+        driver = started(tmp_path, "workers=2", points=points)
+        assert driver.stdout is not None
+        while "trials by grid" not in driver.stdout.readline():
+            assert driver.poll() is None
+        time.sleep(rng.uniform(0.2, 1.5))
+        driver.kill()
+        driver.communicate()
+    before = finished(tmp_path)
+    code, output = run(tmp_path, "workers=2", points=points)
+    assert code == 0, output
+    assert len(before) < 60
+    assert sorted(finished(tmp_path).values()) == [1] * 60
+    assert "done 60 of 60" in output
+    results = [json.loads(path.read_text())["test/acc"] for path in tmp_path.glob("*/metrics.json")]
+    assert len(set(results)) == 60
+
+
+def test_four_drivers_share_one_file(tmp_path: Path) -> None:
+    drivers = [started(tmp_path, points=(POINTS, seeds(4))) for _ in range(4)]
+    outputs = [driver.communicate(timeout=180)[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0] * 4, outputs
+    assert sorted(finished(tmp_path).values()) == [1] * 24
+    assert len({t.user_attrs["run"]["driver"] for t in trials(tmp_path) if t.state == TrialState.COMPLETE}) > 1
+
+
+def test_a_finished_sweep_is_not_run_again(tmp_path: Path) -> None:
+    assert run(tmp_path, points=("x=0.1,0.2",))[0] == 0
+    number = len(trials(tmp_path))
+    code, output = run(tmp_path, points=("x=0.1,0.2",))
+    assert (code, len(trials(tmp_path))) == (0, number)
+    code, output = run(tmp_path, "mode=status", points=("x=0.1,0.2",))
+    assert code == 0
+    assert "done 2 of 2" in output
+
+
+def test_failures_are_recorded_with_their_reason_and_end_a_sweep_of_too_many(tmp_path: Path) -> None:
+    code, output = run(tmp_path, "max_failures=1", points=("x=-3,-2,-1,0.5",))
+    assert code == 1
+    assert "max_failures=1" in output
+    failed = [t for t in trials(tmp_path) if t.state == TrialState.FAIL and "failure" in t.user_attrs]
+    assert len(failed) == 2
+    assert all("x must not be negative" in t.user_attrs["failure"] for t in failed)
+    code, output = run(tmp_path, "max_failures=null", points=("x=-3,-2,-1,0.5",))
+    assert code == 0
+    assert "failed 3" in output
+
+
+def test_a_trial_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    _, output = run(tmp_path, "timeout=1", points=("x=0.5", "sleep=0,60"))
+    assert "failed 1" in output
+    assert any("no result after 1 s" in t.user_attrs.get("failure", "") for t in trials(tmp_path))
+
+
+def test_an_interrupted_sweep_says_how_to_go_on(tmp_path: Path) -> None:
+    driver = started(tmp_path, points=("x=0.5", "sleep=30,31"))
+    assert driver.stdout is not None
+    while not list(tmp_path.glob("*/output.log")):
+        time.sleep(0.05)
+        assert driver.poll() is None
+    driver.send_signal(signal.SIGINT)
+    output, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert "The same command goes on" in output
+    assert not [t for t in trials(tmp_path) if t.user_attrs.get("failure")]
+
+
+def test_a_sampler_proposes_points(tmp_path: Path) -> None:
+    code, output = run(tmp_path, "sampler=tpe", "trials=5", points=("x=interval(0.0,1.0)",))
+    assert code == 0, output
+    values = [t.values for t in trials(tmp_path) if t.state == TrialState.COMPLETE]
+    assert len(values) == 5
+    assert all(accuracy == pytest.approx(1 - kept) for accuracy, kept in values)
+
+
+def test_a_trial_that_others_leave_behind_is_pruned(tmp_path: Path) -> None:
+    arguments = ("prune.start=1", "prune.quorum=2", "maximize=[test/acc]", "minimize=[]", "prune.monitor=[val/acc]")
+    _, output = run(tmp_path, *arguments, points=("x=0.9,0.8,0.1", "curve=40"))
+    assert "pruned 1" in output
+    assert [t.state for t in trials(tmp_path)].count(TrialState.PRUNED) == 1
+
+
+def test_commands_for_any_other_scheduler_are_printed(tmp_path: Path) -> None:
+    code, output = run(tmp_path, "launcher=print", points=("x=0.1,0.2",))
+    assert code == 0
+    commands = [line for line in output.splitlines() if "trial.py" in line]
+    assert len(commands) == 2
+    for command in commands:
+        subprocess.run(command, shell=True, cwd=ROOT, check=True, capture_output=True)
+    assert "trial.py" not in run(tmp_path, "launcher=print", points=("x=0.1,0.2",))[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["sampler=grd"], "there is no sampler=grd. Available: grid"),
+        (["sampler=tpe"], "needs trials=N"),
+        (["workers=0"], "workers=0 must be at least 1"),
+        (["program=nowhere.py"], "there is no program"),
+        (["heartbeet=1"], "heartbeat"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], complaint: str, tmp_path: Path) -> None:
+    code, output = run(tmp_path, *arguments, points=("x=0.1,0.2",))
+    assert code == 1
+    assert complaint in output
+    assert "Traceback" not in output
