@@ -33,14 +33,14 @@ def check_multirun(conf: Path, name: str, given: Sequence[str]) -> None:
     """
     asked = [o for o in overrides.parse(given) if o.key_or_group == "trainer" or o.key_or_group.startswith("trainer.")]
     choices = [f"trainer={c}" for o in asked if o.key_or_group == "trainer" for c in overrides.choices_of(o)]
-    values = [o.input_line for o in asked if o.key_or_group != "trainer" and not o.is_sweep_override()]
+    values = [str(o.input_line) for o in asked if o.key_or_group != "trainer" and not o.is_sweep_override()]
     for choice in choices or ["trainer=cpu"]:
         trainer = overrides.compose_config(conf, name, [choice, *values]).trainer
         strategy = str(trainer.strategy)
         in_process = trainer.devices in (1, "1") or any(word in strategy for word in ("spawn", "fork", "notebook"))
         if not in_process:
             raise ValueError(
-                f"-m with {choice}: strategy {strategy.split(chr(10))[0]!r} on devices={trainer.devices} starts further "
+                f"-m with {choice}: strategy {strategy.splitlines()[0]!r} on devices={trainer.devices} starts more "
                 "processes of this command, and each would run the whole sweep. Use python -m thresher.sweep, which "
                 "gives each trial a process of its own, or trainer.devices=1"
             )
