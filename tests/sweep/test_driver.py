@@ -1,12 +1,17 @@
 """Sweeps from the command line, with trials that are real processes: killed, shared, failing, refused."""
 
 import json
+import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -158,3 +163,56 @@ def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], complaint: 
     assert code == 1
     assert complaint in output
     assert "Traceback" not in output
+
+
+def test_drivers_share_a_journal(tmp_path: Path) -> None:
+    storage = f"storage=journal:{tmp_path / 'journal.log'}"
+    drivers = [started(tmp_path, storage, points=(POINTS, seeds(2))) for _ in range(2)]
+    outputs = [driver.communicate(timeout=180)[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], outputs
+    assert all("done 12 of 12" in output for output in outputs)
+    assert len(list(tmp_path.glob("*/metrics.json"))) == 12
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """Start a server of Debian's package in a folder of its own; yield its URL."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        pytest.skip("PostgreSQL's server programs are not in /usr/lib/postgresql")
+    root = os.geteuid() == 0  # the server refuses to run as root
+    if root and not shutil.which("runuser"):
+        pytest.skip("as root, PostgreSQL needs runuser to run as somebody else")
+    someone = ["runuser", "-u", "postgres", "--"] if root else []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = Path(tempfile.mkdtemp())
+    if root:
+        shutil.chown(folder, "postgres")
+
+    def call(program: str, *arguments: str) -> None:
+        command = [*someone, str(programs[-1] / program), "-D", str(folder / "data"), *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder)
+
+    call("initdb", "--username=sweeps", "--auth=trust", "--no-sync")
+    try:
+        call("pg_ctl", "start", "-w", "-l", str(folder / "log"), "-o", f"-p {port} -k {folder} -c fsync=off")
+        yield f"postgresql://sweeps@127.0.0.1:{port}/postgres"
+    finally:
+        call("pg_ctl", "stop", "-m", "immediate")
+        shutil.rmtree(folder)
+
+
+def test_four_drivers_share_a_server_and_one_is_killed(tmp_path: Path, postgres: str) -> None:
+    points = (POINTS, seeds(4), "sleep=0.2")
+    drivers = [started(tmp_path, f"storage={postgres}", points=points) for _ in range(4)]
+    while len(list(tmp_path.glob("*/metrics.json"))) < 3:
+        time.sleep(0.1)
+        assert drivers[0].poll() is None
+    drivers[0].kill()
+    outputs = [driver.communicate(timeout=180)[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers[1:]] == [0] * 3, outputs
+    assert all("done 24 of 24" in output for output in outputs[1:])
+    results = [json.loads(path.read_text())["test/acc"] for path in tmp_path.glob("*/metrics.json")]
+    assert len(results) == len(set(results)) == 24
