@@ -17,3 +17,8 @@ def test_every_space_is_understood(path: Path) -> None:
     for space in spaces.members:
         overrides.check(CONF, "train", [*space.fixed, *(p.text for p in space.varied)])
         overrides.compose_config(CONF, "train", [*next(space.grid()), "run.name=x", "run.dir=y"])
+
+
+def test_a_list_that_yaml_parted_is_told() -> None:
+    with pytest.raises(ValueError, match=r"1 is not an override; YAML parts values at commas.*'seed=0,1,2'"):
+        read_spaces(["seed=0", 1, 2], {})  # type: ignore[list-item]

@@ -113,8 +113,12 @@ def read_spaces(common: Sequence[str], spaces: Mapping[str, Sequence[str]], last
     return Spaces(tuple(members))
 
 
-def _read(text: str) -> tuple[str, Varied | None]:
+def _read(text: Any) -> tuple[str, Varied | None]:
     """Return the key of an override, and how it varies, if it does."""
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{text!r} is not an override; YAML parts values at commas unless they are quoted: 'seed=0,1,2'"
+        )
     (override,) = parse([text])
     key = override.get_key_element()
     if key.lstrip("+~") in ("run.dir", "hydra.run.dir"):
