@@ -156,6 +156,7 @@ def test_commands_for_any_other_scheduler_are_printed(tmp_path: Path) -> None:
         (["workers=0"], "workers=0 must be at least 1"),
         (["program=nowhere.py"], "there is no program"),
         (["heartbeet=1"], "heartbeat"),
+        (["sweep=pareto_visoin"], "there is no sweep=pareto_visoin; did you mean pareto_vision"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], complaint: str, tmp_path: Path) -> None:

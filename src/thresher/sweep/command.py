@@ -41,7 +41,7 @@ def sweep(root: Path, arguments: Sequence[str], last: Sequence[str]) -> int:
         ValueError: Something in them cannot be; the message says what to change.
     """
     conf = root / "conf"
-    overrides.check(conf, "sweep", [a for a in arguments if not a.startswith("sweep=")])
+    overrides.check(conf, "sweep", arguments)
     cfg = overrides.compose_config(conf, "sweep", list(arguments))
     if OmegaConf.is_missing(cfg, "name"):
         raise ValueError("which sweep? name=NAME begins one or goes on with it, sweep=NAME takes one of conf/sweep/")
