@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "checkpoint": set(),
     "results": {"attention"},
     "sweep": {"commands", "overrides"},
-    "report": set(),
+    "report": {"overrides", "sweep"},
     "commands": {"cli", "dropin", "overrides"},
     "dropin": {
         *("attention", "calibration", "callbacks", "checkpoint", "cli", "compute", "data", "hosts", "overrides"),

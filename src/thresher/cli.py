@@ -250,10 +250,7 @@ def _commands(cfg: DictConfig, best: str) -> dict[str, str]:
 
 
 def _quoted(path: str | Path) -> str:
-    """Quote a path for Hydra's grammar inside a shell word, where it needs it."""
-    text = os.path.relpath(path)
-    plain = all(c.isalnum() or c in "/._-+:" for c in text)
-    return text if plain else shlex.quote("'" + text.replace("'", "\\'") + "'")
+    return shlex.quote(overrides.quoted(os.path.relpath(path)))
 
 
 # Evaluation

@@ -1,6 +1,7 @@
 """Command-line overrides, checked before Hydra sees them, so that a typo is answered with the nearest names."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,27 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+
+PLAIN = re.compile(r"[A-Za-z0-9_./+@%-]+(?: [A-Za-z0-9_./+@%-]+)*")
+
+
+def quoted(text: str) -> str:
+    """Write a string as the value of an override, in quotes where Hydra's grammar would read something else."""
+    if PLAIN.fullmatch(text) and not _read_as_another_type(text):
+        return text
+    # Backslashes count twice before a quote, and before the one that ends the string.
+    escaped = re.sub(r"(\\+)\Z", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", text))
+    return f"'{escaped}'"
+
+
+def _read_as_another_type(text: str) -> bool:
+    if text.lower() in {"null", "true", "false", "inf", "nan", "-inf", "+inf"}:
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def parse(arguments: Iterable[str]) -> list[Override]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from thresher.overrides import quoted
 from thresher.report.configs import BOOKKEEPING, Table, flatten, part_of, read_config
 from thresher.report.runs import Run
 
-PLAIN = re.compile(r"[A-Za-z0-9_./+@%-]+(?: [A-Za-z0-9_./+@%-]+)*$")
 REPLACEABLE = ("attention", "data", "trainer")  # what eval.py takes another choice of
 REFERENCE = re.compile(r"\$\{([^:{}]+)\}")
 
@@ -137,20 +137,7 @@ def _value(value: Any) -> str:
         return f"{{{','.join(f'{key}:{_value(child)}' for key, child in value)}}}"
     if isinstance(value, tuple):
         return f"[{','.join(_value(child) for child in value)}]"
-    text = str(value)
-    if isinstance(value, int) or (PLAIN.match(text) and not _read_as_another_type(text)):
-        return text
-    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
-
-
-def _read_as_another_type(text: str) -> bool:
-    if text.lower() in {"null", "true", "false", "inf", "nan", "-inf", "+inf"}:
-        return True
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return str(value) if isinstance(value, int) else quoted(str(value))
 
 
 def _relative(path: Path) -> str:

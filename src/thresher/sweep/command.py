@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from thresher import overrides
-from thresher.sweep.driver import Driver, Settings, quoted
+from thresher.sweep.driver import Driver, Settings
 from thresher.sweep.launchers import Launcher, Local, Submitit
 from thresher.sweep.ledger import Ledger, Plan
 from thresher.sweep.pruning import Pruning
@@ -158,7 +158,7 @@ def _print_commands(plan: Plan, command: Sequence[str], folder: Path) -> int:
     for point in plan.spaces.grid():
         place = folder / hashlib.blake2b(" ".join(point).encode(), digest_size=4).hexdigest()
         if not _has_result(place, list(plan.objectives)):
-            print(shlex.join([*command, *point, f"run.dir={quoted(place)}"]))
+            print(shlex.join([*command, *point, f"run.dir={overrides.quoted(str(place))}"]))
     return 0
 
 

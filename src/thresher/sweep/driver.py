@@ -1,6 +1,5 @@
 """The loop that runs trials: start, watch, record, look after what other drivers left behind."""
 
-import os
 import signal
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
+from thresher.overrides import quoted
 from thresher.sweep.launchers import Launcher, Name
 from thresher.sweep.ledger import Ledger, State, View
 from thresher.sweep.outcome import OUTPUT, exit_code, last_words, read_curve, read_outcome
@@ -152,7 +152,7 @@ class Driver:
         if claim is None:
             return False
         folder = new_folder(self._settings.folder, claim.number)
-        command = [*self._settings.command, *claim.overrides, f"run.dir={quoted(folder)}"]
+        command = [*self._settings.command, *claim.overrides, f"run.dir={quoted(str(folder))}"]
         name = self._launcher.start(command, folder)
         run = {
             "driver": self._ledger.driver,
@@ -314,10 +314,3 @@ def new_folder(parent: Path, number: int) -> Path:
             continue
         return parent / name
     raise FileExistsError(f"{parent} has too many folders for trial {number}")
-
-
-def quoted(path: Path) -> str:
-    """Quote a path for Hydra's grammar, where it needs it."""
-    text = os.fspath(path)
-    plain = all(c.isalnum() or c in "/._-+:" for c in text)
-    return text if plain else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
