@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from thresher.report.configs import read_config, without
+from thresher.sweep.outcome import OUTPUT, exit_code, last_lines
 
 CONTINUED = re.compile(r"config_(\d+)\.yaml$")
 PREFIX = re.compile(r"^(\[[^\]]*\])+ - ")  # of a line in train.log: time, logger, level
-LOGS = ("output.log", "train.log")  # what a sweep's trial printed says more than what it logged
+LOGS = (OUTPUT, "train.log")  # what a sweep's trial printed says more than what it logged
 EXCERPT = 12  # lines
 SKIPPED = {"checkpoints", "csv", "tensorboard", "wandb", "__pycache__"}
 TROUBLE = re.compile(r"error|exception|traceback|killed|sigterm|out of memory|cannot|no space", re.IGNORECASE)
@@ -132,29 +133,13 @@ def _problem(run: Run) -> str:
 
 def _ending(folder: Path, problem: str) -> tuple[str, str]:
     """Return why a run ended, in a line, and the last lines that it left."""
-    code = _text(folder / "exit_code").strip()
-    if code and code != "0":
+    if code := exit_code(folder):
         problem = f"exit code {code}"
-    excerpt = next((tail for log in LOGS if (tail := _tail(folder / log))), "")
-    telling = [line for line in excerpt.splitlines() if TROUBLE.search(line) and "HYDRA_FULL_ERROR" not in line]
+    tails = (last_lines(folder / log, EXCERPT) for log in LOGS)
+    lines = [line[:400] for line in next(filter(None, tails), [])]
+    telling = [line for line in lines if TROUBLE.search(line) and "HYDRA_FULL_ERROR" not in line]
+    excerpt = "\n".join(lines)
     if telling:
         return f"{problem}: {PREFIX.sub('', telling[-1]).strip()[:300]}", excerpt
     newest = max((p.stat().st_mtime for p in [folder, *folder.glob("*.*"), *folder.glob("csv/*/*.csv")]), default=0)
     return f"{problem}, last written {datetime.fromtimestamp(newest):%Y-%m-%d %H:%M}", excerpt
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 16_384))
-            text = file.read().decode(errors="replace").replace("\r", "\n")
-    except OSError:
-        return ""
-    return "\n".join([line.rstrip()[:400] for line in text.splitlines() if line.strip()][-EXCERPT:])

@@ -53,14 +53,18 @@ def read_outcome(folder: Path, objectives: Sequence[str]) -> Outcome:
 
 def last_words(folder: Path, lines: int = 8, width: int = 300) -> str:
     """Return the last lines that a trial printed."""
+    return "\n".join(line[-width:] for line in last_lines(folder / OUTPUT, lines))
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """Return the last lines of a log that are not blank; none where it cannot be read."""
     try:
-        with (folder / OUTPUT).open("rb") as file:
+        with path.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 16_384))
             text = file.read().decode(errors="replace")
     except OSError:
-        return ""
-    words = [line.rstrip()[-width:] for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    return "\n".join(words[-lines:])
+        return []
+    return [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()][-count:]
 
 
 def read_curve(folder: Path, monitor: Sequence[str]) -> dict[int, tuple[float, ...]]:
