@@ -33,6 +33,7 @@ def call(script: str, *arguments: str, cwd: Path = ROOT) -> subprocess.Completed
         ("train.py", ["model=timm", "model.name=vit_tinny"], "timm has no model"),
         ("train.py", ["-m", "trainer=ddp", "seed=0,1"], "python -m thresher.sweep"),
         ("train.py", ["-m", "trainer.devices=2", "trainer.strategy=ddp", "seed=0,1"], "python -m thresher.sweep"),
+        ("train.py", ["-m", "trainer.devices=1,2", "trainer.strategy=ddp"], "python -m thresher.sweep"),
         ("eval.py", ["ckpt=nowhere.ckpt"], "there is no checkpoint"),
         ("eval.py", ["attention=dense"], "which checkpoint?"),
     ],

@@ -1,5 +1,6 @@
 """The command line around `cli.py`: overrides are checked and errors told before anything heavy is imported."""
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,18 +32,22 @@ def check_multirun(conf: Path, name: str, given: Sequence[str]) -> None:
     Raises:
         ValueError: A trainer that is asked for starts processes of this command.
     """
-    asked = [o for o in overrides.parse(given) if o.key_or_group == "trainer" or o.key_or_group.startswith("trainer.")]
-    choices = [f"trainer={c}" for o in asked if o.key_or_group == "trainer" for c in overrides.choices_of(o)]
-    values = [str(o.input_line) for o in asked if o.key_or_group != "trainer" and not o.is_sweep_override()]
-    for choice in choices or ["trainer=cpu"]:
-        trainer = overrides.compose_config(conf, name, [choice, *values]).trainer
+    parsed = [o for o in overrides.parse(given) if o.key_or_group.split(".")[0].split("/")[0] != "hydra"]
+    fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
+    swept = [
+        [f"{o.key_or_group}={choice}" for choice in overrides.choices_of(o)]
+        for o in parsed
+        if o.is_sweep_override() and o.key_or_group.partition(".")[0] in ("trainer", "experiment", "debug")
+    ]
+    for chosen in itertools.product(*swept):
+        trainer = overrides.compose_config(conf, name, [*fixed, *chosen]).trainer
         strategy = str(trainer.strategy)
         in_process = trainer.devices in (1, "1") or any(word in strategy for word in ("spawn", "fork", "notebook"))
         if not in_process:
             raise ValueError(
-                f"-m with {choice}: strategy {strategy.splitlines()[0]!r} on devices={trainer.devices} starts more "
-                "processes of this command, and each would run the whole sweep. Use python -m thresher.sweep, which "
-                "gives each trial a process of its own, or trainer.devices=1"
+                f"-m: strategy {strategy.splitlines()[0]!r} on devices={trainer.devices} starts more processes of this "
+                "command, and each would run the whole sweep. Use python -m thresher.sweep, which gives each trial a "
+                "process of its own, or trainer.devices=1"
             )
 
 
