@@ -52,10 +52,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     _continue_loggers(cfg)
     config = plain_config(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = make(cfg.data)
-    data.order_seed = cfg.seed
-    data.prepare_data()
-    data.setup("fit")
+    data = read_data(cfg)
     task = build_task(cfg, data)
     if cfg.init_from is not None:
         _begin_from(cfg, task)
@@ -331,9 +328,7 @@ def new_folder(folder: str | Path) -> Path:
 
 def data_of(cfg: DictConfig, classes: Sequence[str]) -> Any:
     """Read the data of a config; they must tell the same classes apart as the network that was trained."""
-    data = make(cfg.data)
-    data.prepare_data()
-    data.setup("fit")
+    data = read_data(cfg)
     if list(data.class_names) != classes:
         raise ValueError(
             f"the checkpoint tells {len(classes)} classes apart ({', '.join(classes[:5])}, ...), "
@@ -352,8 +347,7 @@ def _apply(cfg: DictConfig, override: Any, conf: Path) -> None:
     if overrides.is_group(conf, key):
         if key not in REPLACEABLE:
             raise ValueError(f"eval.py can replace {', '.join(REPLACEABLE)}; {key} is part of what was trained")
-        overrides.check_choice(conf, key, str(override.value()))
-        cfg[key] = overrides.compose_config(conf, "train", [f"{key}={override.value()}"])[key]
+        cfg[key] = overrides.chosen(conf, key, str(override.value()))
         return
     if not override.is_add():
         overrides.check_key(cfg, key)
@@ -368,6 +362,15 @@ def _apply(cfg: DictConfig, override: Any, conf: Path) -> None:
 def make(node: DictConfig, **arguments: Any) -> Any:
     """Build what a part of a config describes."""
     return instantiate(node, **arguments, _convert_="all")
+
+
+def read_data(cfg: DictConfig) -> Any:
+    """Build the data of a config, and read what training and validation need."""
+    data = make(cfg.data)
+    data.order_seed = cfg.seed
+    data.prepare_data()
+    data.setup("fit")
+    return data
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:

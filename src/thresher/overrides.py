@@ -92,6 +92,17 @@ def choices_of(override: Override) -> list[Any]:
     return [choice for choice in (value if isinstance(value, list) else [value]) if choice is not None]
 
 
+def chosen(conf: Path, group: str, choice: str) -> DictConfig:
+    """Return what a choice of a group adds to the config of a training.
+
+    Raises:
+        ValueError: The group has no such choice.
+    """
+    check_choice(conf, group, choice)
+    node: DictConfig = compose_config(conf, "train", [f"{group}={choice}"])[group]
+    return node
+
+
 def check_choice(conf: Path, group: str, choice: str) -> None:
     """Raise a ValueError unless the folder `conf` has the file for a choice of a group."""
     available = sorted(path.stem for path in (conf / group).glob("*.yaml"))

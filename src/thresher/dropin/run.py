@@ -1,6 +1,7 @@
 """`python eval.py experiment=dropin_...`: every setting of every mechanism, put into one trained network in turn."""
 
 import copy
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -107,9 +108,7 @@ def _config(given: Sequence[Any], conf: Path) -> tuple[DictConfig, dict[str, Any
 
 def _of_embeddings(cfg: DictConfig, conf: Path) -> Trial:
     """Measure how far the embeddings of texts move from those of the model as it was."""
-    data = cli.make(cfg.data)
-    data.prepare_data()
-    data.setup("fit")
+    data = cli.read_data(cfg)
     device = _trainer(cfg).strategy.root_device
     size = {name: data.model_arguments[name] for name in TOKENS}
     texts = draw_texts(data, data.test_dataloader(), cfg.dropin.texts, cfg.seed)
@@ -161,8 +160,7 @@ def _trainer(cfg: DictConfig) -> pl.Trainer:
 def _node(setting: Setting, conf: Path) -> DictConfig:
     """Return the config of a mechanism, once it is clear that it can be built."""
     where = f"dropin.mechanisms.{setting.attention}"
-    overrides.check_choice(conf, "attention", setting.attention)
-    node = overrides.compose_config(conf, "train", [f"attention={setting.attention}"]).attention
+    node = copy.deepcopy(_attention(conf, setting.attention))
     for name, value in setting.hyperparameters.items():
         if name not in node:
             options = ", ".join(str(key) for key in node if not str(key).startswith("_")) or "none"
@@ -171,5 +169,9 @@ def _node(setting: Setting, conf: Path) -> DictConfig:
     mechanism = cli.make(node)(num_heads=1, head_dim=32, pattern=Pattern.NONCAUSAL_SELF)
     if setting.kept is not None and not any(isinstance(m, Thresholds) for m in mechanism.modules()):
         raise ValueError(f"{where}.kept: {setting.attention} has no thresholds that could be calibrated")
-    built: DictConfig = node
-    return built
+    return node
+
+
+@functools.cache
+def _attention(conf: Path, name: str) -> DictConfig:
+    return overrides.chosen(conf, "attention", name)
