@@ -1,9 +1,7 @@
-"""Mechanisms inside models of transformers: masks, caches, patterns and files mean what they meant before."""
+"""Mechanisms inside models of transformers: masks, patterns and precisions mean what they meant before."""
 
 import contextlib
 import copy
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,30 +10,15 @@ import transformers
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from tests.hosts.language_models import FIRST, PADDED, SECOND, TEXT
 from tests.hosts.models import same_state
+from tests.hosts.spy import Spy
 from thresher import densify, inject, sparsify
-from thresher.attention import Attended, Call, Mechanism, Pattern, available
-from thresher.attention.dense import Dense
+from thresher.attention import Mechanism, Pattern, available
 from thresher.hosts import mounted
 from thresher.hosts.__main__ import MODELS, PAIR, TOKENS, build
 from thresher.hosts.examples import example_inputs_of
-from thresher.hosts.huggingface import from_pretrained
 from thresher.hosts.recording import run
-
-TEXT = ["BERT", "RoBERTa", "DistilBERT", "GPT-2", "Llama", "Qwen3", "T5", "BART"]
-DECODERS = ["GPT-2", "Llama", "Qwen3", "T5", "BART"]
-FIRST, SECOND = r"^\D*0", r"^\D*1"  # layers, by the first number in a module's name
-PADDED = {
-    "none": torch.ones(2, 7, dtype=torch.long),
-    "right": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]),
-    "left": torch.tensor([[1] * 7, [0] * 3 + [1] * 4]),
-}
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def padded(name: str, side: str, ids: Tensor = TOKENS) -> dict[str, Tensor]:
@@ -92,16 +75,6 @@ def test_each_kind_of_attention_has_a_mechanism_of_its_own_and_its_pattern() -> 
         assert kinds[:2] == [Pattern.NONCAUSAL_SELF] * 2
         assert kinds[2:] == [Pattern.CAUSAL_SELF, Pattern.CAUSAL_CROSS] * 2
         assert len(set(hosts)) == 6
-
-
-class Spy(Dense):
-    """Notes what it is told."""
-
-    calls: list[Call] = []
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
-        self.calls.append(call)
-        return super().forward(q, k, v, call)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -164,57 +137,6 @@ def test_a_whole_mask_of_the_users_is_obeyed(kind: str) -> None:
     assert_close(hosted(TOKENS, attention_mask=mask)[0], wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["dense", "latte", "topk"])
-@pytest.mark.parametrize("name", DECODERS)
-def test_generation_with_a_cache_equals_generation_without(name: str, attention: str) -> None:
-    model = build(name)
-    settings = {"theta": 0.5} if attention == "latte" else {"keys": 3} if attention == "topk" else {}
-    sparsify(model, attention, **settings)
-    ask = partial(model.generate, TOKENS, attention_mask=PADDED["left"], max_new_tokens=8, do_sample=False)
-    one, other = (ask(use_cache=cached, eos_token_id=None) for cached in (True, False))
-    assert one.shape[1] > 8
-    assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("attention", ["dense", "latte", "topk"])
-def test_a_prompt_may_come_in_parts(attention: str) -> None:
-    model = build("Llama")
-    sparsify(model, attention)
-    mask = PADDED["left"]
-    whole = model(TOKENS, attention_mask=mask)[0]
-    first = model(TOKENS[:, :4], attention_mask=mask[:, :4])
-    cache = first.get("cache", first.get("past_key_values"))
-    name = "cache" if "cache" in first else "past_key_values"
-    second = model(TOKENS[:, 4:], attention_mask=mask, **{name: cache})[0]
-    assert_close(second, whole[:, 4:], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("attention", ["dense", "latte"])
-def test_a_cache_of_fixed_size_is_masked(attention: str) -> None:
-    model = build("Llama")
-    sparsify(model, attention)
-    ask = partial(model.generate, TOKENS, attention_mask=PADDED["left"], max_new_tokens=4, do_sample=False)
-    wanted = ask(use_cache=False, eos_token_id=None)
-    got = ask(cache_implementation="static", disable_compile=True, eos_token_id=None)
-    assert torch.equal(got, wanted)
-
-
-class Forgetful(Dense):
-    """A mechanism whose rows depend on the queries before them."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
-        return super().forward(q.cumsum(2), k, v, call)
-
-
-def test_a_mechanism_that_needs_earlier_queries_refuses_a_cache() -> None:
-    model = build("Llama")
-    inject(model, Forgetful)
-    model(TOKENS)
-    with pytest.raises(ValueError, match=r"Forgetful cannot go on from cached keys.*use_cache=False"):
-        model.generate(TOKENS, max_new_tokens=2, do_sample=False, eos_token_id=None)
-    model.generate(TOKENS, max_new_tokens=2, do_sample=False, eos_token_id=None, use_cache=False)
-
-
 def test_output_attentions_is_refused() -> None:
     for name in TEXT:
         model = build(name)
@@ -238,57 +160,6 @@ def test_gradients_are_the_same_with_gradient_checkpointing(name: str) -> None:
     assert all(grad is not None for n, grad in grads[1].items() if "thresholds" in n)
     for parameter, grad in grads[0].items():
         assert_close(grads[1][parameter], grad)
-
-
-@pytest.mark.parametrize("name", ["BERT", "ViT", "Llama", "T5"])
-def test_a_saved_model_comes_back_with_its_thresholds(name: str, tmp_path: Path) -> None:
-    model = build(name)
-    sparsify(model, "latte", where=FIRST, theta=0.5)
-    sparsify(model, "latte", where=f"{SECOND}(?!.*EncDec)", theta=float("inf"))
-    for parameter, x in model.named_parameters():
-        if "thresholds" in parameter:
-            x.data += torch.arange(4.0)
-    wanted = run(model, MODELS[name].inputs)[0]
-    model.save_pretrained(tmp_path)
-    loaded = from_pretrained(str(tmp_path))
-    assert mounted(loaded) == mounted(model)
-    assert same_state(loaded, model)
-    assert torch.equal(run(loaded, MODELS[name].inputs)[0], wanted)
-    loaded.save_pretrained(tmp_path)
-    assert mounted(from_pretrained(str(tmp_path))) == mounted(model)
-
-
-def test_a_file_without_mechanisms_or_of_unknown_ones_is_refused(tmp_path: Path) -> None:
-    model = build("BERT")
-    sparsify(model, "latte")
-    densify(model)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="saved without mechanisms"):
-        from_pretrained(str(tmp_path))
-    inject(model, Spy)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="there is no attention"):
-        from_pretrained(str(tmp_path))
-
-
-@pytest.mark.parametrize("attention", ["dense", "latte", "mean"])
-@pytest.mark.parametrize("name", [*TEXT, "ViT"])
-def test_densify_gives_back_the_model_that_was(name: str, attention: str) -> None:
-    plain, model = build(name), build(name)
-    before = model.config.to_dict()
-    sparsify(model, attention, where=FIRST)
-    sparsify(model, attention, where=SECOND)
-    copied = copy.deepcopy(model)
-    densify(copied)
-    assert len(mounted(model)) > 1
-    densify(model)
-    for restored in (copied, model):
-        assert restored.config.to_dict() == before
-        assert restored.config._attn_implementation == "sdpa"
-        assert same_state(restored, plain)
-        assert torch.equal(run(restored, MODELS[name].inputs)[0], run(plain, MODELS[name].inputs)[0])
-        assert not any(isinstance(m, Mechanism) for m in restored.modules())
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in restored.modules())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # DeBERTa's, in transformers 5.20
@@ -404,50 +275,6 @@ def test_attention_dropout_is_passed_on_or_refused_at_build() -> None:
     assert not mounted(model)
 
 
-@pytest.mark.parametrize("name", ["BERT", "DistilBERT", "ViT", "GPT-2", "Llama", "T5", "BART"])
-def test_a_mechanism_that_samples_the_value_projection_learns_what_it_was(name: str) -> None:
-    plain, hosted = build(name), build(name)
-    sparsify(hosted, "mca", alpha=1e-6, allow_noncausal_budget=True)
-    losses = [run(model, MODELS[name].inputs)[0].square().mean() for model in (plain, hosted)]
-    assert_close(*losses, atol=1e-4, rtol=1e-4)
-    for loss in losses:
-        loss.backward()
-    for (parameter_name, old), new in zip(plain.named_parameters(), hosted.parameters(), strict=True):
-        if old.grad is not None:
-            assert_close(new.grad, old.grad, atol=1e-3, rtol=1e-3, msg=lambda m, n=parameter_name: f"{n}: {m}")
-
-
-def test_a_copy_samples_the_value_projection_of_its_own() -> None:
-    model = build("BERT")
-    sparsify(model, "mca", alpha=1e-6)
-    copied = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in copied.parameters():
-            parameter *= 1.5
-    wanted = model(TOKENS)[0]
-    got = copied(TOKENS)[0]
-    assert torch.equal(model(TOKENS)[0], wanted)
-    densify(copied)
-    assert_close(got, copied(TOKENS)[0], atol=1e-3, rtol=1e-3)
-
-
-def test_a_value_projection_that_was_exchanged_is_noticed() -> None:
-    model = build("BERT")
-    (place, *_) = sparsify(model, "mca")
-    model.get_submodule(place).value = nn.Sequential(model.get_submodule(place).value, nn.Tanh())
-    with pytest.raises(ValueError, match="value was exchanged"):
-        model(TOKENS)
-
-
-def test_values_that_no_layer_projected_are_refused() -> None:
-    model = build("Qwen3")
-    for layer in model.model.layers:
-        layer.self_attn.v_proj = nn.Sequential(layer.self_attn.v_proj, nn.Tanh())
-    with pytest.raises(ValueError, match=r"Mca needs to know what values.*Qwen3Attention"):
-        sparsify(model, "mca", allow_noncausal_budget=True)
-    assert not mounted(model)
-
-
 def test_a_call_in_another_pattern_is_refused() -> None:
     model = build("BERT")
     sparsify(model, "dense")
@@ -455,18 +282,6 @@ def test_a_call_in_another_pattern_is_refused() -> None:
     module.is_causal = True
     with pytest.raises(ValueError, match=r"mounted as noncausal_self and is called as causal"):
         model(TOKENS)
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_choice_of_attention_is_given_back(attention: str) -> None:
-    model = build("GPT-2")
-    model.set_attn_implementation(attention)
-    wanted = model(TOKENS)[0]
-    sparsify(model, "dense")
-    assert_close(model(TOKENS)[0], wanted, atol=1e-5, rtol=1e-5)
-    densify(model)
-    assert model.config._attn_implementation == attention
-    assert torch.equal(model(TOKENS)[0], wanted)
 
 
 def test_one_forward_for_finding_leaves_mode_and_random_numbers_alone() -> None:
