@@ -25,6 +25,9 @@ MAY_IMPORT = {
     "results": {"attention"},
     "sweep": {"commands", "overrides"},
     "report": {"overrides", "sweep"},
+    "bench": {
+        *("attention", "calibration", "checkpoint", "cli", "commands", "compute", "hosts", "models", "overrides"),
+    },
     "commands": {"cli", "dropin", "overrides"},
     "dropin": {
         *("attention", "calibration", "callbacks", "checkpoint", "cli", "compute", "data", "hosts", "overrides"),
@@ -33,11 +36,18 @@ MAY_IMPORT = {
 }
 # Libraries that only these parts may import, so that the rest stays light or free of them.
 ONLY_IN = {
-    "timm": {"hosts/timm.py", "hosts/__main__.py", "models/build.py"},
-    "transformers": {"data/tokens.py", "hosts/huggingface.py", "hosts/__main__.py", "models/huggingface.py"},
+    "timm": {"bench/plain.py", "hosts/timm.py", "hosts/__main__.py", "models/build.py"},
+    "transformers": {
+        *("bench/peers.py", "bench/plain.py", "data/tokens.py"),
+        *("hosts/huggingface.py", "hosts/__main__.py", "models/huggingface.py"),
+    },
     "datasets": {"data/hub.py"},
     "hydra": {"overrides.py", "commands.py", "cli.py"},
-    "pytorch_lightning": {"tasks", "callbacks", "data", "dropin/run.py", "cli.py"},
+    "pytorch_lightning": {"tasks", "callbacks", "data", "bench/overhead.py", "dropin/run.py", "cli.py"},
+    "reformer_pytorch": {"bench/peers.py"},
+    "performer_pytorch": {"bench/peers.py"},
+    "nystrom_attention": {"bench/peers.py"},
+    "x_transformers": {"bench/peers.py"},
     "wandb": {"callbacks/heads.py"},
     "plotly": {"report/page.py"},
     "jinja2": {"report/page.py"},

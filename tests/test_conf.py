@@ -13,7 +13,7 @@ from tests.running import CONF, tiny_config
 from thresher.overrides import compose_config
 from thresher.tasks.base import Task
 
-CHOICES = [p for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name not in ("hydra", "sweep", "wandb")]
+CHOICES = [p for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name not in ("bench", "hydra", "sweep", "wandb")]
 WITHOUT_DEFAULTS = {"model", "trainer", "logger", "callbacks", "experiment", "debug"}
 REQUIRED = {
     "data=image_folder": ["data.root=somewhere"],
@@ -92,7 +92,7 @@ def test_no_config_has_a_place_for_a_key(tmp_path: Path) -> None:
 
 
 def test_primary_config_names_each_group_once() -> None:
-    groups = {path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("sweep", "wandb")}
+    groups = {path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("bench", "sweep", "wandb")}
     listed = {next(iter(entry)) for entry in OmegaConf.load(CONF / "train.yaml").defaults if entry != "_self_"}
     assert listed == groups
 

@@ -1,0 +1,154 @@
+"""What is shown of the rows: a line as each finishes, tables at the end, and a picture.
+
+The picture is drawn by matplotlib, which is there without any extra; a PNG goes into an issue or a README as it is.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from thresher.bench.summary import SPEEDUPS, Record, crossover_lines, curves, exponent, title
+
+COLUMNS = {
+    "mechanism": "mechanism",
+    "setting": "setting",
+    "backend": "backend",
+    "n": "N",
+    "fwd_ms": "fwd ms",
+    "bwd_ms": "bwd ms",
+    "dense_fwd_ms": "dense fwd",
+    "dense_bwd_ms": "dense bwd",
+    "speedup_fwd": "x fwd",
+    "speedup_fwd_bwd": "x fwd+bwd",
+    "speedup_step": "x step",
+    "peak_mb": "peak MiB",
+    "dense_peak_mb": "dense MiB",
+    "kept": "kept",
+    "mac_ratio": "MACs",
+    "rel_error": "error",
+}
+WORDS = ("mechanism", "setting", "backend")
+WIDE = 168
+
+
+def line(record: Record, share: float, left: str) -> str:
+    """Return what is printed as a row finishes."""
+    name = " ".join(str(record[key]) for key in ("mechanism", "setting", "backend", "pattern") if record[key])
+    head = f"{share:4.0%}  {name} N {record['n']}"
+    if record["status"] != "ok":
+        return f"{head}  {record['status']}: {record['note']}  left {left}"
+    parts = [f"forward {record['fwd_ms']:.1f} ms, dense {record['dense_fwd_ms']:.1f}"]
+    parts += [f"{word} {record[key]:.2f} x" for key, word in SPEEDUPS.items() if record[key] is not None]
+    parts += [f"kept {record['kept']:.3f}"] if record["kept"] is not None else []
+    return f"{head}  {'  '.join(parts)}  left {left}"
+
+
+def print_summary(records: Sequence[Record], verdicts: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table for each pattern, where each contender wins, and what became of targets."""
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    for pattern in dict.fromkeys((r["pattern"], r["model"]) for r in records):
+        console.print(_table([r for r in records if (r["pattern"], r["model"]) == pattern], *pattern))
+    console.print(
+        "Times are medians, dense attention timed in turn with each; x is dense / this: below 1 is slower. MACs and "
+        "kept are counts, relative to dense; only x is speed.",
+        highlight=False,
+    )
+    for said in crossover_lines(records):
+        console.print(said, highlight=False, soft_wrap=True)
+    for record in records:
+        if record["status"] != "ok":
+            place = f"{record['mechanism']} {record['setting']} {record['pattern']} N {record['n']}"
+            console.print(f"{record['status']}  {place}: {record['note']}", markup=False, soft_wrap=True)
+    if verdicts:
+        console.print(_targets(verdicts))
+
+
+def _table(rows: Sequence[Record], pattern: str, model: str | None) -> Table:
+    table = Table(title=f"{pattern}{f', {model}: whole training steps' if model else ''}", title_justify="left")
+    shown = [c for c in COLUMNS if c in ("fwd_ms", *WORDS) or any(r[c] not in (None, "") for r in rows)]
+    for column in shown:
+        table.add_column(COLUMNS[column], justify="left" if column in WORDS else "right", no_wrap=column in WORDS)
+    for i, row in enumerate(rows):
+        failed = row["status"] != "ok"
+        values = [
+            f"[red]{row['status']}[/]" if failed and column == "fwd_ms" else cell(column, row[column])
+            for column in shown
+        ]
+        last = i + 1 == len(rows) or rows[i + 1]["mechanism"] != row["mechanism"]
+        table.add_row(*values, end_section=last)
+    return table
+
+
+def cell(column: str, value: Any) -> str:
+    """Return how a value stands in a table."""
+    if value is None:
+        return ""
+    if column in ("kept", "mac_ratio"):
+        return f"{value:.3f}"
+    if column == "rel_error":
+        return f"{value:.1e}"
+    if column.startswith("speedup"):
+        return f"{value:.2f}"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _targets(verdicts: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="targets", title_justify="left")
+    for head in ("where", "measure", "required", "aim", "measured", ""):
+        table.add_column(head)
+    for v in verdicts:
+        where = ", ".join(f"{value}" if key in WORDS else f"{key} {value}" for key, value in v.get("where", {}).items())
+        bound = f">= {v['at_least']}" if "at_least" in v else f"<= {v['at_most']}"
+        value = "" if v["measured"] is None else f"{v['measured']:.3g}"
+        colour = {"missed": "red", "not measured": "yellow"}.get(v["verdict"], "green")
+        said = f"[{colour}]{v['verdict']}[/]"
+        table.add_row(where, v["measure"], bound, str(v.get("aim", "")), value, said)
+    return table
+
+
+def draw(path: Path, records: Sequence[Record]) -> bool:
+    """Draw time against length, both logarithmic, with fitted exponents; say whether there was anything to draw."""
+    from matplotlib.figure import Figure
+
+    lines = {key: rows for key, rows in curves(records).items() if key[-1] == ""}
+    patterns = list(dict.fromkeys(key[3] for key in lines))
+    if not patterns:
+        return False
+    names = list(dict.fromkeys(title((*key[:3], "", "")) for key in lines))
+    parts = {"forward": ("fwd_ms",), "forward + backward": ("train_fwd_ms", "bwd_ms")}
+    figure = Figure(figsize=(8.5 * len(parts), 4.2 * len(patterns)), layout="constrained")
+    grid = figure.subplots(len(patterns), len(parts), squeeze=False)
+    for pattern, axes in zip(patterns, grid, strict=True):
+        for axis, (word, columns) in zip(axes, parts.items(), strict=True):
+            here = {key: rows for key, rows in lines.items() if key[3] == pattern}
+            for key, rows in here.items():
+                name = title((*key[:3], "", ""))
+                _curve(axis, name, rows, columns, color=f"C{names.index(name) % 10}", marker="o")
+            every = [row for rows in here.values() for row in rows]
+            _curve(axis, "dense", every, tuple(f"dense_{c}" for c in columns), color="black", marker="*")
+            axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=f"{pattern}, {word}")
+            axis.set_xscale("log", base=2)
+            axis.grid(alpha=0.3)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def _curve(axis: Any, name: str, rows: Sequence[Record], columns: Sequence[str], **style: Any) -> None:
+    """Draw one line; of several times at a length, as dense has them, the median."""
+    times: dict[int, list[float]] = {}
+    for row in rows:
+        if all(row[c] is not None for c in columns):
+            times.setdefault(int(row["n"]), []).append(sum(row[c] for c in columns))
+    if not times:
+        return
+    points = sorted((n, sorted(each)[len(each) // 2]) for n, each in times.items())
+    lengths, values = zip(*points, strict=True)
+    power = exponent(lengths, values)
+    label = name if power is None else f"{name}: N^{power:.2f}"
+    axis.plot(lengths, values, label=label, markersize=4, linewidth=1, **style)
