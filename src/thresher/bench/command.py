@@ -18,7 +18,7 @@ from thresher.attention.base import check_choice
 from thresher.bench import measure, overhead, recorded, steps
 from thresher.bench.jobs import DTYPES, Job, Scene
 from thresher.bench.records import record_of, write_records
-from thresher.bench.rows import absent_peers, attention_jobs, listed, step_jobs
+from thresher.bench.rows import absent_peers, attention_jobs, check_settings, listed, step_jobs
 from thresher.bench.show import draw, line, print_summary
 from thresher.bench.targets import check_targets, judged
 from thresher.bench.worker import Answer, Worker, alone
@@ -49,6 +49,7 @@ def bench(conf: Path, arguments: Sequence[str]) -> int:
     """
     cfg = compose(conf, arguments)
     what = chosen_parts(cfg.bench)
+    check_settings(cfg.bench, conf)
     folder = Path(cfg.dir)
     if (folder / "config.yaml").exists():
         raise ValueError(f"{folder} already holds a benchmark: choose another dir=")
@@ -59,11 +60,10 @@ def bench(conf: Path, arguments: Sequence[str]) -> int:
     if "train_step" in what:
         jobs += [(job, replace(scene, inputs="random")) for job in step_jobs(cfg.bench, conf, scene)]
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(
-        OmegaConf.create({key: value for key, value in cfg.items() if key != "help"}), folder / "config.yaml"
-    )
     if "attention" in what and scene.inputs != "random":
         jobs = [*_recorded_jobs(cfg.bench, conf, scene, folder), *jobs]
+    asked = OmegaConf.create({key: value for key, value in cfg.items() if key != "help"})
+    OmegaConf.save(asked, folder / "config.yaml")
     for absent in absent_peers() if cfg.bench.peers else ():
         print(absent)
     records: list[dict[str, Any]] = []

@@ -124,7 +124,7 @@ def job(conf: Path, folder: Path, steps: int, given: Sequence[str], scene: Scene
     pl.seed_everything(cfg.seed, verbose=False)
     data = cli.read_data(cfg)
     task = cli.build_task(cfg, data)
-    profiler = SimpleProfiler()
+    profiler = SimpleProfiler(dirpath=folder, filename="times")
     callbacks = [cli.make(node) for name, node in (cfg.callbacks or {}).items() if "checkpoint" not in str(name)]
     loggers = [cli.make(logger) for logger in (cfg.logger or {}).values()]
     trainer: pl.Trainer = cli.make(cfg.trainer)(

@@ -64,6 +64,13 @@ def settings_of(cfg: DictConfig, name: str, known: Sequence[str]) -> list[dict[s
     return [dict(zip(knobs, each, strict=True)) | lengths for each in values]
 
 
+def check_settings(cfg: DictConfig, conf: Path) -> None:
+    """Raise a ValueError where `bench.settings` speaks of something that is neither a mechanism nor a peer."""
+    for name in cfg.settings:
+        if name not in PEERS:
+            overrides.check_choice(conf, "attention", str(name))
+
+
 def attention_jobs(cfg: DictConfig, conf: Path, scene: Scene, recorded: Mapping[str, Any] | None) -> list[Job]:
     """Return the rows of attention alone.
 

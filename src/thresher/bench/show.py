@@ -59,10 +59,15 @@ def print_summary(records: Sequence[Record], verdicts: Sequence[Mapping[str, Any
     )
     for said in crossover_lines(records):
         console.print(said, highlight=False, soft_wrap=True)
+    told: dict[str, list[str]] = {}
     for record in records:
-        if record["status"] != "ok":
-            place = f"{record['mechanism']} {record['setting']} {record['pattern']} N {record['n']}"
-            console.print(f"{record['status']}  {place}: {record['note']}", markup=False, soft_wrap=True)
+        if record["note"]:
+            said = (
+                f"{record['mechanism']} {record['setting']} {record['pattern']}, {record['status']}: {record['note']}"
+            )
+            told.setdefault(said, []).append(str(record["n"]))
+    for said, lengths in told.items():
+        console.print(f"{said} (N {', '.join(lengths)})", markup=False, highlight=False, soft_wrap=True)
     if verdicts:
         console.print(_targets(verdicts))
 

@@ -65,7 +65,7 @@ def measured(job: Job, scene: Scene) -> dict[str, Any]:
     recorded = interleaved(
         {"sparse": partial(sparse_step, batch), "dense": partial(dense_step, batch)}, scene.repetitions, scene.seconds
     )
-    row |= {"kept": float(meter.kept()), "mac_ratio": float(meter.ratio())}
+    row |= {"kept": float(meter.kept().detach()), "mac_ratio": float(meter.ratio().detach())}
     for name, who in (("", "sparse"), ("dense_", "dense")):
         row[f"{name}step_ms"] = spread([sum(parts) for parts in recorded[who]]).median
     row["speedup_step"] = row["dense_step_ms"] / row["step_ms"]

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+PATIENCE = 5  # seconds in which a process may end by itself
+
 
 class Answer(NamedTuple):
     """What a call in another process came to.
@@ -46,10 +48,12 @@ class Worker:
     def __enter__(self) -> "Worker":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._pipe.close()
+        if kind is None:
+            self._process.join(PATIENCE)
         self._process.terminate()
-        self._process.join(5)
+        self._process.join(PATIENCE)
         if self._process.is_alive():
             self._process.kill()
 
@@ -81,7 +85,8 @@ def _serve(pipe: Connection) -> None:
             try:
                 value, error = function(*args), None
             except Exception as failure:
-                value, error = None, f"{type(failure).__name__}: {failure}".strip()
+                told_plainly = isinstance(failure, ValueError | OSError)
+                value, error = None, str(failure) if told_plainly else f"{type(failure).__name__}: {failure}"
         told = tuple(dict.fromkeys(str(w.message).splitlines()[0] for w in caught if _worth_telling(w)))
         pipe.send(Answer(value, error, told))
 
