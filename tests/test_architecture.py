@@ -49,7 +49,7 @@ ONLY_IN = {
     "nystrom_attention": {"bench/peers.py"},
     "x_transformers": {"bench/peers.py"},
     "wandb": {"callbacks/heads.py"},
-    "plotly": {"report/page.py"},
+    "plotly": {"bench/plot.py", "report/page.py"},
     "jinja2": {"report/page.py"},
     "markupsafe": {"report/page.py"},
     "optuna": {"sweep"},

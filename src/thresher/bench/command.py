@@ -17,9 +17,10 @@ from thresher import overrides
 from thresher.attention.base import check_choice
 from thresher.bench import measure, overhead, recorded, steps
 from thresher.bench.jobs import DTYPES, Job, Scene
+from thresher.bench.plot import draw, page, panels
 from thresher.bench.records import record_of, write_records
 from thresher.bench.rows import absent_peers, attention_jobs, check_settings, listed, step_jobs
-from thresher.bench.show import draw, line, print_summary
+from thresher.bench.show import line, print_summary
 from thresher.bench.targets import check_targets, judged
 from thresher.bench.worker import Answer, Worker, alone
 
@@ -80,8 +81,7 @@ def bench(conf: Path, arguments: Sequence[str]) -> int:
         print(f"{end}: {len(records)} of {len(jobs)} rows are in {folder}", file=sys.stderr)
     if records:
         print_summary(records, judged(_plain(cfg.bench.targets), records))
-        drawn = ", bench.png" if draw(folder / "bench.png", records) else ""
-        print(f"\n{folder}/bench.csv, bench.json{drawn}")
+        print(f"\n{folder}/{', '.join(['bench.csv', 'bench.json', *_drawn(folder, records)])}")
     return code or int(any(record["status"] != "ok" for record in records))
 
 
@@ -192,6 +192,20 @@ def _row(job: Job, scene: Scene) -> dict[str, Any]:
         row |= {name: peak.value for name, peak in peaks.items()}
     own = {key: row.pop(key) for key in ("heads", "head_dim", "batch") if key in row}
     return record_of(job, replace(scene, **own), row, "ok", _notes(answer))
+
+
+def _drawn(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Draw what there is to draw; return the names of the files."""
+    shown = panels(records)
+    if not shown:
+        return []
+    draw(folder / "bench.png", shown)
+    try:
+        page(folder / "bench.html", records, shown)
+    except ModuleNotFoundError as error:
+        print(error)
+        return ["bench.png"]
+    return ["bench.png", "bench.html"]
 
 
 def _notes(answer: Answer) -> str:

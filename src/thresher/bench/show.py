@@ -1,17 +1,13 @@
-"""What is shown of the rows: a line as each finishes, tables at the end, and a picture.
-
-The picture is drawn by matplotlib, which is there without any extra; a PNG goes into an issue or a README as it is.
-"""
+"""What a terminal shows of the rows: a line as each finishes, and tables at the end."""
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from thresher.bench.summary import SPEEDUPS, Record, crossover_lines, curves, exponent, title
+from thresher.bench.summary import SPEEDUPS, Record, crossover_lines
 
 COLUMNS = {
     "mechanism": "mechanism",
@@ -113,47 +109,3 @@ def _targets(verdicts: Sequence[Mapping[str, Any]]) -> Table:
         said = f"[{colour}]{v['verdict']}[/]"
         table.add_row(where, v["measure"], bound, str(v.get("aim", "")), value, said)
     return table
-
-
-def draw(path: Path, records: Sequence[Record]) -> bool:
-    """Draw time against length, both logarithmic, with fitted exponents; say whether there was anything to draw."""
-    from matplotlib.figure import Figure
-
-    lines = {key: rows for key, rows in curves(records).items() if key[-1] == ""}
-    patterns = list(dict.fromkeys(key[3] for key in lines))
-    if not patterns:
-        return False
-    names = list(dict.fromkeys(title((*key[:3], "", "")) for key in lines))
-    parts = {"forward": ("fwd_ms",), "forward + backward": ("train_fwd_ms", "bwd_ms")}
-    figure = Figure(figsize=(8.5 * len(parts), 4.2 * len(patterns)), layout="constrained")
-    grid = figure.subplots(len(patterns), len(parts), squeeze=False)
-    for pattern, axes in zip(patterns, grid, strict=True):
-        for axis, (word, columns) in zip(axes, parts.items(), strict=True):
-            here = {key: rows for key, rows in lines.items() if key[3] == pattern}
-            for key, rows in here.items():
-                name = title((*key[:3], "", ""))
-                _curve(axis, name, rows, columns, color=f"C{names.index(name) % 10}", marker="o")
-            every = [row for rows in here.values() for row in rows]
-            _curve(axis, "dense", every, tuple(f"dense_{c}" for c in columns), color="black", marker="*")
-            axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=f"{pattern}, {word}")
-            axis.set_xscale("log", base=2)
-            axis.grid(alpha=0.3)
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=130)
-    return True
-
-
-def _curve(axis: Any, name: str, rows: Sequence[Record], columns: Sequence[str], **style: Any) -> None:
-    """Draw one line; of several times at a length, as dense has them, the median."""
-    times: dict[int, list[float]] = {}
-    for row in rows:
-        if all(row[c] is not None for c in columns):
-            times.setdefault(int(row["n"]), []).append(sum(row[c] for c in columns))
-    if not times:
-        return
-    points = sorted((n, sorted(each)[len(each) // 2]) for n, each in times.items())
-    lengths, values = zip(*points, strict=True)
-    power = exponent(lengths, values)
-    label = name if power is None else f"{name}: N^{power:.2f}"
-    axis.plot(lengths, values, label=label, markersize=4, linewidth=1, **style)
