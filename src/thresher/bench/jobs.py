@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from thresher.attention import hyperparameters
 from thresher.attention.base import Mechanism, Pattern
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+AUTO, REFERENCE = "auto", "reference"
+BACKENDS = (REFERENCE, "cpu", "triton")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Job:
         hyperparameters: What it is built with.
         kept: Share of the visible pairs that thresholds are calibrated to keep, if they are.
         knobs: What to call the setting.
-        backend: "reference", or what the mechanism is told as its `backend`; None if it takes none.
+        backend: What the mechanism is told as its `backend`; None if it takes none, and is its own reference.
         pattern: Name of a pattern, in lower case.
         n: Number of queries and of keys.
         model: What is timed: "attention", or the network of a training step.
@@ -84,7 +87,7 @@ class Job:
 
     @property
     def shown_backend(self) -> str:
-        return self.backend or ("reference" if self.target else "peer")
+        return self.backend or (REFERENCE if self.target else "peer")
 
     def __str__(self) -> str:
         parts = (self.name, self.knobs, self.pattern, f"N {self.n}", self.shown_backend)
@@ -104,6 +107,28 @@ def mechanism_class(target: str) -> type[Mechanism]:
     if not (isinstance(found, type) and issubclass(found, Mechanism)):
         raise ValueError(f"{target} is no attention mechanism")
     return found
+
+
+def backends_of(cls: type[Mechanism]) -> list[str]:
+    """Return what a mechanism may be told as its `backend`, but "auto"; nothing where it takes none.
+
+    Its annotation lists them as a `Literal`; of a plain string, those that it can be built with are found by trying.
+    """
+    if "backend" not in hyperparameters(cls):
+        return []
+    hint = get_type_hints(cls.__init__)["backend"]
+    if get_origin(hint) is Literal:
+        return [name for name in get_args(hint) if name != AUTO]
+    pattern = next(pattern for pattern in Pattern if pattern in cls.supports)
+    return [name for name in BACKENDS if _builds(cls, pattern, name)]
+
+
+def _builds(cls: type[Mechanism], pattern: Pattern, backend: str) -> bool:
+    try:
+        cls(1, 32, pattern, backend=backend)  # type: ignore[call-arg]
+    except ValueError:
+        return False
+    return True
 
 
 def pattern_of(job: Job) -> Pattern:

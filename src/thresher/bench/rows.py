@@ -10,14 +10,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from thresher import overrides
 from thresher.attention import hyperparameters
-from thresher.attention.base import Pattern, check_choice
-from thresher.bench.jobs import Job, Scene, build, mechanism_class
+from thresher.attention.base import Mechanism, Pattern, check_choice
+from thresher.bench.jobs import AUTO, REFERENCE, Job, Scene, backends_of, build, mechanism_class
 from thresher.bench.peers import PEERS
 
 PATTERNS = [pattern.name.lower() for pattern in Pattern]
 USUAL_PATTERNS = ["noncausal_self", "causal_self"]
 USUAL_LENGTHS = [512, 1024, 2048]
 OWN = ("kept", "n")  # knobs that are no hyper-parameters
+ALL = "all"  # backends that a mechanism has, each in a row of its own
 STEP_DTYPES = ("float32", "bfloat16")
 MODELS = {"gpt": "causal_self", "vit": "noncausal_self"}
 
@@ -136,6 +137,27 @@ def buildable(jobs: Sequence[Job], scene: Scene) -> list[Job]:
     return kept
 
 
+def wanted_backends(name: str, cls: type[Mechanism], wanted: Any) -> list[str | None]:
+    """Return the backends to time a mechanism on; [None] for one that has its reference alone.
+
+    Raises:
+        ValueError: It has none of those wanted.
+    """
+    has = backends_of(cls)
+    if not has:
+        if wanted is not None and not {REFERENCE, AUTO, ALL} & set(listed(wanted)):
+            raise ValueError(
+                f"bench.backends={wanted}: {name} has no other backend than its reference; add reference, or leave "
+                f"{name} out of bench.mechanisms"
+            )
+        return [None]
+    if wanted is None:
+        return [str(hyperparameters(cls)["backend"])]
+    for backend in listed(wanted):
+        check_choice(f"bench.backends of {name}", backend, (ALL, AUTO, *has))
+    return list(has) if ALL in listed(wanted) else listed(wanted)
+
+
 def absent_peers() -> list[str]:
     """Return what to install for the peers that are not."""
     return [f"{name}: not installed: pip install {peer.package}" for name, peer in PEERS.items() if not peer.installed]
@@ -150,16 +172,14 @@ def _contenders(
         if recorded is not None and recorded["attention"]["_target_"] == config["_target_"]:
             config = dict(recorded["attention"])
         usual = {key: value for key, value in config.items() if not key.startswith("_")}
-        backed = "backend" in hyperparameters(mechanism_class(config["_target_"]))
+        cls = mechanism_class(config["_target_"])
         for setting in settings_of(cfg, name, list(usual)):
             own_lengths, kept = setting.pop("n", None), setting.pop("kept", None)
-            hyper = usual | setting
-            backends = listed(setting.pop("backend", cfg.backends)) if backed else [None]
-            hyper.pop("backend", None)
+            backends = wanted_backends(name, cls, setting.pop("backend", cfg.backends))
+            hyper = {key: value for key, value in (usual | setting).items() if key != "backend"}
             shown = ({} if kept is None else {"kept": kept}) | setting
             for backend in backends:
-                label = "auto" if backed and backend is None else backend
-                yield Job(name, config["_target_"], hyper, kept, _words(shown), label, "", 0), own_lengths
+                yield Job(name, config["_target_"], hyper, kept, _words(shown), backend, "", 0), own_lengths
     for name, peer in PEERS.items() if cfg.peers else ():
         if peer.installed:
             for setting in settings_of(cfg, name, list(peer.defaults)):

@@ -1,0 +1,134 @@
+"""Only what is what it says it is gets timed: honest mechanisms pass the checks, broken ones are found out."""
+
+from typing import Literal
+
+import pytest
+from torch import Tensor
+
+from tests.attention.broken import AsNoisyAsEver, Biased, Noisy
+from tests.bench.small import broken, job, scene
+from tests.running import CONF
+from thresher.attention import Attended, Call, Cost, Pattern
+from thresher.attention.topk import TopK
+from thresher.bench.checks import check, check_backend
+from thresher.bench.inputs import random_inputs
+from thresher.bench.jobs import Job, backends_of
+from thresher.bench.measure import checked
+from thresher.bench.rows import mechanisms_of
+
+
+@pytest.mark.parametrize("name", mechanisms_of(CONF, None))
+def test_honest_mechanisms_pass(name: str) -> None:
+    assert checked(job(name, 48, kept=0.3 if name == "latte" else None), scene()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("wrong_normaliser", "at the dense limit the output is off by"),
+        ("wrong_gradient_only", "at the dense limit the gradient of"),
+        ("forgets_keys_in_backward", "at the dense limit k gets no gradient"),
+        ("forgets_the_scores", "does not cost what dense does"),
+        ("drops_a_pair", "does not keep every visible pair"),
+    ],
+)
+def test_broken_ones_are_found_out(name: str, said: str) -> None:
+    assert said in str(checked(broken(name), scene(dtype="float64")))
+
+
+class Sampled(Noisy):
+    dense_limit = None
+    precise = {"samples": 64}
+
+
+class SampledInVain(AsNoisyAsEver):
+    dense_limit = None
+    precise = {"samples": 64}
+
+
+class SampledAside(Biased):
+    dense_limit = None
+    precise = {"samples": 64}
+
+
+@pytest.mark.parametrize(("cls", "sound"), [(Sampled, True), (SampledInVain, False), (SampledAside, False)])
+def test_more_samples_must_bring_a_stochastic_one_nearer(cls: type, sound: bool) -> None:
+    row = Job("sampled", f"{__name__}.{cls.__name__}", {}, None, "", None, "noncausal_self", 64)
+    said = checked(row, scene())
+    assert (said is None) if sound else ("more samples should bring it nearer" in str(said))
+
+
+class Backed(TopK):
+    """Top-k with backends: one that is the reference, one that is right, and some that are wrong somewhere."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        pattern: Pattern,
+        *,
+        keys: int | float = 8,
+        backend: Literal["auto", "reference", "right", "weak", "greedy", "deaf"] = "auto",
+    ) -> None:
+        super().__init__(num_heads, head_dim, pattern, keys=keys)
+        self.backend = backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        everything = self.keys == 1.0
+        if everything or self.backend in ("auto", "reference", "right"):
+            return super().forward(q, k, v, call)
+        if self.backend == "deaf":
+            return super().forward(q, k.detach() + 0 * k, v, call)
+        out, cost = super().forward(q, k, v, call)
+        if self.backend == "weak":
+            return Attended(out * 0.98, cost)
+        return Attended(out, Cost(*cost[:4], cost.kept * 1.5, cost.visible))
+
+
+class Worded(Backed):
+    """The same, with an annotation that does not say which there are."""
+
+    def __init__(
+        self, num_heads: int, head_dim: int, pattern: Pattern, *, keys: int | float = 8, backend: str = "auto"
+    ) -> None:
+        if backend not in ("auto", "reference", "cpu"):
+            raise ValueError(backend)
+        super().__init__(num_heads, head_dim, pattern, keys=keys)
+
+
+def backed(backend: str | None, n: int = 64) -> Job:
+    return Job("backed", f"{__name__}.Backed", {"keys": 8}, None, "", backend, "noncausal_self", n)
+
+
+def test_backends_are_what_the_constructor_accepts() -> None:
+    assert backends_of(Backed) == ["reference", "right", "weak", "greedy", "deaf"]
+    assert backends_of(Worded) == ["reference", "cpu"]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "right"])
+def test_a_backend_that_does_what_the_reference_does_passes(backend: str) -> None:
+    check(backed(backend), scene())
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    [
+        ("weak", "weak's output is off the reference's by"),
+        ("greedy", "greedy keeps 0.1875 of the pairs, its reference 0.1250"),
+        ("deaf", "deaf's gradient of k is off"),
+    ],
+)
+def test_a_backend_that_goes_wrong_where_pairs_are_dropped_is_found_out(backend: str, said: str) -> None:
+    """Their dense limits are in order: only beside the reference do they show."""
+    assert said in str(checked(backed(backend), scene()))
+
+
+def test_a_tie_that_rounding_breaks_is_no_failure() -> None:
+    inputs = random_inputs(scene(), 64, 2, 2, False)
+    nearly = inputs._replace(q=inputs.q * (1 + 1e-6))
+    check_backend(backed("right"), scene(), nearly)
+
+
+def test_the_type_that_is_timed_is_the_one_checked() -> None:
+    assert checked(job("topk", 48), scene(dtype="bfloat16")) is None
+    assert "at the dense limit" in str(checked(broken("rounds_coarsely"), scene(dtype="bfloat16")))

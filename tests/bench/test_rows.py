@@ -1,0 +1,152 @@
+"""Which rows there are: every mechanism, setting, backend, pattern and length, and one clear message for a mistake."""
+
+from typing import Any
+
+import pytest
+
+from tests.bench.small import options, scene
+from tests.running import CONF
+from thresher.bench.command import chosen_parts, compose
+from thresher.bench.jobs import Job
+from thresher.bench.peers import PEERS
+from thresher.bench.rows import (
+    absent_peers,
+    attention_jobs,
+    check_settings,
+    mechanisms_of,
+    step_jobs,
+    wanted_backends,
+)
+from thresher.bench.show import cell
+
+
+def jobs_of(*given: str) -> list[Job]:
+    return attention_jobs(options(*given), CONF, scene(), None)
+
+
+def prepare(given: list[str]) -> None:
+    """Do with a command line what comes before a measurement."""
+    cfg = compose(CONF, given).bench
+    chosen_parts(cfg)
+    check_settings(cfg, CONF)
+    attention_jobs(cfg, CONF, scene(), None)
+
+
+def test_by_default_every_mechanism_that_looks_at_content_is_timed() -> None:
+    assert mechanisms_of(CONF, None) == ["latte", "mca", "smyrf", "topk", "yoso"]
+
+
+def test_rows_are_the_product_of_all_axes() -> None:
+    found = jobs_of("bench.mechanisms=[latte,topk]", "bench.n=[16,32]", "bench.settings.topk.keys=[4,8,16]")
+    assert {(j.name, j.knobs, j.pattern, j.n) for j in found} == {
+        (name, knobs, pattern, n)
+        for name, many in (
+            ("latte", ("kept 0.15", "kept 0.1", "kept 0.05")),
+            ("topk", ("keys 4", "keys 8", "keys 16")),
+        )
+        for knobs in many
+        for pattern in ("noncausal_self", "causal_self")
+        for n in (16, 32)
+    }
+    assert {j.hyperparameters["keys"] for j in found if j.name == "topk"} == {4, 8, 16}
+
+
+def test_a_mechanism_can_have_lengths_of_its_own_and_hyper_parameters_that_no_file_lists() -> None:
+    found = jobs_of(
+        "bench.mechanisms=[latte,topk]",
+        "bench.patterns=noncausal_self",
+        "bench.n=16",
+        "bench.settings.topk.n=[64,128]",
+        "bench.settings.latte.kept=0.2",
+        "bench.settings.latte.est_bits=8",
+    )
+    assert [(j.name, j.n) for j in found] == [("latte", 16), ("topk", 64), ("topk", 128)]
+    assert found[0].hyperparameters["est_bits"] == 8
+    assert found[0].knobs == "kept 0.2, est_bits 8"
+
+
+def test_a_pattern_that_a_mechanism_is_not_for_has_no_row() -> None:
+    found = jobs_of("bench.mechanisms=[mca,topk]", "bench.n=16")
+    assert {j.pattern for j in found if j.name == "mca"} == {"noncausal_self"}
+    with pytest.raises(ValueError, match="nothing to time"):
+        jobs_of("bench.mechanisms=mca", "bench.patterns=causal_self")
+
+
+def test_peers_that_are_installed_are_beside_them() -> None:
+    found = jobs_of("bench.mechanisms=topk", "bench.n=16", "bench.peers=true")
+    there = {name for name, peer in PEERS.items() if peer.installed}
+    assert {"transformers-yoso", "flex-attention"} <= there
+    assert {j.name for j in found} == {"topk"} | there
+    assert {j.shown_backend for j in found if j.name in there} == {"peer"}
+
+
+def test_absent_peers_are_named_with_what_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thresher.bench.peers.find_spec", lambda name: None if "reformer" in name else object())
+    assert absent_peers() == ["reformer-pytorch: not installed: pip install reformer-pytorch"]
+
+
+def test_the_extra_installs_every_peer() -> None:
+    import tomllib
+
+    extras = tomllib.loads((CONF.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    packages = {line.partition(">")[0] for line in [*extras["bench"], *extras["hf"]]}
+    assert {peer.package for peer in PEERS.values()} - {"torch"} <= packages
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["bench.mechanisms=[lattee]"], "did you mean latte"),
+        (["bench.patterns=causal"], "bench.patterns"),
+        (["bench.n=0"], "at least 1"),
+        (["bench.n=[12.5]"], "whole number"),
+        (["bench.settings.latte.est_bit=4"], "did you mean est_bits"),
+        (["bench.settings.latt.kept=0.1"], "did you mean latte"),
+        (["bench.settings.topk.keys=-1"], "keys"),
+        (["bench.what=atention"], "bench.what"),
+        (["bench.dtype=float8"], "bench.dtype"),
+        (["bench.repetitions=0"], "bench.repetitions"),
+        (["bench.backends=cpuu"], "cpuu"),
+        (["bench.repetition=3"], "did you mean repetitions"),
+        (["bench.n=16,32"], r"list in brackets"),
+        (["bench=headlin"], "did you mean headline"),
+    ],
+)
+def test_a_mistake_is_told(given: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        prepare(given)
+
+
+def test_backends_are_chosen_by_name_or_all_of_them() -> None:
+    from tests.bench.test_checks import Backed
+    from thresher.attention.none import NoAttention
+
+    assert wanted_backends("x", Backed, None) == ["auto"]
+    assert wanted_backends("x", Backed, "all") == ["reference", "right", "weak", "greedy", "deaf"]
+    assert wanted_backends("x", Backed, ["reference", "right"]) == ["reference", "right"]
+    with pytest.raises(ValueError, match=r"bench\.backends of x"):
+        wanted_backends("x", Backed, "wrong")
+    assert wanted_backends("x", NoAttention, None) == wanted_backends("x", NoAttention, "reference") == [None]
+    with pytest.raises(ValueError, match="no other backend than its reference"):
+        wanted_backends("x", NoAttention, "cpu")
+
+
+def test_training_steps_have_a_gpt_and_a_vit() -> None:
+    found = step_jobs(options("bench.mechanisms=[topk,mca]"), CONF, scene())
+    assert {(j.name, j.model, j.n) for j in found} == {
+        ("topk", "gpt", 4096),
+        ("topk", "vit", 197),
+        ("topk", "vit", 785),
+        ("mca", "vit", 197),
+        ("mca", "vit", 785),
+    }
+    with pytest.raises(ValueError, match="not in float64"):
+        step_jobs(options("bench.mechanisms=topk"), CONF, scene(dtype="float64"))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "shown"),
+    [("kept", 0.12345, "0.123"), ("rel_error", 3e-7, "3.0e-07"), ("fwd_ms", None, ""), ("n", 64, "64")],
+)
+def test_values_stand_in_cells_by_their_kind(column: str, value: Any, shown: str) -> None:
+    assert cell(column, value) == shown
