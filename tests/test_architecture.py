@@ -19,10 +19,12 @@ MAY_IMPORT = {
     "data": {"installed"},
     "installed": set(),
     "tasks": {"attention", "budgets", "calibration", "compute"},
-    "callbacks": {"attention", "calibration", "compute", "tasks"},
+    "callbacks": {"attention", "calibration", "compute", "files", "tasks"},
     "overrides": set(),
-    "checkpoint": set(),
-    "results": {"attention"},
+    "files": set(),
+    "checkpoint": {"files"},
+    "saving": {"checkpoint", "files"},
+    "results": {"attention", "files"},
     "sweep": {"commands", "overrides"},
     "report": {"overrides", "sweep"},
     "bench": {
@@ -32,7 +34,7 @@ MAY_IMPORT = {
     "dropin": {
         *("attention", "calibration", "callbacks", "checkpoint", "cli", "compute", "data", "hosts", "overrides"),
     },
-    "cli": {"__init__", "attention", "callbacks", "checkpoint", "overrides", "results", "tasks"},
+    "cli": {"__init__", "attention", "callbacks", "checkpoint", "overrides", "results", "saving", "tasks"},
 }
 # Libraries that only these parts may import, so that the rest stays light or free of them.
 ONLY_IN = {

@@ -34,7 +34,9 @@ def test_a_run_leaves_everything_it_promises(run: tuple[Path, dict[str, float]])
     for key in ("test/acc", "test/loss", "test/kept", "test/compute", "train/seconds"):
         assert math.isfinite(written[key])
     assert (folder / "config.yaml").is_file()
-    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {
+        *("best.ckpt", "best.ckpt.sha256", "last.ckpt", "last.ckpt.sha256"),
+    }
     heads = json.loads((folder / "heads.json").read_text())
     assert [layer["name"] for layer in heads["layers"]] == ["blocks.0.attn", "blocks.1.attn"]
     assert all({"threshold", "kept", "compute"} == set(h) for layer in heads["layers"] for h in layer["heads"])

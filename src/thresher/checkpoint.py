@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from thresher import files
+
 RECORD = "thresher"
 SECRET = re.compile(
     r"^token$|(^|_)(api_?key|secret(_key)?|passw(or)?d|credentials?|(access|api|auth|bearer|hf|refresh)_token)$",
@@ -35,11 +37,13 @@ def load(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file; the message names those nearby.
-        ValueError: It is not readable as weights, or is not one of ours.
+        ValueError: It does not fit its checksum, is not readable as weights, or is not one of ours.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}{_nearby(path)}")
+    if damage := files.damage(path):
+        raise ValueError(f"{path} cannot be read: {damage}. The file is truncated or damaged; take another one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:

@@ -27,6 +27,7 @@ from thresher.callbacks.heads import HeadStatistics
 from thresher.callbacks.progress import progress
 from thresher.checkpoint import RECORD, checked_config, load, load_weights, redacted
 from thresher.results import attention_name, print_results, write_metrics
+from thresher.saving import CheckpointFiles
 from thresher.tasks.base import Task
 
 EVAL_KEYS = ("ckpt", "run.dir")
@@ -96,6 +97,7 @@ def _trainer(cfg: DictConfig, folder: Path) -> pl.Trainer:
         enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
         enable_model_summary=False,
+        plugins=[CheckpointFiles()],
     )
     return trainer
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from thresher import files
 from thresher.attention.base import Mechanism
 
 
@@ -19,7 +20,7 @@ def write_metrics(folder: Path | None, metrics: Mapping[str, Any]) -> dict[str, 
     plain = {name: float(value) for name, value in sorted(metrics.items())}
     finite = {name: value if math.isfinite(value) else None for name, value in plain.items()}
     if folder is not None:
-        (folder / "metrics.json").write_text(json.dumps(finite, indent=1) + "\n")
+        files.write_text(folder / "metrics.json", json.dumps(finite, indent=1) + "\n")
     return plain
 
 

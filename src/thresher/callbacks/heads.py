@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from thresher import files
 from thresher.attention.base import Cost
 from thresher.callbacks.thresholds import thresholds_of
 from thresher.tasks.base import Task
@@ -48,7 +49,7 @@ class HeadStatistics(pl.Callback):
         heads = self.heads(pl_module)
         if self.path is not None and trainer.is_global_zero:
             layers = [{"name": name, "heads": rows} for name, rows in heads.items()]
-            Path(self.path).write_text(json.dumps({"layers": layers}, indent=1))
+            files.write_text(Path(self.path), json.dumps({"layers": layers}, indent=1))
 
     def _add(self, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Task)
