@@ -76,6 +76,7 @@ def test_archive_in_place_is_unpacked_without_a_network(write_cifar: Write, monk
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, source.base_folder)
     monkeypatch.setattr(source, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "archive_sha256", hashlib.sha256(archive.read_bytes()).hexdigest())
     (folder / "test_batch").unlink()
     (folder / "data_batch_2").write_bytes(b"damaged")
     data = CIFAR10(root=root, download=True)
@@ -89,7 +90,8 @@ def test_download_runs_only_where_files_are_missing(
     tmp_path: Path, write_cifar: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(cifar, "download_and_extract_archive", lambda url, root, **_: asked.append((url, root)))
+    monkeypatch.setattr(cifar, "download_url", lambda url, root, **_: asked.append((url, root)))
+    monkeypatch.setattr(cifar, "unpack", lambda *_: None)
     CIFAR10(root=tmp_path).prepare_data()
     assert asked == [], "not asked for"
     CIFAR10(root=tmp_path, download=True).prepare_data()
@@ -102,6 +104,6 @@ def test_failed_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("File not found or corrupted.")
 
-    monkeypatch.setattr(cifar, "download_and_extract_archive", fail)
+    monkeypatch.setattr(cifar, "download_url", fail)
     with pytest.raises(FileNotFoundError, match=r"could not download https://.*: File not found or corrupted\."):
         CIFAR10(root=tmp_path, download=True).prepare_data()
