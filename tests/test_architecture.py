@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "thresher"
 
 # For each part of the package, the other parts that it may import. A file belongs to the longest name that fits.
 MAY_IMPORT = {
-    "__init__": {"calibration", "compute", "hosts"},
+    "__init__": {"calibration", "compute", "hosts", "loading"},
     "attention": set(),
     "hosts": {"attention"},
     "models": {"attention", "hosts", "installed"},
@@ -22,19 +22,28 @@ MAY_IMPORT = {
     "callbacks": {"attention", "calibration", "compute", "files", "tasks"},
     "overrides": set(),
     "files": set(),
-    "checkpoint": {"files"},
+    "secrets": set(),
+    "trust": set(),
+    "exported": {"trust"},
+    "checkpoint": {"exported", "files", "trust"},
     "saving": {"checkpoint", "files"},
+    "loading": {"checkpoint", "exported", "trust"},
+    "export": {"attention", "checkpoint", "exported", "loading", "report", "secrets", "trust"},
     "results": {"attention", "files"},
     "sweep": {"commands", "overrides"},
     "report": {"overrides", "sweep"},
     "bench": {
         *("attention", "calibration", "checkpoint", "cli", "commands", "compute", "hosts", "models", "overrides"),
+        *("trust",),
     },
-    "commands": {"cli", "dropin", "overrides"},
+    "commands": {"cli", "dropin", "overrides", "secrets"},
     "dropin": {
         *("attention", "calibration", "callbacks", "checkpoint", "cli", "compute", "data", "hosts", "overrides"),
     },
-    "cli": {"__init__", "attention", "callbacks", "checkpoint", "overrides", "results", "saving", "tasks"},
+    "cli": {
+        *("__init__", "attention", "callbacks", "checkpoint", "overrides", "results", "saving", "secrets", "tasks"),
+        *("trust",),
+    },
 }
 # Libraries that only these parts may import, so that the rest stays light or free of them.
 ONLY_IN = {
@@ -55,6 +64,8 @@ ONLY_IN = {
     "jinja2": {"report/page.py"},
     "markupsafe": {"report/page.py"},
     "optuna": {"sweep"},
+    "onnxruntime": {"export/programs.py"},
+    "onnxscript": {"export/programs.py"},
     "submitit": {"sweep/launchers.py"},
 }
 

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from tests.running import CONF
-from thresher.checkpoint import checked_config, load, load_weights, redacted
+from thresher.checkpoint import load, load_weights
+from thresher.secrets import redacted
+from thresher.trust import checked_config
 
 
 class Bomb:

@@ -85,7 +85,7 @@ def test_experiments_say_what_to_expect(path: Path, tmp_path: Path) -> None:
 
 
 def test_no_config_has_a_place_for_a_key(tmp_path: Path) -> None:
-    from thresher.checkpoint import SECRET
+    from thresher.secrets import SECRET
 
     for path in CHOICES:
         assert not [line for line in path.read_text().splitlines() if SECRET.search(line.partition(":")[0].strip())]

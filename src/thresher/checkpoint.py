@@ -1,52 +1,49 @@
-"""What a checkpoint says about itself, and what of that may be believed.
+"""Checkpoints: weights, and what is needed to rebuild the network that they belong to.
 
 A checkpoint carries the resolved config of its run as plain values, so that it can be rebuilt without the
-command that made it. It may come from a stranger: it is loaded with `weights_only=True`, and its config may name only
-targets that this project's own `conf/` names. A target is code that `instantiate` would run.
+command that made it. It may come from a stranger: it is loaded with `weights_only=True`, and `trust.py` says what of
+its config may be believed.
 """
 
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from thresher import files
+from thresher import exported, files
+from thresher.exported import RECORD
+from thresher.trust import checked_archive, checked_classes, checked_state
 
-RECORD = "thresher"
-SECRET = re.compile(
-    r"^token$|(^|_)(api_?key|secret(_key)?|passw(or)?d|credentials?|(access|api|auth|bearer|hf|refresh)_token)$",
-    re.IGNORECASE,
+# What damaged and hostile files make torch.load raise besides its own errors.
+UNREADABLE = (
+    *(RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError),
+    *(AssertionError, OverflowError, MemoryError),
 )
 
 
-def redacted(node: Any) -> Any:
-    """Return a copy of nested plain values without whatever is named like a secret."""
-    if isinstance(node, Mapping):
-        return {k: "(redacted)" if SECRET.search(str(k)) and v else redacted(v) for k, v in node.items()}
-    return [redacted(child) for child in node] if isinstance(node, list) else node
-
-
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this project onto the CPU, executing nothing.
+    """Read a checkpoint of this project, or the folder of an export, onto the CPU, executing nothing.
 
     Raises:
         FileNotFoundError: There is no such file; the message names those nearby.
         ValueError: It does not fit its checksum, is not readable as weights, or is not one of ours.
     """
     path = Path(path)
+    if exported.is_export(path):
+        return exported.read(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}{_nearby(path)}")
     if damage := files.damage(path):
         raise ValueError(f"{path} cannot be read: {damage}. The file is truncated or damaged; take another one")
+    checked_archive(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, *UNREADABLE) as error:
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise ValueError(
             f"{path} cannot be read as weights: the file is damaged or holds more than weights ({reason})"
@@ -54,30 +51,9 @@ def load(path: str | Path) -> dict[str, Any]:
     record = checkpoint.get(RECORD) if isinstance(checkpoint, dict) else None
     if not isinstance(record, dict) or not {"config", "classes"} <= record.keys() or "state_dict" not in checkpoint:
         raise ValueError(f"{path} was not written by this project's train.py: it carries no config to rebuild from")
+    checkpoint["state_dict"] = checked_state(checkpoint["state_dict"], path)
+    checked_classes(record["classes"], path)
     return checkpoint
-
-
-def checked_config(config: Any, conf: Path, source: str | Path) -> DictConfig:
-    """Return a stored config as one to instantiate from, if all its targets are named in the folder `conf`.
-
-    What is checked is the very object that is returned: OmegaConf would parse a string, and turn tuples into lists.
-
-    Raises:
-        ValueError: It names another target, wants to be interpolated, or is no mapping.
-    """
-    if type(config) is not dict:
-        raise ValueError(f"the config stored in {source} is not a mapping: refused")
-    checked = OmegaConf.create(config)
-    plain = OmegaConf.to_container(checked, resolve=False)
-    files = (OmegaConf.to_container(OmegaConf.load(path), resolve=False) for path in conf.rglob("*.yaml"))
-    allowed = {target for file in files for target in _values(file, "_target_")}
-    for target in _values(plain, "_target_"):
-        if target not in allowed:
-            raise ValueError(f"{source} asks to run {target!r}, which no file of {conf} names: refused")
-    for value in _values(plain, None):
-        if isinstance(value, str) and "${" in value:
-            raise ValueError(f"the config stored in {source} holds an interpolation, {value!r}: refused")
-    return checked
 
 
 def load_weights(task: nn.Module, state: Mapping[str, Tensor], other_attention: bool) -> None:
@@ -119,15 +95,6 @@ def _spread_like(own: Tensor, value: Tensor) -> Tensor:
     if isinstance(own, DTensor):
         return distribute_tensor(value, own.device_mesh, own.placements)
     return value
-
-
-def _values(node: Any, key: str | None) -> Iterator[Any]:
-    """Yield the values of every entry called `key`, or every value, of nested dicts and lists."""
-    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
-    for name, child in children:
-        if key is None or name == key:
-            yield child
-        yield from _values(child, key)
 
 
 def _nearby(path: Path) -> str:

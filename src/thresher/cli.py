@@ -25,10 +25,12 @@ from thresher import __version__, overrides
 from thresher.attention.base import Mechanism
 from thresher.callbacks.heads import HeadStatistics
 from thresher.callbacks.progress import progress
-from thresher.checkpoint import RECORD, checked_config, load, load_weights, redacted
+from thresher.checkpoint import RECORD, load, load_weights
 from thresher.results import attention_name, print_results, write_metrics
 from thresher.saving import CheckpointFiles
+from thresher.secrets import redacted
 from thresher.tasks.base import Task
+from thresher.trust import run_config
 
 EVAL_KEYS = ("ckpt", "run.dir")
 REPLACEABLE = ("attention", "data", "trainer")  # groups that another choice can stand in for
@@ -66,6 +68,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
             "version": __version__,
             "config": config,
             "classes": list(data.class_names),
+            "model_arguments": dict(data.model_arguments),
             "loggers": _identities(trainer.loggers),
         }
         for logger in trainer.loggers:
@@ -117,7 +120,7 @@ def _fit_and_test(
         load_weights(task, load(cfg.ckpt_path)["state_dict"], other_attention=False)
     else:
         start = time.monotonic()
-        trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path)
+        trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         metrics = dict(trainer.callback_metrics) | {"train/seconds": time.monotonic() - start}
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         _warn_if_over_budget(trainer, task)
@@ -299,7 +302,7 @@ def rebuilt(path: Path, given: Sequence[Any], conf: Path) -> tuple[DictConfig, d
         FileNotFoundError: There is no such checkpoint.
     """
     checkpoint = load(path)
-    cfg = checked_config(checkpoint[RECORD]["config"], conf, path)
+    cfg = run_config(checkpoint[RECORD]["config"], conf, path)
     was = cfg.attention["_target_"]
     if cfg.model.get("attention") == cfg.attention:
         cfg.model.attention = "${attention}"
@@ -316,8 +319,8 @@ def rebuilt(path: Path, given: Sequence[Any], conf: Path) -> tuple[DictConfig, d
 
 def evaluation_folder(checkpoint: Path, kind: str) -> Path:
     """Return where an evaluation goes if nobody says: a new folder inside that of the checkpoint's run."""
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    return run / kind / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    run = checkpoint if checkpoint.is_dir() else checkpoint.parent  # that of an export, or of a checkpoint
+    return (run.parent if run.name == "checkpoints" else run) / kind / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def new_folder(folder: str | Path) -> Path:

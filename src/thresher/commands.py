@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from thresher import overrides
+from thresher.secrets import SECRET, without_secrets
 
 
 def checked(conf: Path, name: str, arguments: Sequence[str]) -> None:
@@ -22,8 +23,25 @@ def checked(conf: Path, name: str, arguments: Sequence[str]) -> None:
     given = [a for a in arguments if a not in flags]
     if not any(a.startswith("-") for a in given):
         told(lambda: overrides.check(conf, name, given))
+        told(lambda: refuse_secrets(given))
         if {"--multirun", "-m"} & set(arguments):
             told(lambda: check_multirun(conf, name, given))
+
+
+def refuse_secrets(given: Sequence[str]) -> None:
+    """Refuse a secret among overrides: Hydra's multirun.yaml and the metadata of wandb keep them as they were typed.
+
+    Raises:
+        ValueError: One of them looks like one.
+    """
+    for override in overrides.parse(given):
+        key, text = override.key_or_group, str(override.input_line).partition("=")[2]
+        named = SECRET.search(key.rpartition(".")[2]) and text not in ("", "null") and "${" not in text
+        if named or without_secrets(text) != text:
+            raise ValueError(
+                f"{key} looks like a secret, and a command line is kept in histories, multirun.yaml and wandb's "
+                "metadata. Set it in the environment: WANDB_API_KEY, HF_TOKEN, or key='${oc.env:NAME}'"
+            )
 
 
 def check_multirun(conf: Path, name: str, given: Sequence[str]) -> None:

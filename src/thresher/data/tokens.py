@@ -70,7 +70,9 @@ class HuggingFaceTokenizer:
             ) from error
         name = located(name)
         try:
-            self._inner: Any = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
+            self._inner: Any = AutoTokenizer.from_pretrained(
+                name, local_files_only=Path(name).is_dir(), trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"there is no tokenizer {name!r}, neither as a folder nor, as far as the network reaches, on the hub; "

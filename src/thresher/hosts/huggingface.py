@@ -375,11 +375,13 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: No mechanism was saved there, or none that thresher knows.
     """
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     recipes = getattr(config, NAME, None)
     if not recipes:
         raise ValueError(f"{path} was saved without mechanisms; load it as a dense model, then call sparsify()")
-    base = getattr(transformers, config.architectures[0])
+    base = getattr(transformers, str((config.architectures or [""])[0]), None)
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
+        raise ValueError(f"{path} names {config.architectures} as its architecture, which is no model of transformers")
 
     def init(model: PreTrainedModel, config: Config, *args: Any, **settings: Any) -> None:
         base.__init__(model, config, *args, **settings)

@@ -28,6 +28,7 @@ HEADS: Mapping[str, Any] = {
     "masked": AutoModelForMaskedLM,
     "denoising": AutoModelForSeq2SeqLM,
 }
+NAMES_CODE = ("attn_implementation", "auto_map", "experts_implementation", "quantization_config")
 
 
 class HuggingFaceNet(nn.Module):
@@ -149,8 +150,8 @@ def _model(
         built.vocab_size = vocabulary
     _check_size(built, name, vocabulary, length)
     if pretrained:
-        return auto.from_pretrained(name, config=built, use_safetensors=True)
-    return auto.from_config(built)
+        return auto.from_pretrained(name, config=built, use_safetensors=True, trust_remote_code=False)
+    return auto.from_config(built, trust_remote_code=False)
 
 
 def _config(name: str, pretrained: bool, settings: dict[str, Any]) -> PreTrainedConfig:
@@ -158,7 +159,7 @@ def _config(name: str, pretrained: bool, settings: dict[str, Any]) -> PreTrained
         built: PreTrainedConfig = CONFIG_MAPPING[name]()
     else:
         try:
-            built = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+            built = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir(), trust_remote_code=False)
         except (OSError, ValueError) as error:
             kinds = "" if pretrained else f", or a kind of model ({', '.join(list(CONFIG_MAPPING)[:6])}, ...)"
             raise FileNotFoundError(
@@ -167,8 +168,12 @@ def _config(name: str, pretrained: bool, settings: dict[str, Any]) -> PreTrained
             ) from error
     if unknown := [key for key in settings if not hasattr(built, key)]:
         raise ValueError(f"{type(built).__name__} has no entry {', '.join(unknown)}, which model.config sets")
+    if code := [key for key in settings if key.startswith("_") or key in NAMES_CODE]:
+        raise ValueError(f"model.config.{code[0]} would name code to load, which no config may")
     for key, value in settings.items():
         setattr(built, key, value)
+    if "/" in str(built._attn_implementation):
+        raise ValueError(f"{name} asks for attention code from the hub, {built._attn_implementation!r}: refused")
     return built
 
 
