@@ -107,8 +107,10 @@ class Latte(Mechanism):
         self.thresholds = Thresholds(num_heads, init=theta, tau=tau, trainable=trainable and mode != "hard", unit=unit)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        if q.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.attend(q, k, v, call)
         size = max(BLOCK_PAIRS // max(q.shape[1] * q.shape[2] * k.shape[2], 1), 1)
-        if q.device.type != "cpu" or len(q) <= size or torch.compiler.is_compiling():
+        if len(q) <= size:
             return self.attend(q, k, v, call)
         blocks = [slice(start, start + size) for start in range(0, len(q), size)]
         done = [self.attend(q[rows], k[rows], v[rows], call.examples(rows)) for rows in blocks]

@@ -107,7 +107,7 @@ def largest(scores: Float[Tensor, "*rows m"], k: int) -> Int[Tensor, "*rows k"]:
 
     nan counts as largest, so that it is not hidden by the selection.
     """
-    if scores.dtype == torch.float64:
+    if scores.dtype == torch.float64 or torch.compiler.is_exporting():  # ONNX cannot read the bits of a float
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     # The bits of a float, read as a whole number, are ordered as the floats are, but for the signs of zero and nan.
     bits = (scores + 0.0).masked_fill(scores.isnan(), float("nan")).view(torch.int32)
