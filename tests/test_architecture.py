@@ -34,7 +34,6 @@ MAY_IMPORT = {
     "report": {"overrides", "sweep"},
     "bench": {
         *("attention", "calibration", "checkpoint", "cli", "commands", "compute", "hosts", "models", "overrides"),
-        *("trust",),
     },
     "commands": {"cli", "dropin", "overrides", "secrets"},
     "dropin": {

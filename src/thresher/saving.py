@@ -24,7 +24,7 @@ class CheckpointFiles(CheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = self.previous.get(path.name)
-        files.write_checked(path, lambda file: torch.save(checkpoint, file), kept and path.with_name(kept))
+        files.write_checked(path, lambda file: torch.save(checkpoint, file), path.with_name(kept) if kept else None)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
