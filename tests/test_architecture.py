@@ -10,7 +10,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "thresher"
 # For each part of the package, the other parts that it may import. A file belongs to the longest name that fits.
 MAY_IMPORT = {
     "__init__": {"calibration", "compute", "hosts", "loading"},
-    "attention": set(),
+    "attention": {"kernels"},
+    "kernels": set(),
     "hosts": {"attention"},
     "models": {"attention", "hosts", "installed"},
     "compute": {"attention"},

@@ -1,0 +1,31 @@
+// Independent tasks on several threads: OpenMP, whose pool PyTorch shares, or threads of our own without it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+// Call work(task) for each task in [0, tasks), in any order. A task must write only where no other one does, so that
+// results do not depend on the number of threads.
+template <typename Work>
+void parallel_for(int64_t tasks, int64_t threads, const Work& work) {
+    if (threads > tasks) threads = tasks;
+    if (threads <= 1) {
+        for (int64_t task = 0; task < tasks; ++task) work(task);
+        return;
+    }
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads))
+    for (int64_t task = 0; task < tasks; ++task) work(task);
+#else
+    std::atomic<int64_t> next{0};
+    const auto run = [&] {
+        for (int64_t task; (task = next++) < tasks;) work(task);
+    };
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < threads; ++i) others.emplace_back(run);
+    run();
+    for (auto& other : others) other.join();
+#endif
+}
