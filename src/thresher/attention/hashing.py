@@ -6,6 +6,7 @@ agree a little less often.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -13,33 +14,44 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MAX_BITS = 15  # codes are kept as int16
+AT_A_TIME = 2**21  # projections in memory
+Pack = Callable[[Tensor, int], Tensor]
 
 
-def gaussian_codes(x: Float[Tensor, "g n d"], directions: Float[Tensor, "m bits d"]) -> Int[Tensor, "m g n"]:
-    """Return the codes of all tokens for m hashes of independent Gaussian directions."""
-    place = _place_values(directions.shape[1], x)
-    return torch.stack([((x @ each.to(x.dtype).mT) > 0).to(x.dtype) @ place for each in directions]).to(torch.int16)
+def gaussian_codes(
+    x: Float[Tensor, "g n d"], directions: Float[Tensor, "m bits d"], pack: Pack | None = None
+) -> Int[Tensor, "m g n"]:
+    """Return the codes of all tokens for m hashes of independent Gaussian directions; `pack` reads signs as numbers."""
+    m, bits = directions.shape[:2]
+    if bits == 0:
+        return x.new_zeros(m, *x.shape[:2], dtype=torch.int16)
+    planes = directions.to(x.dtype).flatten(0, 1).mT
+    parts = x.flatten(0, 1).split(max(AT_A_TIME // planes.shape[1], 1))
+    return torch.cat([(pack or pack_signs)(part @ planes, bits) for part in parts], 1).unflatten(1, x.shape[:2])
 
 
 def hadamard_codes(
-    x: Float[Tensor, "g n d"], signs: Float[Tensor, "parts three p"], hashes: int, bits: int
+    x: Float[Tensor, "g n d"], signs: Float[Tensor, "parts three p"], hashes: int, bits: int, pack: Pack | None = None
 ) -> Int[Tensor, "m g n"]:
     """Return codes cut from the signs of H S3 H S2 H S1 x, H the Walsh-Hadamard matrix, S random signs.
 
     A part yields p // bits codes; d is filled up with zeros to p, a power of two.
     """
     width = signs.shape[-1]
-    each = width // bits
-    place = _place_values(bits, x)
     x = F.pad(x, (0, width - x.shape[-1]))
     codes = []
     for part in signs.to(x.dtype):
         y = x
         for sign in part:
             y = walsh_hadamard(y * sign)
-        bit = (y[..., : each * bits] > 0).to(x.dtype).unflatten(-1, (each, bits))
-        codes.append((bit @ place).permute(2, 0, 1))
-    return torch.cat(codes)[:hashes].to(torch.int16)
+        codes.append((pack or pack_signs)(y[..., : width // bits * bits].flatten(0, 1), bits))
+    return torch.cat(codes)[:hashes].unflatten(1, x.shape[:2])
+
+
+def pack_signs(y: Float[Tensor, "n signs"], bits: int) -> Int[Tensor, "m n"]:
+    """Read each `bits` signs of a row as a number, the first as its lowest bit."""
+    place = 2.0 ** torch.arange(bits, dtype=y.dtype, device=y.device)
+    return ((y > 0).to(y.dtype).unflatten(-1, (-1, bits)) @ place).mT.to(torch.int16)
 
 
 def walsh_hadamard(x: Float[Tensor, "*batch p"]) -> Float[Tensor, "*batch p"]:
@@ -55,7 +67,3 @@ def walsh_hadamard(x: Float[Tensor, "*batch p"]) -> Float[Tensor, "*batch p"]:
 def hadamard_width(dim: int) -> int:
     """Return the power of two that a vector of `dim` is filled up to."""
     return 1 << math.ceil(math.log2(max(dim, 2)))
-
-
-def _place_values(bits: int, x: Tensor) -> Tensor:
-    return 2.0 ** torch.arange(bits, dtype=x.dtype, device=x.device)

@@ -24,7 +24,7 @@ Differs    from the official code and its ports: padding is masked (transformers
 """
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from thresher.attention.backends import Backend, check_backend, served_by_kernel
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, check_choice
 from thresher.attention.functional import at_least_fp32, expand_heads, fill_hidden
-from thresher.attention.hashing import MAX_BITS, gaussian_codes, hadamard_codes, hadamard_width
+from thresher.attention.hashing import MAX_BITS, Pack, gaussian_codes, hadamard_codes, hadamard_width
 from thresher.attention.tables import causal_collision_sums, collision_sums, collisions
 from thresher.attention.visibility import (
     count_seen_tokens,
@@ -43,6 +44,7 @@ from thresher.attention.visibility import (
     visible_keys_of,
     visible_pairs,
 )
+from thresher.kernels import yoso as kernel
 
 Grad = Literal["bound", "exact"]
 Hash = Literal["gaussian", "hadamard"]
@@ -63,8 +65,11 @@ class Yoso(Mechanism):
         hash: Directions: "gaussian", independent, or "hadamard", faster and slightly biased.
         conv: Odd width of a depthwise convolution of the values, one filter for each head, added to the output; 0 is
             none. Self attention only.
-        dense_below: With fewer keys, collisions are counted pair by pair: the same result, faster on short sequences.
+        dense_below: With fewer keys, PyTorch counts collisions pair by pair: the same result, faster on short
+            sequences. The kernel never does.
         resample: Draw new hashes at each "forward" in training, or "never". Evaluation uses those in the state dict.
+        backend: "reference" is PyTorch; "cpu" the kernel, refused where it cannot compute a call; "auto" the kernel
+            wherever it can.
 
     Raises:
         ValueError: A hyper-parameter outside its range.
@@ -90,6 +95,7 @@ class Yoso(Mechanism):
         conv: int = 0,
         dense_below: int = 1024,
         resample: Resample = "forward",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(num_heads, head_dim, pattern)
         if hashes < 1 or dense_below < 0:
@@ -105,7 +111,8 @@ class Yoso(Mechanism):
         if conv and (conv < 0 or conv % 2 == 0 or pattern.cross):
             raise ValueError(f"conv is 0 or an odd width, and for self attention only; got {conv}")
         self.hashes, self.bits, self.sampled, self.grad, self.hash = hashes, bits, not expectation, grad, hash
-        self.dense_below, self.resample = dense_below, resample
+        check_backend(backend, "yoso")
+        self.dense_below, self.resample, self.backend = dense_below, resample, backend
         self.filters = nn.Parameter(torch.randn(num_heads, 1, conv) / conv**0.5) if conv else None
         if hash == "gaussian":
             draws = torch.randn(hashes, bits, head_dim)
@@ -121,17 +128,21 @@ class Yoso(Mechanism):
         with torch.autocast(q.device.type, enabled=False):
             wide_q, wide_k = (F.normalize(at_least_fp32(x), dim=-1).flatten(0, 1) for x in (q, k))
             wide_v = at_least_fp32(v).flatten(0, 1)
-            codes = self.codes(wide_q, wide_k) if self.sampled else None
-            if codes is None or m < self.dense_below or call.pairs is not None or call.bias is not None:
+            by_kernel = served_by_kernel(self.backend, "yoso", (wide_q, wide_k, wide_v), self.obstacle(call))
+            codes = self.codes(wide_q, wide_k, kernel.pack if by_kernel else None) if self.sampled else None
+            if (
+                codes is None
+                or (m < self.dense_below and not by_kernel)
+                or call.pairs is not None
+                or call.bias is not None
+            ):
                 mean, met = self.pair_by_pair(wide_q, wide_k, wide_v, call, codes, b)
             else:
                 _, keys = seen_tokens(call, self.pattern, n, m)
-                real = wide_v.new_ones(b, h, m) if keys is None else keys.to(wide_v.dtype).expand(b, h, m)
-                counted = torch.cat([wide_v, real.reshape(b * h, m, 1)], -1)
-                shift = self.causal_shift(n, m)
-                sums = _TableAttention.apply(wide_q, wide_k, counted, *codes, self.bits, self.grad, shift)
-                mean, met = sums[..., :-1], sums[..., -1].detach() * self.hashes
-            mean = mean.view(b, h, n, -1)
+                seen = None if keys is None else keys.expand(b, h, m).flatten(0, 1)
+                way = _Way(2**self.bits, self.grad, self.causal_shift(n, m), by_kernel)
+                mean, met = _TableAttention.apply(wide_q, wide_k, wide_v, *codes, seen, way)
+            mean = mean.view(b, h, n, mean.shape[-1])
             seen, _ = seen_tokens(call, self.pattern, n, m)
             empty = mean.detach().square().sum(-1, keepdim=True) == 0
             out = F.normalize(mean, dim=-1).masked_fill(empty, 0)
@@ -141,7 +152,17 @@ class Yoso(Mechanism):
                 out = out.masked_fill(~seen[..., None], 0)
         return Attended(out.to(v.dtype), self.cost(met.view(b, h, n), call, m, v.shape[-1]))
 
-    def codes(self, q: Tensor, k: Tensor) -> tuple[Int[Tensor, "m g n"], Int[Tensor, "m g k"]]:
+    def obstacle(self, call: Call) -> str | None:
+        """Say why the kernel cannot compute a call."""
+        if not self.sampled:
+            return "expectation=true has no tables"
+        if call.pairs is not None or call.bias is not None:
+            return "masks of pairs and biases have no table form"
+        return None
+
+    def codes(
+        self, q: Tensor, k: Tensor, pack: Pack | None = None
+    ) -> tuple[Int[Tensor, "m g n"], Int[Tensor, "m g k"]]:
         """Return the codes of unit queries and keys, by the same hashes."""
         with torch.no_grad():
             draws = self.draws
@@ -149,8 +170,9 @@ class Yoso(Mechanism):
                 draws = torch.randn_like(draws)
                 draws = draws if self.hash == "gaussian" else draws.sign()
             if self.hash == "gaussian":
-                return gaussian_codes(q, draws), gaussian_codes(k, draws)
-            return hadamard_codes(q, draws, self.hashes, self.bits), hadamard_codes(k, draws, self.hashes, self.bits)
+                return gaussian_codes(q, draws, pack), gaussian_codes(k, draws, pack)
+            code_q, code_k = (hadamard_codes(x, draws, self.hashes, self.bits, pack) for x in (q, k))
+            return code_q, code_k
 
     def causal_shift(self, n: int, m: int) -> int | None:
         return m - n if self.pattern.causal and not self.pattern.cross and n > 1 else None
@@ -255,8 +277,24 @@ class _WithSlopes(torch.autograd.Function):
         return grad * slope, None, None
 
 
+class _Way(NamedTuple):
+    """How tables are used.
+
+    Attributes:
+        slots: Number of different codes.
+        grad: Gradient to queries and keys.
+        shift: Where causal, query i sees keys j <= i + shift.
+        by_kernel: Whether a kernel does it.
+    """
+
+    slots: int
+    grad: Grad
+    shift: int | None
+    by_kernel: bool
+
+
 class _TableAttention(torch.autograd.Function):
-    """The mean over hashes of the sums of colliding values, forward and backward through tables."""
+    """The mean over hashes of the sums of colliding values, forward and backward through tables, and their number."""
 
     @staticmethod
     def forward(
@@ -266,47 +304,66 @@ class _TableAttention(torch.autograd.Function):
         v: Tensor,
         codes_q: Tensor,
         codes_k: Tensor,
-        bits: int,
-        grad: str,
-        shift: int | None,
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, codes_q, codes_k)
-        ctx.bits, ctx.grad, ctx.shift = bits, grad, shift
-        return _read_keys(v, codes_q, codes_k, bits, shift) / len(codes_q)
+        seen: Tensor | None,
+        way: _Way,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k, v, codes_q, codes_k, seen)
+        ctx.way = way
+        if way.by_kernel:
+            sums, met = kernel.sums_of_keys(v, codes_q, codes_k, seen, way.slots, way.shift)
+        else:
+            real = v.new_ones(v.shape[:2]) if seen is None else seen.to(v.dtype)
+            sums = _read_keys(torch.cat([v, real[..., None]], -1), codes_q, codes_k, way)
+            sums, met = sums[..., :-1], sums[..., -1]
+        ctx.mark_non_differentiable(met)
+        return sums / len(codes_q), met
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, codes_q, codes_k = ctx.saved_tensors
-        codes = codes_q, codes_k, ctx.bits, ctx.shift
-        grad_v = _read_queries(grad, *codes) / len(codes_q)
-        if ctx.grad == "exact":
-            grad_q, grad_k = _exact(q, k, v, grad, ctx.bits, ctx.shift)
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, codes_q, codes_k, seen = ctx.saved_tensors
+        way, share = ctx.way, 1 / len(codes_q)
+        if way.by_kernel:
+            grad_v = kernel.sums_of_queries(grad, codes_q, codes_k, way.slots, way.shift) * share
         else:
-            grad_q, grad_k = torch.zeros_like(q), torch.zeros_like(k)
-            for part in torch.arange(v.shape[-1], device=v.device).split(max(COLUMNS // q.shape[-1], 1)):
-                g, u = grad[..., part, None], v[..., part, None]
-                from_keys = _read_keys((u * k[..., None, :]).flatten(2), *codes).unflatten(-1, (len(part), -1))
-                grad_q += (g * from_keys).sum(-2)
-                from_queries = _read_queries((g * q[..., None, :]).flatten(2), *codes).unflatten(-1, (len(part), -1))
-                grad_k += (u * from_queries).sum(-2)
-            share = ctx.bits / (2 * len(codes_q))
-            grad_q, grad_k = grad_q * share, grad_k * share
-        return grad_q, grad_k, grad_v, None, None, None, None, None
+            grad_v = _read_queries(grad, codes_q, codes_k, way) * share
+        if way.grad == "exact":
+            grad_q, grad_k = _exact(q, k, v, grad, way.slots.bit_length() - 1, way.shift)
+        elif way.by_kernel:
+            slope = share * (way.slots.bit_length() - 1) / 2
+            grad_q, grad_k = kernel.bound(q, k, v, grad, codes_q, codes_k, seen, way.slots, way.shift, slope)
+        else:
+            grad_q, grad_k = _bound(q, k, v, grad, codes_q, codes_k, way)
+        return grad_q, grad_k, grad_v, None, None, None, None
 
 
-def _read_keys(x: Tensor, codes_q: Tensor, codes_k: Tensor, bits: int, shift: int | None) -> Tensor:
-    if shift is None:
-        return collision_sums(codes_q, codes_k, x, 2**bits)
-    return causal_collision_sums(codes_q, codes_k, x, 2**bits, shift, BLOCK)
+def _bound(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, codes_q: Tensor, codes_k: Tensor, way: _Way
+) -> tuple[Float[Tensor, "g n d"], Float[Tensor, "g m d"]]:
+    """Return the gradients to queries and keys, feature by feature of the values."""
+    grad_q, grad_k = torch.zeros_like(q), torch.zeros_like(k)
+    for part in torch.arange(v.shape[-1], device=v.device).split(max(COLUMNS // q.shape[-1], 1)):
+        g, u = grad[..., part, None], v[..., part, None]
+        from_keys = _read_keys((u * k[..., None, :]).flatten(2), codes_q, codes_k, way).unflatten(-1, (len(part), -1))
+        grad_q += (g * from_keys).sum(-2)
+        from_queries = _read_queries((g * q[..., None, :]).flatten(2), codes_q, codes_k, way)
+        grad_k += (u * from_queries.unflatten(-1, (len(part), -1))).sum(-2)
+    slope = (way.slots.bit_length() - 1) / (2 * len(codes_q))
+    return grad_q * slope, grad_k * slope
 
 
-def _read_queries(x: Tensor, codes_q: Tensor, codes_k: Tensor, bits: int, shift: int | None) -> Tensor:
+def _read_keys(x: Tensor, codes_q: Tensor, codes_k: Tensor, way: _Way) -> Tensor:
+    if way.shift is None:
+        return collision_sums(codes_q, codes_k, x, way.slots)
+    return causal_collision_sums(codes_q, codes_k, x, way.slots, way.shift, BLOCK)
+
+
+def _read_queries(x: Tensor, codes_q: Tensor, codes_k: Tensor, way: _Way) -> Tensor:
     """Sum over the queries that read a key; in causal attention these are the later ones, so time runs backwards."""
-    if shift is None:
-        return collision_sums(codes_k, codes_q, x, 2**bits)
+    if way.shift is None:
+        return collision_sums(codes_k, codes_q, x, way.slots)
     turned = codes_k.flip(-1), codes_q.flip(-1), x.flip(1)
-    return causal_collision_sums(*turned, 2**bits, 0, BLOCK).flip(1)
+    return causal_collision_sums(*turned, way.slots, 0, BLOCK).flip(1)
 
 
 def _exact(
