@@ -33,6 +33,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from thresher.attention.backends import Backend, check_backend, served_by_kernel
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, check_choice
 from thresher.attention.clusters import Clusters, Directions, cluster_tokens, hash_tokens
 from thresher.attention.dense import attend_densely
@@ -41,6 +42,7 @@ from thresher.attention.layout import to_slots, unplaced
 from thresher.attention.past import cluster_past
 from thresher.attention.tiles import Tiles, attend_in_tiles, keys_of, queries_of
 from thresher.attention.visibility import hide_tokens, seen_tokens, visible_keys_of
+from thresher.kernels import smyrf as kernel
 
 Dedup = Literal["none", "count"]
 Resample = Literal["forward", "never"]
@@ -57,6 +59,8 @@ class Smyrf(Mechanism):
         quantise: Round hash values down to multiples of `width`, as textbooks do; ties go by position.
         width: Width of the hash buckets of `quantise`.
         resample: Draw new hashes at each "forward" in training, or "never". Evaluation uses those in the state dict.
+        backend: "reference" is PyTorch; "cpu" the kernel, refused where it cannot compute a call; "auto" the kernel
+            wherever it can.
 
     Raises:
         ValueError: A hyper-parameter outside its range.
@@ -81,6 +85,7 @@ class Smyrf(Mechanism):
         quantise: bool = False,
         width: float = 4.0,
         resample: Resample = "forward",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(num_heads, head_dim, pattern)
         if cluster < 1 or not 1 <= rounds <= 255:
@@ -90,7 +95,8 @@ class Smyrf(Mechanism):
         for name, got, choices in (("dedup", dedup, Dedup), ("resample", resample, Resample)):
             check_choice(name, got, get_args(choices))
         self.cluster, self.rounds, self.dedup = cluster, rounds, dedup
-        self.quantise, self.width, self.resample = quantise, width, resample
+        check_backend(backend, "smyrf")
+        self.quantise, self.width, self.resample, self.backend = quantise, width, resample, backend
         self.register_buffer("directions", torch.randn(rounds, head_dim + 2))
         self.register_buffer("shifts", torch.rand(rounds))
 
@@ -104,7 +110,11 @@ class Smyrf(Mechanism):
             wide_q, wide_k, wide_v = (at_least_fp32(x).flatten(0, 1) for x in (q, k, v))
             with torch.no_grad():
                 parts = self.assign(wide_q, wide_k, call)
-            out, meetings, kept = self.attend(wide_q, wide_k, wide_v, call, parts)
+            by_kernel = served_by_kernel(self.backend, "smyrf", (wide_q, wide_k, wide_v), self.obstacle(call))
+            if by_kernel:
+                out, meetings, kept = self.attend_by_kernel(wide_q, wide_k, wide_v, parts)
+            else:
+                out, meetings, kept = self.attend(wide_q, wide_k, wide_v, call, parts)
         pairs = visible_keys_of(call, self.pattern, n, m, q.device).sum(-1).float().expand(b, h)
         cost = Cost(
             score=meetings.view(b, h) * d,
@@ -180,6 +190,33 @@ class Smyrf(Mechanism):
             meetings = meetings + (real_q * shown.sum(-1)).sum((1, 2))
             again = again + twice
         out = attend_in_tiles(q, k, v, tiles, extras, dropout=dropout, fused=call.pairs is None)
+        return out, meetings.float(), (meetings - again).float()
+
+    def obstacle(self, call: Call) -> str | None:
+        """Say why the kernel cannot compute a call."""
+        if call.pairs is not None or call.bias is not None:
+            return "it has no masks of pairs and no biases"
+        if self.dropout and self.training:
+            return "it has no dropout of attention weights"
+        if self.dedup == "count" and self.rounds > 1:
+            return "it does not divide by the number of meetings (dedup=count)"
+        return None
+
+    def attend_by_kernel(
+        self, q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Clusters]
+    ) -> tuple[Float[Tensor, "g n dv"], Float[Tensor, " g"], Float[Tensor, " g"]]:
+        """Do what `attend` does in the kernel."""
+        found = []
+        for part in parts:
+            tiles = part.number if part.of_tile is None else part.of_tile.shape[1]
+            token_q, token_k = (
+                part.queries.token.unflatten(1, (tiles, -1)),
+                part.keys.token.unflatten(1, (part.number, -1)),
+            )
+            of_tile = token_q.new_empty(0) if part.of_tile is None else part.of_tile
+            times = self.rounds if part.present else 1
+            found.append(kernel.Part(token_q, token_k, of_tile, part.of_query, part.of_key, part.present, times))
+        out, meetings, again = kernel.attend(q, k, v, found, k.shape[1] - q.shape[1])
         return out, meetings.float(), (meetings - again).float()
 
     def pairwise(

@@ -1,0 +1,309 @@
+// Softmax attention of tiles of queries inside clusters of keys, merged by log-sum-exp, and its gradients.
+//
+// Inside a round a query is in one tile and a key in one cluster, so clusters are independent tasks; rounds follow one
+// another. Sums run in one order whatever the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "exponential.h"
+#include "matrix.h"
+#include "parallel.h"
+
+using namespace thresher;
+
+namespace {
+
+constexpr int64_t CHUNK = 48;  // queries whose scores are in cache at a time
+
+// Which queries meet which keys; a token that is not there has the number of all tokens.
+struct Part {
+    const int64_t *token_q, *token_k, *of_tile, *of_query, *of_key;
+    int64_t tiles, tile, clusters, cluster, rounds, causal, shift, times;
+};
+
+struct Sizes {
+    int64_t groups, n, m, d, dv;
+};
+
+// The tokens of a cluster or a tile, and their rows in padded memory.
+template <class T>
+struct Rows {
+    std::vector<int64_t> tokens;
+    int64_t size() const { return static_cast<int64_t>(tokens.size()); }
+
+    void take(const int64_t* slots, int64_t number, int64_t none) {
+        tokens.clear();
+        for (int64_t i = 0; i < number; ++i)
+            if (slots[i] < none) tokens.push_back(slots[i]);
+    }
+};
+
+template <class T>
+void gather(const Rows<T>& rows, const T* from, int64_t width, T scale, std::vector<T>& to) {
+    const int64_t wide = padded(width);
+    if (static_cast<int64_t>(to.size()) < rows.size() * wide) to.resize(rows.size() * wide);
+    for (int64_t i = 0; i < rows.size(); ++i) {
+        const T* row = from + rows.tokens[i] * width;
+        T* out = &to[i * wide];
+        for (int64_t c = 0; c < width; ++c) out[c] = row[c] * scale;
+        for (int64_t c = width; c < wide; ++c) out[c] = T(0);
+    }
+}
+
+// to[c, i] = x[i, c], rows of `to` padded with zeros.
+template <class T>
+void turn(const std::vector<T>& x, int64_t rows, int64_t width, std::vector<T>& to) {
+    const int64_t wide = padded(rows);
+    if (static_cast<int64_t>(to.size()) < width * wide) to.resize(width * wide);
+    for (int64_t c = 0; c < width; c += 8) {
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t e = 0; e < 8; ++e) to[(c + e) * wide + i] = x[i * width + c + e];
+        for (int64_t e = 0; e < 8; ++e) std::fill(&to[(c + e) * wide] + rows, &to[(c + e) * wide] + wide, T(0));
+    }
+}
+
+template <class T>
+void add_rows(const Rows<T>& rows, const std::vector<T>& from, int64_t width, T scale, T* to) {
+    const int64_t wide = padded(width);
+    for (int64_t i = 0; i < rows.size(); ++i)
+        for (int64_t c = 0; c < width; ++c) to[rows.tokens[i] * width + c] += scale * from[i * wide + c];
+}
+
+template <class T>
+class Cluster {
+  public:
+    Cluster(const Sizes& sizes, const Part& part, int64_t g, int64_t cluster)
+        : s(sizes), part(part), g(g), round(cluster / (part.clusters / part.rounds)), d(padded(s.d)), dv(padded(s.dv)),
+          scale(1 / std::sqrt(static_cast<T>(s.d))) {
+        keys.take(part.token_k + (g * part.clusters + cluster) * part.cluster, part.cluster, s.m);
+        width = padded(keys.size());
+        first = last = cluster;
+        if (part.of_tile) {
+            const int64_t *of = part.of_tile + g * part.tiles, *end = of + part.tiles;
+            first = std::lower_bound(of, end, cluster) - of;
+            last = std::upper_bound(of, end, cluster) - of - 1;
+        }
+    }
+
+    void attend(const T* q, const T* k, const T* v, T* out, T* level, int64_t& met, int64_t& again) {
+        if (!keys.size()) return;
+        gather(keys, k + g * s.m * s.d, s.d, T(1), key);
+        gather(keys, v + g * s.m * s.dv, s.dv, T(1), value);
+        turn(key, keys.size(), d, turned_key);
+        sums.resize(CHUNK * dv);
+        weights.resize(CHUNK * width);
+        for (int64_t tile = first; tile <= last; ++tile) {
+            queries.take(part.token_q + (g * part.tiles + tile) * part.tile, part.tile, s.n);
+            gather(queries, q + g * s.n * s.d, s.d, scale, query);
+            for (int64_t i = 0; i < queries.size(); i += CHUNK) {
+                const int64_t number = std::min(CHUNK, queries.size() - i);
+                score(i, number, met);
+                T tops[CHUNK], totals[CHUNK];
+                for (int64_t r = 0; r < number; ++r) soften(&weights[r * width], tops[r], totals[r]);
+                T* to = sums.data();
+                const int64_t wide = dv;
+                multiply(Left<T>{weights.data(), width, 1}, value.data(), dv, number, dv, keys.size(),
+                         [=](int64_t r, int64_t c, Vector<T> x) { store(to + r * wide + c, x); });
+                for (int64_t r = 0; r < number; ++r) {
+                    const int64_t token = g * s.n + queries.tokens[i + r];
+                    merge(out + token * s.dv, level[token], &sums[r * dv], tops[r], totals[r]);
+                }
+            }
+            again += count_again();
+        }
+    }
+
+    void back(const T* grad, const T* q, const T* k, const T* v, const T* out, const T* level, T* into_q, T* into_k,
+              T* into_v) {
+        if (!keys.size()) return;
+        gather(keys, k + g * s.m * s.d, s.d, T(1), key);
+        gather(keys, v + g * s.m * s.dv, s.dv, T(1), value);
+        turn(key, keys.size(), d, turned_key);
+        turn(value, keys.size(), dv, turned_value);
+        weights.resize(CHUNK * width);
+        through.resize(CHUNK * width);
+        sum_k.assign(keys.size() * d, T(0));
+        sum_v.assign(keys.size() * dv, T(0));
+        int64_t met = 0;
+        for (int64_t tile = first; tile <= last; ++tile) {
+            queries.take(part.token_q + (g * part.tiles + tile) * part.tile, part.tile, s.n);
+            gather(queries, q + g * s.n * s.d, s.d, scale, query);
+            gather(queries, grad + g * s.n * s.dv, s.dv, T(1), grads);
+            sums.resize(queries.size() * d);
+            for (int64_t i = 0; i < queries.size(); i += CHUNK) {
+                const int64_t number = std::min(CHUNK, queries.size() - i);
+                score(i, number, met);
+                T *p = weights.data(), *t = through.data();
+                const int64_t wide = width;
+                multiply(Left<T>{&grads[i * dv], dv, 1}, turned_value.data(), width, number, width, dv,
+                         [=](int64_t r, int64_t c, Vector<T> x) { store(t + r * wide + c, x); });
+                for (int64_t r = 0; r < number; ++r) {
+                    const int64_t token = g * s.n + queries.tokens[i + r];
+                    T benefit = 0;
+                    for (int64_t c = 0; c < s.dv; ++c) benefit += grad[token * s.dv + c] * out[token * s.dv + c];
+                    T most = level[token] - std::log(static_cast<T>(part.times));
+                    if (level[token] == -std::numeric_limits<T>::infinity()) most = -most;  // it met nothing
+                    for (int64_t c = 0; c < width; c += Wide<T>::LANES) {
+                        const Vector<T> weight = exponential(load(p + r * width + c) - most);
+                        store(p + r * width + c, weight);
+                        store(t + r * width + c, weight * (load(t + r * width + c) - benefit));
+                    }
+                }
+                add(Left<T>{p, 1, width}, &grads[i * dv], dv, keys.size(), number, sum_v.data());
+                add(Left<T>{t, 1, width}, &query[i * d], d, keys.size(), number, sum_k.data());
+                T* to = &sums[i * d];
+                const int64_t row = d;
+                multiply(Left<T>{t, width, 1}, key.data(), d, number, d, keys.size(),
+                         [=](int64_t r, int64_t c, Vector<T> x) { store(to + r * row + c, x); });
+            }
+            add_rows(queries, sums, s.d, scale, into_q + g * s.n * s.d);
+        }
+        add_rows(keys, sum_k, s.d, T(1), into_k + g * s.m * s.d);
+        add_rows(keys, sum_v, s.dv, T(1), into_v + g * s.m * s.dv);
+    }
+
+  private:
+    const Sizes& s;
+    const Part& part;
+    const int64_t g, round, d, dv;
+    const T scale;
+    int64_t width = 0, first = 0, last = 0;
+    Rows<T> keys, queries;
+    std::vector<T> key, value, turned_key, turned_value, query, grads, weights, through, sums, sum_k, sum_v;
+
+    // Scores of `number` queries from the i-th on, -inf where a key is hidden or not there; counts those that are.
+    void score(int64_t i, int64_t number, int64_t& met) {
+        const T none = -std::numeric_limits<T>::infinity();
+        T* to = weights.data();
+        const int64_t wide = width;
+        multiply(Left<T>{&query[i * d], d, 1}, turned_key.data(), width, number, width, d,
+                 [=](int64_t r, int64_t c, Vector<T> x) { store(to + r * wide + c, x); });
+        for (int64_t r = 0; r < number; ++r) {
+            std::fill(&weights[r * width] + keys.size(), &weights[r * width] + width, none);
+            met += keys.size();
+            if (!part.causal) continue;
+            for (int64_t j = 0; j < keys.size(); ++j)
+                if (keys.tokens[j] > queries.tokens[i + r] + part.shift) {
+                    weights[r * width + j] = none;
+                    --met;
+                }
+        }
+    }
+
+    void soften(T* row, T& top, T& sum) const {
+        Vector<T> best = load(row);
+        for (int64_t c = Wide<T>::LANES; c < width; c += Wide<T>::LANES) {
+            const Vector<T> x = load(row + c);
+            best = x > best ? x : best;
+        }
+        top = largest<T>(best);
+        if (top == -std::numeric_limits<T>::infinity()) {
+            sum = 0;
+            return;
+        }
+        Vector<T> part_sum{};
+        for (int64_t c = 0; c < width; c += Wide<T>::LANES) {
+            const Vector<T> x = exponential(load(row + c) - top);
+            store(row + c, x);
+            part_sum += x;
+        }
+        sum = total<T>(part_sum);
+    }
+
+    void merge(T* out, T& level, const T* fresh, T top, T sum) const {
+        if (sum == 0) return;
+        const T other = top + std::log(sum) + std::log(static_cast<T>(part.times));
+        const bool none = level == -std::numeric_limits<T>::infinity();
+        const T high = none || other > level ? other : level;
+        const T merged = none ? other : high + std::log(std::exp(level - high) + std::exp(other - high));
+        const T old_share = none ? T(0) : std::exp(level - merged), share = std::exp(other - merged) / sum;
+        for (int64_t c = 0; c < s.dv; ++c) out[c] = (none ? T(0) : out[c] * old_share) + fresh[c] * share;
+        level = merged;
+    }
+
+    void add(Left<T> left, const T* b, int64_t columns, int64_t rows, int64_t inner, T* into) const {
+        multiply(left, b, columns, rows, columns, inner, [=](int64_t i, int64_t c, Vector<T> x) {
+            store(into + i * columns + c, load(into + i * columns + c) + x);
+        });
+    }
+
+    // Count the pairs that met in an earlier round.
+    int64_t count_again() const {
+        int64_t found = 0;
+        if (!round) return found;
+        std::vector<int32_t> of(round * keys.size());
+        std::vector<uint8_t> seen(keys.size());
+        for (int64_t r = 0; r < round; ++r)
+            for (int64_t j = 0; j < keys.size(); ++j)
+                of[r * keys.size() + j] = static_cast<int32_t>(part.of_key[(r * s.groups + g) * s.m + keys.tokens[j]]);
+        for (const int64_t token : queries.tokens) {
+            std::fill(seen.begin(), seen.end(), 0);
+            for (int64_t r = 0; r < round; ++r) {
+                const int32_t mine = static_cast<int32_t>(part.of_query[(r * s.groups + g) * s.n + token]);
+                const int32_t* theirs = &of[r * keys.size()];
+                for (int64_t j = 0; j < keys.size(); ++j) seen[j] |= theirs[j] == mine;
+            }
+            int32_t number = 0;
+            for (int64_t j = 0; j < keys.size(); ++j) number += seen[j];
+            found += number;
+        }
+        return found;
+    }
+};
+
+template <class T>
+void attend(const T* q, const T* k, const T* v, T* out, T* level, int64_t* met, int64_t* again, Sizes sizes, Part part,
+            int64_t threads) {
+    const int64_t each = part.clusters / part.rounds;
+    std::vector<int64_t> counts(2 * sizes.groups * part.clusters, 0);
+    for (int64_t round = 0; round < part.rounds; ++round)
+        parallel_for(sizes.groups * each, threads, [&](int64_t task) {
+            const int64_t g = task / each, cluster = round * each + task % each;
+            int64_t* count = &counts[2 * (g * part.clusters + cluster)];
+            Cluster<T>(sizes, part, g, cluster).attend(q, k, v, out, level, count[0], count[1]);
+        });
+    for (int64_t i = 0; i < sizes.groups * part.clusters; ++i) {
+        met[i / part.clusters] += counts[2 * i];
+        again[i / part.clusters] += counts[2 * i + 1];
+    }
+}
+
+template <class T>
+void back(const T* grad, const T* q, const T* k, const T* v, const T* out, const T* level, T* into_q, T* into_k,
+          T* into_v, Sizes sizes, Part part, int64_t threads) {
+    const int64_t each = part.clusters / part.rounds;
+    for (int64_t round = 0; round < part.rounds; ++round)
+        parallel_for(sizes.groups * each, threads, [&](int64_t task) {
+            Cluster<T>(sizes, part, task / each, round * each + task % each)
+                .back(grad, q, k, v, out, level, into_q, into_k, into_v);
+        });
+}
+
+}  // namespace
+
+#define PART                                                                                                           \
+    const int64_t *token_q, const int64_t *token_k, const int64_t *of_tile, const int64_t *of_query,                   \
+        const int64_t *of_key, int64_t groups, int64_t n, int64_t m, int64_t d, int64_t dv, int64_t tiles,             \
+        int64_t tile, int64_t clusters, int64_t cluster, int64_t rounds, int64_t causal, int64_t shift, int64_t times, \
+        int64_t threads
+#define GIVEN                                                                                                          \
+    Sizes{groups, n, m, d, dv},                                                                                        \
+        Part{token_q, token_k, of_tile, of_query, of_key, tiles, tile, clusters, cluster, rounds, causal, shift, times}, \
+        threads
+
+#define FOR_TYPE(T, NAME)                                                                                              \
+    extern "C" void attend_##NAME(const T* q, const T* k, const T* v, T* out, T* level, int64_t* met, int64_t* again,  \
+                                  PART) {                                                                              \
+        attend(q, k, v, out, level, met, again, GIVEN);                                                                \
+    }                                                                                                                  \
+    extern "C" void back_##NAME(const T* grad, const T* q, const T* k, const T* v, const T* out, const T* level,       \
+                                T* into_q, T* into_k, T* into_v, PART) {                                               \
+        back(grad, q, k, v, out, level, into_q, into_k, into_v, GIVEN);                                                \
+    }
+
+FOR_TYPE(float, float32)
+FOR_TYPE(double, float64)
