@@ -3,8 +3,9 @@
 Keeps      the k keys of a row with the largest scores, all of them if fewer are visible; of equal scores the one with
            the lower index, so that results do not depend on the backend.
 Costs      every score is computed, D MACs a visible pair, and Dv for each kept pair: (1 + kept) / 2 of dense if D = Dv.
-           This file multiplies weights and values as dense matrices, chunk by chunk: what it saves is memory. Nothing
-           of size n x m outlives its chunk; backward keeps k weights and k indices a row.
+           PyTorch multiplies weights and values as dense matrices, chunk by chunk: what it saves is memory. The kernel
+           computes scores once and touches kept pairs only in all the rest. Nothing of size n x m outlives its chunk;
+           backward keeps k weights and k indices a row.
 Trains     nothing of its own. Gradients are those of the softmax over the kept keys, the selection held constant;
            nothing flows to dropped keys. The cost has no gradient, so no budget can train it: k is set.
 Estimates  nothing: outputs are deterministic. With m the dropped softmax mass, the error against dense attention is
@@ -23,9 +24,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from thresher.attention.backends import Backend, check_backend, served_by_kernel
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
 from thresher.attention.functional import at_least_fp32, drop_weights, expand_heads
 from thresher.attention.visibility import hide_tokens, visible_keys_of, visible_pairs
+from thresher.kernels import topk as kernel
 
 
 class TopK(Mechanism):
@@ -33,7 +36,9 @@ class TopK(Mechanism):
 
     Args:
         keys: Keys of a query: a whole number, or a share in (0, 1] of the visible ones, rounded down but at least one.
-        chunk: Queries whose scores are in memory at a time.
+        chunk: Queries whose scores are in memory at a time, in PyTorch; the kernel sees to that itself.
+        backend: "reference" is PyTorch; "cpu" the kernel, refused where it cannot compute a call; "auto" the kernel
+            wherever it can.
 
     Raises:
         ValueError: A hyper-parameter outside its range.
@@ -42,14 +47,23 @@ class TopK(Mechanism):
     dense_limit = {"keys": 1.0}
 
     def __init__(
-        self, num_heads: int, head_dim: int, pattern: Pattern, *, keys: int | float = 0.15, chunk: int = 256
+        self,
+        num_heads: int,
+        head_dim: int,
+        pattern: Pattern,
+        *,
+        keys: int | float = 0.15,
+        chunk: int = 256,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(num_heads, head_dim, pattern)
         check_keys(keys)
         if chunk < 1:
             raise ValueError(f"chunk counts queries and must be at least 1, got {chunk}")
         self.keys = keys
+        check_backend(backend, "topk")
         self.chunk = chunk
+        self.backend = backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
         (b, h, n, d), m = q.shape, k.shape[2]
@@ -57,18 +71,33 @@ class TopK(Mechanism):
         q, k, v = hide_tokens(q, k, v, call, self.pattern)
         visible = visible_keys_of(call, self.pattern, n, m, q.device)
         limit = allowed(self.keys, m, q.device)[visible]
+        kept, pairs = (x.sum(-1).float().expand(b, h) for x in (limit, visible))
+        cost = self.cost(kept, pairs, v.shape[-1])
         k_most, dropout, outs = most(self.keys, m), self.dropout if self.training else 0.0, []
         with torch.autocast(q.device.type, enabled=False):
             wide_q, wide_k = at_least_fp32(q) * d**-0.5, at_least_fp32(k)
+            if served_by_kernel(self.backend, "topk", (wide_q, wide_k), self.obstacle(call)):
+                folded = (x.flatten(0, 1) for x in (wide_q, wide_k, at_least_fp32(v)))
+                seen = None if call.keys is None else call.keys[:, None].expand(b, h, m).flatten(0, 1)
+                shift = m - n if self.pattern is Pattern.CAUSAL_SELF and n > 1 else None
+                limits = limit.expand(b, h, n).flatten(0, 1)
+                attended, _, _ = kernel.attend(*folded, seen, limits, k_most, shift)
+                return Attended(attended.unflatten(0, (b, h)).to(v.dtype), cost)
             biases = [None] * -(-n // self.chunk) if call.bias is None else call.bias.split(self.chunk, 2)
             for start, part, bias in zip(range(0, n, self.chunk), wide_q.split(self.chunk, 2), biases, strict=True):
                 rows = range(start, start + part.shape[2])
                 shown = visible_pairs(call, self.pattern, n, m, q.device, rows)
                 few = limit[:, :, rows.start : rows.stop, None]
                 outs.append(_TopKAttention.apply(part, wide_k, v, bias, shown, few, k_most, dropout))
-        out = torch.cat(outs, 2)
-        kept, pairs = (x.sum(-1).float().expand(b, h) for x in (limit, visible))
-        return Attended(out, self.cost(kept, pairs, v.shape[-1]))
+        return Attended(torch.cat(outs, 2), cost)
+
+    def obstacle(self, call: Call) -> str | None:
+        """Say why the kernel cannot compute a call."""
+        if call.pairs is not None or call.bias is not None:
+            return "it has no masks of pairs and no biases"
+        if self.dropout and self.training:
+            return "it has no dropout of attention weights"
+        return None
 
     def cost(self, kept: Tensor, visible: Tensor, value_dim: int) -> Cost:
         return Cost(

@@ -1,0 +1,321 @@
+// Attention over the k largest scores of each query, and its gradients.
+//
+// Scores of a few queries at a time are written as whole numbers that are ordered as the floats are, nan the largest.
+// The k-th largest of the maxima of groups of keys is a bound that at least k scores reach, and hardly more do: only
+// those are looked at again, to find the k-th largest itself. Of equal scores the lower index wins.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "exponential.h"
+#include "matrix.h"
+#include "parallel.h"
+
+using namespace thresher;
+
+namespace {
+
+constexpr int64_t SCORES = 320 * 1024;  // bytes of scores in memory, to stay in the L2 cache
+constexpr int64_t CHANNELS = 32;        // of keys and values that one task of backward adds up
+constexpr int64_t QUERIES = 64;         // of a task
+
+template <class T>
+using Key = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+template <class T>
+constexpr Key<T> NOTHING = std::numeric_limits<Key<T>>::min();
+
+template <class T>
+struct Keys {
+    typedef Key<T> Vector __attribute__((vector_size(BYTES)));
+    typedef Key<T> Loose __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
+};
+
+template <class T>
+inline typename Keys<T>::Vector ordered(Vector<T> x) {
+    const Vector<T> number = x + T(0);  // no negative zero
+    const auto bits = (typename Keys<T>::Vector)number;
+    const auto order = bits ^ ((bits >> (8 * sizeof(T) - 1)) & std::numeric_limits<Key<T>>::max());
+    const typename Keys<T>::Vector nan = typename Keys<T>::Vector{} + std::numeric_limits<Key<T>>::max();
+    return x == x ? order : nan;
+}
+
+template <class T>
+inline T number_of(Key<T> order) {
+    const Key<T> bits = order ^ ((order >> (8 * sizeof(T) - 1)) & std::numeric_limits<Key<T>>::max());
+    T x;
+    std::memcpy(&x, &bits, sizeof(T));
+    return x;
+}
+
+template <class K>
+inline int64_t count_from(const K* x, int64_t n, K bound) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < n; i += 1024) {
+        K found = 0;
+        for (int64_t j = i; j < std::min(n, i + 1024); ++j) found += x[j] >= bound;
+        total += found;
+    }
+    return total;
+}
+
+template <class K>
+inline K middle(K low, K high) {
+    return (low & high) + ((low ^ high) >> 1);
+}
+
+// A bound that at least k of x reach, and at most `enough` if that is to be had in a few steps: the exact one if 0.
+template <class K>
+K bound_of(const K* x, int64_t n, int64_t k, int64_t enough) {
+    K low = x[0], high = x[0];
+    for (int64_t i = 1; i < n; ++i) {
+        low = std::min(low, x[i]);
+        high = std::max(high, x[i]);
+    }
+    while (low < high) {
+        const K half = middle<K>(low, high) + 1;
+        const int64_t count = count_from(x, n, half);
+        if (count >= k) {
+            low = half;
+            if (count <= std::max(enough, k)) break;
+        } else {
+            high = half - 1;
+        }
+    }
+    return low;
+}
+
+template <class T>
+class Selector {
+  public:
+    // Put the indices of the k largest of m scores into `index`, in ascending order; hidden ones are NOTHING.
+    void select(const Key<T>* row, int64_t m, int64_t k, int32_t* index) {
+        using K = Key<T>;
+        constexpr int LANES = Wide<T>::LANES;
+        const int64_t vectors = m / LANES, each = vectors * LANES / (2 * k);
+        K bound = NOTHING<T> + 1;
+        if (each >= 2) {
+            highest.clear();
+            for (int64_t i = 0; i < vectors; i += each) {
+                auto best = *reinterpret_cast<const typename Keys<T>::Loose*>(row + i * LANES);
+                for (int64_t j = i + 1; j < std::min(vectors, i + each); ++j) {
+                    const auto x = *reinterpret_cast<const typename Keys<T>::Loose*>(row + j * LANES);
+                    best = x > best ? x : best;
+                }
+                for (int e = 0; e < LANES; ++e) highest.push_back(best[e]);
+            }
+            bound = std::max<K>(bound, bound_of(highest.data(), highest.size(), k, k + k / 16));
+        }
+        if (static_cast<int64_t>(place.size()) < m + 8) place.resize(m + 8), value.resize(m + 8);
+        const int64_t found = filter(row, m, bound);
+        for (int64_t i = 0; i < found; ++i) value[i] = row[place[i]];
+        const K last = found > k ? bound_of(value.data(), found, k, 0) : NOTHING<T>;
+        const int64_t above = found > k ? (last < std::numeric_limits<K>::max() ? count_from<K>(value.data(), found, last + 1) : 0) : found;
+        int64_t equals = k - above, number = 0;
+        for (int64_t i = 0; i < found && number < k; ++i) {
+            if (value[i] < last || (found > k && value[i] == last && equals-- <= 0)) continue;
+            index[number++] = place[i];
+        }
+    }
+
+  private:
+    std::vector<Key<T>> highest, value;
+    std::vector<int32_t> place;
+
+    int64_t filter(const Key<T>* row, int64_t m, Key<T> bound) {
+        int64_t found = 0, j = 0;
+#if defined(__AVX2__)
+        if constexpr (sizeof(T) == 4) {
+            const __m256i below = _mm256_set1_epi32(bound - 1);
+            for (; j + 8 <= m; j += 8) {
+                const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + j));
+                unsigned mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(x, below))));
+                for (; mask; mask &= mask - 1) place[found++] = static_cast<int32_t>(j + __builtin_ctz(mask));
+            }
+        }
+#endif
+        for (; j < m; ++j) {
+            place[found] = static_cast<int32_t>(j);
+            found += row[j] >= bound;
+        }
+        return found;
+    }
+};
+
+struct Sizes {
+    int64_t groups, n, m, d, dv, most;
+};
+
+// to[p, c, e] = k[16 p + e, c]: panels of 16 keys, the last filled up with zeros.
+template <class T>
+void panels_of(const T* k, int64_t m, int64_t d, int64_t panel, T* to) {
+    for (int64_t e = 0; e < BLOCK; ++e) {
+        const int64_t j = panel * BLOCK + e;
+        for (int64_t c = 0; c < d; ++c) to[(panel * d + c) * BLOCK + e] = j < m ? k[j * d + c] : T(0);
+    }
+}
+
+template <class T>
+void soften(T* weight, int64_t number) {
+    constexpr int LANES = Wide<T>::LANES;
+    T top = weight[0];
+    for (int64_t i = 1; i < number; ++i) top = weight[i] > top ? weight[i] : top;
+    T sum = 0;
+    int64_t i = 0;
+    for (; i + LANES <= number; i += LANES) store(weight + i, exponential(load(weight + i) - top));
+    for (; i < number; ++i) weight[i] = std::exp(weight[i] - top);
+    for (i = 0; i < number; ++i) sum += weight[i];
+    for (i = 0; i < number; ++i) weight[i] /= sum;
+}
+
+// out[c] = sum over i of weight[i] * rows[index[i], c]
+template <class T>
+void weigh(const T* weight, const int32_t* index, int64_t number, const T* rows, int64_t width, T* out) {
+    constexpr int LANES = Wide<T>::LANES, VECTORS = 32 / LANES;
+    int64_t c = 0;
+    for (; c + 32 <= width; c += 32) {
+        Vector<T> sum[VECTORS] = {};
+        for (int64_t i = 0; i < number; ++i) {
+            const T* row = rows + index[i] * width + c;
+            for (int j = 0; j < VECTORS; ++j) sum[j] += weight[i] * load(row + j * LANES);
+        }
+        for (int j = 0; j < VECTORS; ++j) store(out + c + j * LANES, sum[j]);
+    }
+    for (; c < width; ++c) {
+        T sum = 0;
+        for (int64_t i = 0; i < number; ++i) sum += weight[i] * rows[index[i] * width + c];
+        out[c] = sum;
+    }
+}
+
+template <class T>
+T dot(const T* a, const T* b, int64_t width) {
+    constexpr int LANES = Wide<T>::LANES;
+    Vector<T> one{}, other{};
+    int64_t c = 0;
+    for (; c + 2 * LANES <= width; c += 2 * LANES) {
+        one += load(a + c) * load(b + c);
+        other += load(a + c + LANES) * load(b + c + LANES);
+    }
+    T sum = total<T>(one + other);
+    for (; c < width; ++c) sum += a[c] * b[c];
+    return sum;
+}
+
+template <class T>
+void attend(const T* q, const T* k, const T* v, const uint8_t* seen, const int64_t* limit, T* out, T* weight,
+            int32_t* index, Sizes s, int64_t causal, int64_t shift, int64_t threads) {
+    constexpr int64_t ROWS = Wide<T>::ROWS;
+    const int64_t panels = (s.m + BLOCK - 1) / BLOCK, width = panels * BLOCK;
+    const int64_t rows = std::clamp<int64_t>(SCORES / (width * int64_t(sizeof(T)) + 1) / ROWS, 1, 48 / ROWS) * ROWS;
+    std::vector<T> packed(panels * s.d * BLOCK);
+    for (int64_t g = 0; g < s.groups; ++g) {
+        parallel_for(panels, threads, [&](int64_t panel) { panels_of(k + g * s.m * s.d, s.m, s.d, panel, packed.data()); });
+        const uint8_t* shown = seen ? seen + g * s.m : nullptr;
+        parallel_for((s.n + QUERIES - 1) / QUERIES, threads, [&](int64_t task) {
+            std::vector<Key<T>> scores(rows * width);
+            Selector<T> selector;
+            const int64_t end = std::min(s.n, (task + 1) * QUERIES);
+            for (int64_t i = task * QUERIES; i < end; i += rows) {
+                const int64_t number = std::min(rows, end - i);
+                const int64_t reach = causal ? std::clamp<int64_t>(i + number + shift, 0, s.m) : s.m;
+                Key<T>* to = scores.data();
+                for (int64_t panel = 0; panel * BLOCK < reach; ++panel)
+                    multiply(Left<T>{q + (g * s.n + i) * s.d, s.d, 1}, &packed[panel * s.d * BLOCK], BLOCK, number, BLOCK,
+                             s.d, [=](int64_t r, int64_t c, Vector<T> x) {
+                                 *reinterpret_cast<typename Keys<T>::Loose*>(to + r * width + panel * BLOCK + c) =
+                                     ordered<T>(x);
+                             });
+                for (int64_t r = 0; r < number; ++r) {
+                    const int64_t row = g * s.n + i + r, kept = limit[row];
+                    const int64_t ahead = causal ? std::clamp<int64_t>(i + r + shift + 1, 0, s.m) : s.m;
+                    Key<T>* score = to + r * width;
+                    if (shown)
+                        for (int64_t j = 0; j < ahead; ++j) score[j] = shown[j] ? score[j] : NOTHING<T>;
+                    T* w = weight + row * s.most;
+                    int32_t* x = index + row * s.most;
+                    if (kept) {
+                        selector.select(score, ahead, kept, x);
+                        for (int64_t j = 0; j < kept; ++j) w[j] = number_of<T>(score[x[j]]);
+                        soften(w, kept);
+                    }
+                    weigh(w, x, kept, v + g * s.m * s.dv, s.dv, out + row * s.dv);
+                    std::fill(w + kept, w + s.most, T(0));
+                    std::fill(x + kept, x + s.most, -1);
+                }
+            }
+        });
+    }
+}
+
+template <class T>
+void back(const T* grad, const T* q, const T* k, const T* v, const T* weight, const int32_t* index, T* into_q, T* into_k,
+          T* into_v, Sizes s, int64_t threads) {
+    std::vector<T> through(s.n * s.most);
+    for (int64_t g = 0; g < s.groups; ++g) {
+        parallel_for((s.n + QUERIES - 1) / QUERIES, threads, [&](int64_t task) {
+            for (int64_t i = task * QUERIES; i < std::min(s.n, (task + 1) * QUERIES); ++i) {
+                const int64_t row = g * s.n + i;
+                const T* w = weight + row * s.most;
+                const int32_t* x = index + row * s.most;
+                T* t = &through[i * s.most];
+                int64_t kept = 0;
+                T mean = 0;
+                for (; kept < s.most && x[kept] >= 0; ++kept) {
+                    t[kept] = dot(grad + row * s.dv, v + (g * s.m + x[kept]) * s.dv, s.dv);
+                    mean += w[kept] * t[kept];
+                }
+                for (int64_t j = 0; j < kept; ++j) t[j] = w[j] * (t[j] - mean);
+                weigh(t, x, kept, k + g * s.m * s.d, s.d, into_q + row * s.d);
+            }
+        });
+        // Each task owns some channels of all keys, so that queries are added in order.
+        const int64_t of_k = (s.d + CHANNELS - 1) / CHANNELS, of_v = (s.dv + CHANNELS - 1) / CHANNELS;
+        parallel_for(of_k + of_v, threads, [&](int64_t task) {
+            const bool keys = task < of_k;
+            const int64_t width = keys ? s.d : s.dv, first = (keys ? task : task - of_k) * CHANNELS;
+            const int64_t number = std::min(CHANNELS, width - first);
+            const T *from = (keys ? q + g * s.n * s.d : grad + g * s.n * s.dv) + first;
+            T* to = (keys ? into_k + g * s.m * s.d : into_v + g * s.m * s.dv) + first;
+            for (int64_t j = 0; j < s.m; ++j) std::fill_n(to + j * width, number, T(0));
+            for (int64_t i = 0; i < s.n; ++i) {
+                const T* share = keys ? &through[i * s.most] : weight + (g * s.n + i) * s.most;
+                const int32_t* x = index + (g * s.n + i) * s.most;
+                T row[CHANNELS];
+                std::copy_n(from + i * width, number, row);
+                for (int64_t j = 0; j < s.most && x[j] >= 0; ++j) {
+                    T* sum = to + x[j] * width;
+                    if (number == CHANNELS)
+                        for (int64_t c = 0; c < CHANNELS; ++c) sum[c] += share[j] * row[c];
+                    else
+                        for (int64_t c = 0; c < number; ++c) sum[c] += share[j] * row[c];
+                }
+            }
+        });
+    }
+}
+
+}  // namespace
+
+#define FOR_TYPE(T, NAME)                                                                                              \
+    extern "C" void attend_##NAME(const T* q, const T* k, const T* v, const uint8_t* seen, const int64_t* limit,       \
+                                  T* out, T* weight, int32_t* index, int64_t groups, int64_t n, int64_t m, int64_t d,  \
+                                  int64_t dv, int64_t most, int64_t causal, int64_t shift, int64_t threads) {          \
+        attend(q, k, v, seen, limit, out, weight, index, {groups, n, m, d, dv, most}, causal, shift, threads);         \
+    }                                                                                                                  \
+    extern "C" void back_##NAME(const T* grad, const T* q, const T* k, const T* v, const T* weight,                    \
+                                const int32_t* index, T* into_q, T* into_k, T* into_v, int64_t groups, int64_t n,      \
+                                int64_t m, int64_t d, int64_t dv, int64_t most, int64_t threads) {                     \
+        back(grad, q, k, v, weight, index, into_q, into_k, into_v, {groups, n, m, d, dv, most}, threads);              \
+    }
+
+FOR_TYPE(float, float32)
+FOR_TYPE(double, float64)
