@@ -33,7 +33,12 @@ class Cell(NamedTuple):
 
 
 MAKERS = configured()
-CELLS = [Cell(name, make, pattern) for name, make in MAKERS.items() for pattern in Pattern]
+IN_PYTORCH = {
+    f"{name}-reference": partial(make.func, **(make.keywords | {"backend": "reference"}))
+    for name, make in MAKERS.items()
+    if "backend" in make.keywords
+}
+CELLS = [Cell(name, make, pattern) for name, make in (MAKERS | IN_PYTORCH).items() for pattern in Pattern]
 SUPPORTED = [cell for cell in CELLS if cell.pattern in cell.cls.supports]
 
 
