@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "compute": {"attention"},
     "budgets": {"compute"},
     "calibration": {"attention"},
+    "explain": {"attention"},
     "data": {"installed"},
     "installed": set(),
     "tasks": {"attention", "budgets", "calibration", "compute"},
