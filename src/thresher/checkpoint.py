@@ -36,24 +36,34 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if exported.is_export(path):
         return exported.read(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}{_nearby(path)}")
-    if damage := files.damage(path):
-        raise ValueError(f"{path} cannot be read: {damage}. The file is truncated or damaged; take another one")
-    checked_archive(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, *UNREADABLE) as error:
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise ValueError(
-            f"{path} cannot be read as weights: the file is damaged or holds more than weights ({reason})"
-        ) from error
+    checkpoint = read(path)
     record = checkpoint.get(RECORD) if isinstance(checkpoint, dict) else None
     if not isinstance(record, dict) or not {"config", "classes"} <= record.keys() or "state_dict" not in checkpoint:
         raise ValueError(f"{path} was not written by this project's train.py: it carries no config to rebuild from")
     checkpoint["state_dict"] = checked_state(checkpoint["state_dict"], path)
     checked_classes(record["classes"], path)
     return checkpoint
+
+
+def read(path: Path) -> Any:
+    """Read a file of weights onto the CPU, executing nothing, whoever wrote it.
+
+    Raises:
+        FileNotFoundError: There is no such file; the message names those nearby.
+        ValueError: It does not fit its checksum, or is not readable as weights.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}{_nearby(path)}")
+    if damage := files.damage(path):
+        raise ValueError(f"{path} cannot be read: {damage}. The file is truncated or damaged; take another one")
+    checked_archive(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, *UNREADABLE) as error:
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise ValueError(
+            f"{path} cannot be read as weights: the file is damaged or holds more than weights ({reason})"
+        ) from error
 
 
 def load_weights(task: nn.Module, state: Mapping[str, Tensor], other_attention: bool) -> None:

@@ -9,6 +9,8 @@ from lightning_fabric.plugins import CheckpointIO
 
 from thresher import checkpoint, files
 
+HANDED_OVER = ".temp.ckpt"  # Lightning's name for bare weights that a spawned process hands to the first one
+
 
 class CheckpointFiles(CheckpointIO):
     """Writes checkpoints that are whole or not there, and reads those of this project.
@@ -29,7 +31,7 @@ class CheckpointFiles(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return checkpoint.load(path)
+        return checkpoint.read(Path(path)) if Path(path).name == HANDED_OVER else checkpoint.load(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         files.remove_checked(Path(path))
