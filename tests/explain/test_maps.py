@@ -89,7 +89,7 @@ def test_variants(make: partial[Mechanism]) -> None:
 
 
 def test_what_is_no_sum_of_values_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"attn: the output of Yoso .* no attention map to show"):
+    with pytest.raises(ValueError, match=r"attn: the output of Yoso .* it has no map to show"):
         mapped(Yoso(2, 8, Pattern.NONCAUSAL_SELF, conv=3))
 
     class Squared(Dense):

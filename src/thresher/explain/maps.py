@@ -108,7 +108,7 @@ def attention_map(recorded: Recorded) -> AttentionMap:
         if error > tolerance:
             raise ValueError(
                 f"{name}: the output of {type(mechanism).__name__} with these hyper-parameters is no weighted sum of "
-                f"its values, not even up to a factor for each row (off by {error:.1%}): it has no attention map to show"
+                f"its values, not even up to a factor for each row (off by {error:.1%}): it has no map to show"
             )
     return AttentionMap(weights, visible, values, error, expected, scaled)
 

@@ -1,7 +1,8 @@
 """A network as a program that needs no code of ours: torch.export's, or ONNX. Each is compared before it is kept."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def write_program(net: nn.Module, arguments: Mapping[str, Any], folder: Path, ki
     dynamic = tuple({0: batch} for _ in trial)
     path, write = (folder / "model.pt2", _write_torch) if kind == "torch" else (folder / "model.onnx", _write_onnx)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), _without_kernels(net), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run = write(net, trial, dynamic, path)
             error = max(_error(net, run, inputs(arguments, size)) for size in BATCHES)
@@ -57,6 +58,19 @@ def write_program(net: nn.Module, arguments: Mapping[str, Any], folder: Path, ki
         f"{str(x.dtype).removeprefix('torch.')} [batch, {', '.join(map(str, x.shape[1:]))}]" for x in trial
     )
     return {path.name: f"for {how}: {shapes}; outputs within {error:.1e} of the network's, relative to the largest"}
+
+
+@contextmanager
+def _without_kernels(net: nn.Module) -> Iterator[None]:
+    """Let PyTorch compute what kernels of ours would: a program needs no code of ours."""
+    chosen: dict[Any, Any] = {m: m.backend for m in net.modules() if isinstance(m, Mechanism) and hasattr(m, "backend")}
+    for mechanism in chosen:
+        mechanism.backend = "reference"
+    try:
+        yield
+    finally:
+        for mechanism, backend in chosen.items():
+            mechanism.backend = backend
 
 
 def inputs(arguments: Mapping[str, Any], batch: int) -> tuple[Tensor, ...]:
