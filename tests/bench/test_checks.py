@@ -71,16 +71,16 @@ class Backed(TopK):
         backend: Literal["auto", "reference", "right", "weak", "greedy", "deaf"] = "auto",
     ) -> None:
         super().__init__(num_heads, head_dim, pattern, keys=keys)
-        self.backend = backend
+        self.quirk = backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
         everything = self.keys == 1.0
-        if everything or self.backend in ("auto", "reference", "right"):
+        if everything or self.quirk in ("auto", "reference", "right"):
             return super().forward(q, k, v, call)
-        if self.backend == "deaf":
+        if self.quirk == "deaf":
             return super().forward(q, k.detach() + 0 * k, v, call)
         out, cost = super().forward(q, k, v, call)
-        if self.backend == "weak":
+        if self.quirk == "weak":
             return Attended(out * 0.98, cost)
         return Attended(out, Cost(*cost[:4], cost.kept * 1.5, cost.visible))
 
