@@ -46,7 +46,7 @@ def test_what_fails_its_check_is_told_and_not_timed(tmp_path: Path, capsys: pyte
     out = capsys.readouterr().out
     assert "FAIL: its dense limit does not cost" in out
     assert "left 00:00:00" in out
-    assert "topk (keys 8) reference noncausal_self: forward:" in out
+    assert "topk (keys 8) auto noncausal_self: forward:" in out
     assert "not measured" in out  # the target of what was not timed
     with pytest.raises(ValueError, match="already holds a benchmark"):
         bench(conf, [*SMALL, f"dir='{tmp_path}/out'"])
