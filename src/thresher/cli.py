@@ -166,6 +166,7 @@ def build_task(cfg: DictConfig, data: Any) -> Task:
         **data.task_arguments,
     )
     task.attention = attention_name(net)
+    task.seed = cfg.seed
     return task
 
 

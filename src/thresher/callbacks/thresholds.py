@@ -124,15 +124,23 @@ class AnnealTemperature(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Task)
-        done = self.end**pl_module.progress
-        self._start = {name: t.tau / done for name, t in thresholds_of(pl_module).items()}
+        if not self._start:
+            self._start = {name: t.tau.clone() for name, t in thresholds_of(pl_module).items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the widths that the training began with."""
+        return {"start": self._start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on narrowing from the beginning of the whole training."""
+        self._start = state_dict["start"]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, Task)
         if self.end == 1:
             return
         for name, thresholds in thresholds_of(pl_module).items():
-            thresholds.tau.copy_(self._start[name] * self.end**pl_module.progress)
+            thresholds.tau.copy_(self._start[name].to(thresholds.tau.device) * self.end**pl_module.progress)
 
 
 class WatchThresholds(pl.Callback):

@@ -20,8 +20,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset
 
+from thresher.data.loading import EpochLoader, EpochSampler, Seeded
 from thresher.data.tokens import Tokenizer, load_tokenizer
 
 Objective = Literal["causal", "masked", "denoising"]
@@ -199,7 +200,7 @@ class CorpusData(pl.LightningDataModule):
         """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
         train = self._part("train")
         share = len(train) // (self.trainer.world_size if self.trainer else 1)
-        sampler = RandomSampler(train, generator=torch.Generator().manual_seed(self.order_seed))
+        sampler = EpochSampler(train, self.order_seed)
         return self._loader(train, sampler, drop_last=share >= self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -216,10 +217,10 @@ class CorpusData(pl.LightningDataModule):
         return self._parts[name]
 
     def _loader(
-        self, part: Windows, sampler: RandomSampler | None = None, *, drop_last: bool = False
+        self, part: Windows, sampler: EpochSampler | None = None, *, drop_last: bool = False
     ) -> DataLoader[Any]:
-        return DataLoader(
-            part,
+        return EpochLoader(
+            Seeded(part, self.order_seed) if sampler else part,
             batch_size=self.batch_size,
             sampler=sampler,
             drop_last=drop_last,

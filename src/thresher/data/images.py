@@ -8,11 +8,12 @@ import pytorch_lightning as pl
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from thresher.data.augmentation import AUGMENTS, CropFlip, PerImage
 from thresher.data.examples import Examples, Source, as_delivered
+from thresher.data.loading import EpochLoader, EpochSampler, Seeded
 
 
 class ImageData(pl.LightningDataModule, ABC):
@@ -193,9 +194,8 @@ class ImageData(pl.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
         train = self._ready(self._train, "fit")
-        generator = torch.Generator().manual_seed(self.order_seed)
         share = len(train) // (self.trainer.world_size if self.trainer else 1)
-        return self._loader(train, RandomSampler(train, generator=generator), drop_last=share >= self.batch_size)
+        return self._loader(train, EpochSampler(train, self.order_seed), drop_last=share >= self.batch_size)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return all validation images, in one order."""
@@ -211,10 +211,10 @@ class ImageData(pl.LightningDataModule, ABC):
         return examples
 
     def _loader(
-        self, examples: Examples, sampler: RandomSampler | None = None, *, drop_last: bool = False
+        self, examples: Examples, sampler: EpochSampler | None = None, *, drop_last: bool = False
     ) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(
-            examples,
+        return EpochLoader(
+            Seeded(examples, self.order_seed) if sampler else examples,
             batch_size=self.batch_size,
             sampler=sampler,
             drop_last=drop_last,

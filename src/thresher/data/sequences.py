@@ -10,7 +10,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
+
+from thresher.data.loading import EpochLoader, EpochSampler
 
 POOL = 50  # batches among which sequences are sorted by length
 
@@ -153,7 +155,7 @@ class SequenceData(pl.LightningDataModule, ABC):
         """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
         train = self._part("train")
         share = len(train) // (self.trainer.world_size if self.trainer else 1)
-        sampler = RandomSampler(train, generator=torch.Generator().manual_seed(self.order_seed))
+        sampler = EpochSampler(train, self.order_seed)
         return self._loader(train, LengthBatches(sampler, self.batch_size, drop_last=share >= self.batch_size))
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -174,7 +176,7 @@ class SequenceData(pl.LightningDataModule, ABC):
         return self._parts[name]
 
     def _loader(self, part: Sequences, batches: BatchSampler) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(
+        return EpochLoader(
             part,
             batch_sampler=batches,
             num_workers=self.workers,

@@ -1,5 +1,6 @@
 """What all tasks share: the meter around the forward pass, the budget in the loss, the logs of both."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ class Task(pl.LightningModule, ABC):
     Attributes:
         metric: Name of the metric that says how good the network is, for example "acc".
         attention: What runs inside, for messages.
+        seed: Of what is drawn in training.
         fixed_ratio: Share of dense MACs that selection costs, known after the first step.
         stored: Plain values that every checkpoint carries under the key "thresher".
     """
@@ -66,6 +68,7 @@ class Task(pl.LightningModule, ABC):
         self.budget = budget
         self.attention = "this attention"
         self.fixed_ratio = 0.0
+        self.seed = 0
         self.stored: dict[str, Any] = {}
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
@@ -103,10 +106,10 @@ class Task(pl.LightningModule, ABC):
             whole = [module.offset for module in self.net.modules() if isinstance(module, Thresholds)]
             shard(self.net, self.device_mesh["data_parallel"], whole)
 
-    def on_train_start(self) -> None:
-        """Let each process draw its own random numbers; the network was built from the same ones."""
-        if self.global_rank:
-            torch.manual_seed(torch.initial_seed() + self.global_rank)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make all that is drawn a function of seed, step, micro-batch and process, whatever was drawn before."""
+        key = f"{self.seed}/{self.global_step}/{batch_idx}/{self.global_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1)
 
     @property
     def progress(self) -> float:
@@ -256,3 +259,16 @@ class Task(pl.LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["thresher"] = self.stored
+        checkpoint["settled"] = {
+            "done": self._settled,
+            "fixed_ratio": self.fixed_ratio,
+            "bounded": self.budget.bound is not None,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what the first step settled: thresholds are calibrated by it before the next one."""
+        settled = checkpoint.get("settled")
+        if settled is not None and settled["done"]:
+            self._settled, self.fixed_ratio = True, settled["fixed_ratio"]
+            if not settled["bounded"]:
+                self.budget.bound = None
