@@ -50,7 +50,7 @@ def identities(images: Tensor) -> list[int]:
 
 
 def split_of(data: ImageData) -> tuple[list[int], list[int]]:
-    train, val = data.train_dataloader().dataset.examples, data.val_dataloader().dataset
+    train, val = data.train_dataloader().dataset, data.val_dataloader().dataset
     return train.indices.tolist(), val.indices.tolist()
 
 

@@ -50,7 +50,7 @@ class EpochLoader(DataLoader[Any]):
 
 
 class Seeded(Dataset[Any]):
-    """Examples whose random changes follow from a seed and the batch that they are in.
+    """Examples whose random changes follow from a seed and the batch that they are in; otherwise as they are.
 
     Args:
         examples: The examples.
@@ -63,11 +63,10 @@ class Seeded(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of each sequence, where the examples are sequences."""
-        lengths: np.ndarray = self.examples.lengths
-        return lengths
+    def __getattr__(self, name: str) -> Any:
+        if name == "examples":  # not there yet, while a worker unpickles this
+            raise AttributeError(name)
+        return getattr(self.examples, name)
 
     def __getitem__(self, index: int) -> Any:
         with drawing_from(key_of(self.seed, index)):
