@@ -61,7 +61,8 @@ def test_thresholds_that_do_not_move_are_told(tmp_path: Path) -> None:
 
 
 def test_thresholds_that_collapse_are_told(tmp_path: Path) -> None:
-    cfg = tiny_config(tmp_path / "run", "compute=free", "attention.theta=0.0", "test=false")
+    still = ("optimizer.threshold_lr=0.0", "callbacks.watch.moved=0")
+    cfg = tiny_config(tmp_path / "run", "compute=free", "attention.theta=0.0", "test=false", *still)
     with pytest.warns(UserWarning, match="have threshold 0"):
         cli.train(cfg)
 
