@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "loading": {"checkpoint", "exported", "trust"},
     "export": {"attention", "checkpoint", "exported", "loading", "report", "secrets", "trust"},
     "results": {"attention", "files"},
+    "resuming": {"checkpoint", "files"},
     "sweep": {"commands", "overrides"},
     "report": {"overrides", "sweep"},
     "bench": {
@@ -42,8 +43,8 @@ MAY_IMPORT = {
         *("attention", "calibration", "callbacks", "checkpoint", "cli", "compute", "data", "hosts", "overrides"),
     },
     "cli": {
-        *("__init__", "attention", "callbacks", "checkpoint", "overrides", "results", "saving", "secrets", "tasks"),
-        *("trust",),
+        *("__init__", "attention", "callbacks", "checkpoint", "overrides", "results", "resuming", "saving"),
+        *("secrets", "tasks", "trust"),
     },
 }
 # Libraries that only these parts may import, so that the rest stays light or free of them.
@@ -54,8 +55,8 @@ ONLY_IN = {
         *("hosts/huggingface.py", "hosts/__main__.py", "models/huggingface.py"),
     },
     "datasets": {"data/hub.py"},
-    "hydra": {"overrides.py", "commands.py", "cli.py"},
-    "pytorch_lightning": {"tasks", "callbacks", "data", "bench/overhead.py", "dropin/run.py", "cli.py"},
+    "hydra": {"overrides.py", "commands.py", "cli.py", "resuming.py"},
+    "pytorch_lightning": {"tasks", "callbacks", "data", "bench/overhead.py", "dropin/run.py", "cli.py", "resuming.py"},
     "reformer_pytorch": {"bench/peers.py"},
     "performer_pytorch": {"bench/peers.py"},
     "nystrom_attention": {"bench/peers.py"},

@@ -127,7 +127,7 @@ def test_a_training_begins_with_the_weights_of_another_run(
     frozen = ("optimizer.lr=0", "optimizer.weight_decay=0", "attention=topk", "attention.keys=10000", "compute=free")
     again = cli.train(tiny_config(tmp_path / "a", f"init_from='{path}'", *frozen, "trainer.max_epochs=1"))
     assert again["test/loss"] == pytest.approx(metrics["test/loss"], abs=1e-5)
-    with pytest.raises(ValueError, match="set one of them"):
+    with pytest.raises(ValueError, match="goes on from resume=PATH"):
         cli.train(tiny_config(tmp_path / "b", f"init_from='{path}'", f"ckpt_path='{path}'"))
     with pytest.raises(ValueError, match="the checkpoint does not fit this network"):
         cli.train(tiny_config(tmp_path / "c", f"init_from='{path}'", "model.depth=3"))

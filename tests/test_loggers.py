@@ -87,7 +87,8 @@ def test_wandb_run_id_is_stored_and_continued(tmp_path: Path) -> None:
     cli.train(tiny_config(folder, *overrides))
     ckpt = folder / "checkpoints" / "last.ckpt"
     first = load(ckpt)["thresher"]["loggers"]["wandb"]
-    cli.train(tiny_config(folder, *overrides, "trainer.max_epochs=2", f"ckpt_path='{ckpt}'"))
+    with pytest.warns(UserWarning, match="with other settings"):
+        cli.train(tiny_config(folder, *overrides, "trainer.max_epochs=2", f"resume='{ckpt}'"))
     assert load(ckpt)["thresher"]["loggers"]["wandb"] == first
     assert len({p.name.rpartition("-")[2] for p in folder.glob("wandb/offline-run-*")}) == 1
 

@@ -35,7 +35,7 @@ def test_a_run_leaves_everything_it_promises(run: tuple[Path, dict[str, float]])
         assert math.isfinite(written[key])
     assert (folder / "config.yaml").is_file()
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {
-        *("best.ckpt", "best.ckpt.sha256", "last.ckpt", "last.ckpt.sha256"),
+        *("best.ckpt", "best.ckpt.sha256", "last.ckpt", "last.ckpt.sha256", "previous.ckpt", "previous.ckpt.sha256"),
     }
     heads = json.loads((folder / "heads.json").read_text())
     assert [layer["name"] for layer in heads["layers"]] == ["blocks.0.attn", "blocks.1.attn"]
@@ -130,8 +130,8 @@ def test_eval_says_which_checkpoints_exist(run: tuple[Path, Any]) -> None:
 def test_the_last_checkpoint_is_the_last_and_the_best_the_best(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     cli.train(tiny_config(folder, "compute=free", "trainer.max_epochs=3", "optimizer.lr=0.0", *QUIET, "test=false"))
-    last, best = (load(folder / "checkpoints" / f"{name}.ckpt")["epoch"] for name in ("last", "best"))
-    assert (last, best) == (2, 0), "weights that do not move are best in the first epoch"
+    last, best = (load(folder / "checkpoints" / f"{name}.ckpt")["global_step"] for name in ("last", "best"))
+    assert (last, best) == (12, 4), "weights that do not move are best in the first epoch"
 
 
 def test_testing_without_training_needs_a_checkpoint_and_uses_it(run: tuple[Path, dict[str, float]]) -> None:
@@ -165,8 +165,10 @@ def test_an_average_of_weights_keeps_the_budget(tmp_path: Path) -> None:
 
 
 def test_a_run_is_not_overwritten(run: tuple[Path, Any]) -> None:
-    with pytest.raises(ValueError, match="already holds a run"):
-        cli.train(tiny_config(run[0]))
+    with pytest.raises(ValueError, match="already holds a run: choose"):
+        cli.train(tiny_config(run[0], "resume=never"))
+    with pytest.raises(ValueError, match=r"already holds a run with other settings \(seed: 0 → 1"):
+        cli.train(tiny_config(run[0], "compute.target=0.5", "seed=1"))
 
 
 def test_a_run_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
@@ -174,7 +176,8 @@ def test_a_run_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
     cli.train(tiny_config(folder, "trainer.max_epochs=1", "test=false"))
     ckpt = folder / "checkpoints" / "last.ckpt"
     steps = load(ckpt)["global_step"]
-    cli.train(tiny_config(folder, "trainer.max_epochs=2", "test=false", f"ckpt_path='{ckpt}'"))
+    with pytest.warns(UserWarning, match=r"with other settings than it began with: trainer\.max_epochs: 1 → 2"):
+        cli.train(tiny_config(folder, "trainer.max_epochs=2", "test=false", f"resume='{ckpt}'"))
     assert load(folder / "checkpoints" / "last.ckpt")["global_step"] == 2 * steps
 
 

@@ -19,14 +19,17 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from thresher import __version__, overrides
 from thresher.attention.base import Mechanism
+from thresher.callbacks.csv_log import CsvLog
 from thresher.callbacks.heads import HeadStatistics
 from thresher.callbacks.progress import progress
+from thresher.callbacks.snapshots import Snapshots
 from thresher.checkpoint import RECORD, load, load_weights
 from thresher.results import attention_name, print_results, write_metrics
+from thresher.resuming import NEWEST, PREVIOUS, Beginning, beginning, run_folder, save_config
 from thresher.saving import CheckpointFiles
 from thresher.secrets import redacted
 from thresher.tasks.base import Task
@@ -51,19 +54,22 @@ def train(cfg: DictConfig) -> dict[str, float]:
     quiet_lightning()
     if "dropin" in cfg:
         raise ValueError(f"{cfg.run.name} trains nothing: python eval.py experiment=... measures it")
-    folder = _new_run_folder(cfg)
-    _continue_loggers(cfg)
+    folder = run_folder(cfg)
     config = plain_config(cfg)
+    start = beginning(cfg, config, folder)
+    if "wandb" in (cfg.logger or {}) and cfg.logger.wandb.id is None:
+        cfg.logger.wandb.id = start.wandb
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = read_data(cfg)
     task = build_task(cfg, data)
-    if cfg.init_from is not None:
-        _begin_from(cfg, task)
+    if cfg.init_from is not None and start.path is None:
+        load_weights(task, load(cfg.init_from)["state_dict"], other_attention=True)
+        rank_zero_info(f"weights of {cfg.init_from}")
     rank_zero_info(describe(task))
     if cfg.compile:
         compile_network(task)
     with _closed_loggers():
-        trainer = _trainer(cfg, folder)
+        trainer = _trainer(cfg, folder, start)
         task.stored = {
             "version": __version__,
             "config": config,
@@ -74,39 +80,36 @@ def train(cfg: DictConfig) -> dict[str, float]:
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
         if trainer.is_global_zero:
-            _save_config(config, folder)
-        metrics, best = _fit_and_test(cfg, trainer, task, data, folder)
+            save_config(config, folder)
+        metrics, best = _fit_and_test(cfg, trainer, task, data, folder, start)
     if trainer.is_global_zero:
         print_results(f"{cfg.run.name}  →  {folder}", metrics, folder / "heads.json", _commands(cfg, best))
     return metrics
 
 
-def _begin_from(cfg: DictConfig, task: Task) -> None:
-    """Load the weights of another run, say a dense one; thresholds and whatever else a mechanism holds begin anew."""
-    if cfg.ckpt_path is not None:
-        raise ValueError("ckpt_path goes on with a run, init_from begins one with another's weights: set one of them")
-    load_weights(task, load(cfg.init_from)["state_dict"], other_attention=True)
-    rank_zero_info(f"weights of {cfg.init_from}")
-
-
-def _trainer(cfg: DictConfig, folder: Path) -> pl.Trainer:
+def _trainer(cfg: DictConfig, folder: Path, start: Beginning) -> pl.Trainer:
     callbacks = [make(callback) for callback in (cfg.callbacks or {}).values()]
     if not cfg.logger:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    loggers = [make(logger) for logger in (cfg.logger or {}).values()]
+    tables = [logger for logger in loggers if isinstance(logger, CsvLog)]
+    for table, rows in zip(tables, start.rows or [0] * len(tables), strict=True):
+        table.go_on(rows)
+    callbacks.sort(key=lambda callback: not isinstance(callback, Snapshots))  # before others touch the next batch
     trainer: pl.Trainer = make(cfg.trainer)(
-        logger=[make(logger) for logger in (cfg.logger or {}).values()],
+        logger=loggers,
         callbacks=callbacks,
         default_root_dir=str(folder),
         enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
         enable_model_summary=False,
-        plugins=[CheckpointFiles()],
+        plugins=[CheckpointFiles({NEWEST: PREVIOUS})],
     )
     return trainer
 
 
 def _fit_and_test(
-    cfg: DictConfig, trainer: pl.Trainer, task: Task, data: Any, folder: Path
+    cfg: DictConfig, trainer: pl.Trainer, task: Task, data: Any, folder: Path, begun: Beginning
 ) -> tuple[dict[str, float], str]:
     """Train and test as far as `cfg` wants; return the metrics and the path of the best checkpoint, if there is one.
 
@@ -120,8 +123,11 @@ def _fit_and_test(
         load_weights(task, load(cfg.ckpt_path)["state_dict"], other_attention=False)
     else:
         start = time.monotonic()
-        trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        trainer.fit(task, datamodule=data, ckpt_path=begun.path, weights_only=True)
         metrics = dict(trainer.callback_metrics) | {"train/seconds": time.monotonic() - start}
+        for snapshots in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(snapshots, Snapshots):
+                metrics = snapshots.metrics | metrics | {"train/seconds": snapshots.seconds}
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         _warn_if_over_budget(trainer, task)
         _write(trainer, folder, metrics)
@@ -135,13 +141,6 @@ def _fit_and_test(
 
 def _write(trainer: pl.Trainer, folder: Path, metrics: dict[str, Any]) -> dict[str, float]:
     return write_metrics(folder if trainer.is_global_zero else None, metrics)
-
-
-def _save_config(config: dict[str, Any], folder: Path) -> None:
-    """Write the config of a run; that of a continuation stands beside the first one."""
-    path = folder / "config.yaml"
-    continued = sum(1 for _ in folder.glob("config*.yaml"))
-    OmegaConf.save(OmegaConf.create(config), path.with_stem(f"config_{continued}") if continued else path)
 
 
 def _warn_if_over_budget(trainer: pl.Trainer, task: Task) -> None:
@@ -211,25 +210,6 @@ def compile_network(task: Task) -> None:
     # The gradient of the budget is logged apart from the task's, from the same graph.
     torch._functorch.config.donated_buffer = False
     task.net.compile()
-
-
-def _new_run_folder(cfg: DictConfig) -> Path:
-    """Make the folder of the run; one that already holds a run is only entered to go on with that run."""
-    if HydraConfig.initialized():
-        # Hydra knows the folder of each job of a sweep, and Lightning tells it to the processes that it starts.
-        cfg.run.dir = os.path.relpath(HydraConfig.get().runtime.output_dir)
-    folder = Path(cfg.run.dir)
-    continued = cfg.ckpt_path is not None and folder.resolve() in Path(cfg.ckpt_path).resolve().parents
-    if getattr(rank_zero_only, "rank", 0) == 0 and (folder / "config.yaml").exists() and not continued:
-        raise ValueError(f"{folder} already holds a run: choose another run.dir, or go on with it by ckpt_path")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _continue_loggers(cfg: DictConfig) -> None:
-    """Let a run that goes on from a checkpoint log into the wandb run that it began."""
-    if cfg.ckpt_path is not None and "wandb" in (cfg.logger or {}) and cfg.logger.wandb.id is None:
-        cfg.logger.wandb.id = load(cfg.ckpt_path)[RECORD]["loggers"].get("wandb")
 
 
 def _identities(loggers: Sequence[Any]) -> dict[str, str]:

@@ -190,7 +190,7 @@ def test_a_pickle_is_never_run_whatever_the_environment_says(
             with pytest.raises(ValueError, match=r"bomb\.ckpt cannot be read as weights"):
                 use()
     with pytest.raises(Exception, match=r"(?i)weights"):
-        cli.train(tiny_config(tmp_path / "c", f"ckpt_path='{path}'"))
+        cli.train(tiny_config(tmp_path / "c", f"resume='{path}'"))
 
 
 def test_lightnings_instantiator_is_not_followed(harmed: Harm, tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ class TerminalProgress(RichProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._left.start(share_done(trainer))
+        if trainer.fit_loop.restarted_mid_epoch:  # whose beginning is not told again
+            self.on_train_epoch_start(trainer, pl_module)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         shown: dict[str, Any] = shown_metrics(trainer)

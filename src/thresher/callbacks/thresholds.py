@@ -164,12 +164,13 @@ class WatchThresholds(pl.Callback):
             self._start = {name: p.detach().clone() for name, p in threshold_parameters(pl_module.net).items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the thresholds that the training began with."""
-        return {"start": self._start}
+        """Return the thresholds that the training began with, and what was warned of."""
+        return {"start": self._start, "warned": sorted(self._warned)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on watching against the beginning of the whole training."""
         self._start = state_dict["start"]
+        self._warned = set(state_dict["warned"])
 
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from thresher.data.loading import EpochLoader, EpochSampler, Seeded
+from thresher.data.loading import EpochBatches, EpochLoader, EpochSampler, Seeded, training_loader
 from thresher.data.tokens import Tokenizer, load_tokenizer
 
 Objective = Literal["causal", "masked", "denoising"]
@@ -199,36 +199,32 @@ class CorpusData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
         train = self._part("train")
-        share = len(train) // (self.trainer.world_size if self.trainer else 1)
-        sampler = EpochSampler(train, self.order_seed)
-        return self._loader(train, sampler, drop_last=share >= self.batch_size)
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = EpochSampler(train, self.order_seed, rank, world)
+        batches = EpochBatches(sampler, self.batch_size, drop_last=len(sampler) >= self.batch_size)
+        return training_loader(Seeded(train, self.order_seed), batches, **self._options)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return all validation windows, in order."""
-        return self._loader(self._part("val"))
+        return EpochLoader(self._part("val"), batch_size=self.batch_size, **self._options)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return all test windows, in order."""
-        return self._loader(self._part("test"))
+        return EpochLoader(self._part("test"), batch_size=self.batch_size, **self._options)
 
     def _part(self, name: str) -> Windows:
         if not self._parts:
             raise ValueError(f"{type(self).__name__} has read nothing yet; call prepare_data() and setup('fit')")
         return self._parts[name]
 
-    def _loader(
-        self, part: Windows, sampler: EpochSampler | None = None, *, drop_last: bool = False
-    ) -> DataLoader[Any]:
-        return EpochLoader(
-            Seeded(part, self.order_seed) if sampler else part,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=self.collate,
-        )
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.workers,
+            "persistent_workers": self.workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": self.collate,
+        }
 
     def collate(self, examples: list[tuple[tuple[Tensor, ...], Tensor]]) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Put windows into one batch, filled up at the end."""

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from thresher.data.augmentation import AUGMENTS, CropFlip, PerImage
 from thresher.data.examples import Examples, Source, as_delivered
-from thresher.data.loading import EpochLoader, EpochSampler, Seeded
+from thresher.data.loading import EpochBatches, EpochLoader, EpochSampler, Seeded, training_loader
 
 
 class ImageData(pl.LightningDataModule, ABC):
@@ -24,8 +24,8 @@ class ImageData(pl.LightningDataModule, ABC):
     (float32, [b, c, h, w], normalised) and labels (int64, [b]).
 
     Which images are held out, and the order of training, depend on `seed` alone, never on the seed of the training
-    run; augmentation does depend on the latter. With several processes Lightning puts a distributed sampler in
-    place of ours; the order then follows its `seed_everything`.
+    run unless it is set as `order_seed`. Several processes share the order of one; for validation and test Lightning
+    spreads the images over them.
 
     Args:
         batch_size: Images in a batch of one process.
@@ -194,35 +194,32 @@ class ImageData(pl.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
         train = self._ready(self._train, "fit")
-        share = len(train) // (self.trainer.world_size if self.trainer else 1)
-        return self._loader(train, EpochSampler(train, self.order_seed), drop_last=share >= self.batch_size)
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = EpochSampler(train, self.order_seed, rank, world)
+        batches = EpochBatches(sampler, self.batch_size, drop_last=len(sampler) >= self.batch_size)
+        return training_loader(Seeded(train, self.order_seed), batches, **self._options)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return all validation images, in one order."""
-        return self._loader(self._ready(self._val, "fit"))
+        return EpochLoader(self._ready(self._val, "fit"), batch_size=self.batch_size, **self._options)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return all test images, in one order."""
-        return self._loader(self._ready(self._test, "test"))
+        return EpochLoader(self._ready(self._test, "test"), batch_size=self.batch_size, **self._options)
 
     def _ready(self, examples: Examples | None, stage: str) -> Examples:
         if examples is None:
             raise ValueError(f"{type(self).__name__} has not read its images; call prepare_data() and setup({stage!r})")
         return examples
 
-    def _loader(
-        self, examples: Examples, sampler: EpochSampler | None = None, *, drop_last: bool = False
-    ) -> DataLoader[tuple[Tensor, Tensor]]:
-        return EpochLoader(
-            Seeded(examples, self.order_seed) if sampler else examples,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=as_delivered,
-        )
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.workers,
+            "persistent_workers": self.workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": as_delivered,
+        }
 
 
 def seeded_order(count: int, seed: int) -> Int64[Tensor, " n"]:

@@ -1,56 +1,108 @@
 """The order of training as a function of seed and epoch, so that a run that goes on meets the batches that were due.
 
-Random changes of examples are a function of the seed and of the examples of their batch, in whatever process they
-are made: they depend neither on the number of workers nor on what was drawn before.
+Random changes of examples are a function of the seed, the epoch and the examples of their batch, in whatever process
+they are made: they depend neither on the number of workers nor on what was drawn before. With several processes each
+takes every world-th example of one order: together their batches are the batch that a single process would have.
 """
 
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
 
-class EpochSampler(Sampler[int]):
-    """Every example once, in an order that depends on `seed` and the epoch alone.
+class EpochSampler(DistributedSampler[Any]):
+    """The share of a process in all examples, in an order that depends on `seed` and the epoch alone.
 
     Args:
-        data_source: The examples.
+        examples: The examples.
         seed: Of the order.
+        rank: Of this process.
+        world: Number of processes; each gets as many examples as the others, and what is left over waits an epoch.
     """
 
-    def __init__(self, data_source: Any, seed: int) -> None:
-        self.data_source, self.seed, self.epoch = data_source, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order; Lightning calls this before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.data_source)
+    def __init__(self, examples: Any, seed: int, rank: int = 0, world: int = 1) -> None:
+        super().__init__(examples, num_replicas=world, rank=rank, seed=seed, drop_last=True)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(key_of(self.seed, self.epoch))
-        yield from torch.randperm(len(self), generator=generator).tolist()
+        order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+        yield from order[self.rank : len(self) * self.num_replicas : self.num_replicas].tolist()
         self.epoch += 1  # where nobody calls set_epoch
+
+
+class Batch(list[int]):
+    """The indices of the examples of a batch, and the epoch that they are wanted in."""
+
+    epoch = 0
+
+
+class EpochBatches(BatchSampler):
+    """Batches that know their epoch, beginning anywhere in it.
+
+    Its arguments are those of `BatchSampler`, so that Lightning can put another sampler in.
+
+    Attributes:
+        first: The batch that the next iteration begins with.
+    """
+
+    def __init__(self, sampler: Any, batch_size: int, drop_last: bool) -> None:
+        super().__init__(sampler, batch_size, drop_last)
+        self.first = 0
+
+    def batches(self) -> Iterator[list[int]]:
+        """Yield all batches of an epoch."""
+        yield from super().__iter__()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first, self.first = self.first, 0
+        epoch = getattr(self.sampler, "epoch", 0)
+        for indices in islice(self.batches(), first, None):
+            batch = Batch(indices)
+            batch.epoch = epoch
+            yield batch
 
 
 class EpochLoader(DataLoader[Any]):
     """A loader that asks its sampler when the first batch is wanted, and not when the iterator is made.
 
-    Lightning makes the iterator before it says which epoch it is for, and workers fetch ahead.
+    Lightning makes the iterator before it says which epoch it is for, and workers fetch ahead. Its state, which
+    Lightning keeps and gives back, is the batch that the next iteration begins with.
     """
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where the next iteration begins."""
+        return {"first": getattr(self.batch_sampler, "first", 0)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next iteration in the middle of an epoch.
+
+        Raises:
+            ValueError: Its batches cannot.
+        """
+        if not isinstance(self.batch_sampler, EpochBatches):
+            raise ValueError(f"{type(self.batch_sampler).__name__} cannot begin at batch {state['first']}")
+        self.batch_sampler.first = state["first"]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         yield from super().__iter__()
 
 
+def training_loader(examples: Any, batches: EpochBatches, **options: Any) -> EpochLoader:
+    """Return a loader of training batches that Lightning takes for sharded, as they are."""
+    loader = EpochLoader(examples, batch_sampler=batches, **options)
+    loader.__dict__["sampler"] = batches.sampler  # which torch sets to another one, and then forbids to set
+    return loader
+
+
 class Seeded(Dataset[Any]):
-    """Examples whose random changes follow from a seed and the batch that they are in; otherwise as they are.
+    """Examples whose random changes follow from a seed, the epoch and their batch; otherwise as they are.
 
     Args:
         examples: The examples.
@@ -73,7 +125,7 @@ class Seeded(Dataset[Any]):
             return self.examples[index]
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
-        with drawing_from(key_of(self.seed, *indices)):
+        with drawing_from(key_of(self.seed, getattr(indices, "epoch", 0), *indices)):
             if hasattr(self.examples, "__getitems__"):
                 return self.examples.__getitems__(indices)
             return [self.examples[i] for i in indices]

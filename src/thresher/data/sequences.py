@@ -10,9 +10,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
-from thresher.data.loading import EpochLoader, EpochSampler
+from thresher.data.loading import EpochBatches, EpochLoader, EpochSampler, training_loader
 
 POOL = 50  # batches among which sequences are sorted by length
 
@@ -54,7 +54,7 @@ class Sequences(Dataset[tuple[Tensor, Tensor]]):
         return Sequences.of([self.tokens[starts[i] : self.ends[i]] for i in indices], self.labels[list(indices)])
 
 
-class LengthBatches(BatchSampler):
+class LengthBatches(EpochBatches):
     """Batches of sequences of like lengths, in a random order: little padding, and little order to learn from.
 
     The sampler says which sequences are taken and in which order. They are sorted by length in pools of 50 batches, and
@@ -67,7 +67,7 @@ class LengthBatches(BatchSampler):
         data: Any = getattr(sampler, "data_source", None) or sampler.dataset  # type: ignore[attr-defined]
         self._lengths = data.lengths
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def batches(self) -> Iterator[list[int]]:
         order = list(self.sampler)
         if self.drop_last:
             order = order[: len(order) // self.batch_size * self.batch_size]
@@ -154,9 +154,10 @@ class SequenceData(pl.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
         train = self._part("train")
-        share = len(train) // (self.trainer.world_size if self.trainer else 1)
-        sampler = EpochSampler(train, self.order_seed)
-        return self._loader(train, LengthBatches(sampler, self.batch_size, drop_last=share >= self.batch_size))
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = EpochSampler(train, self.order_seed, rank, world)
+        batches = LengthBatches(sampler, self.batch_size, drop_last=len(sampler) >= self.batch_size)
+        return training_loader(train, batches, **self._options)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return all validation sequences, in one order."""
@@ -168,22 +169,22 @@ class SequenceData(pl.LightningDataModule, ABC):
 
     def _evaluation(self, name: str) -> DataLoader[tuple[Tensor, Tensor]]:
         part = self._part(name)
-        return self._loader(part, LengthBatches(SequentialSampler(part), self.batch_size, drop_last=False))
+        batches = LengthBatches(SequentialSampler(part), self.batch_size, drop_last=False)
+        return EpochLoader(part, batch_sampler=batches, **self._options)
 
     def _part(self, name: str) -> Sequences:
         if not self._parts:
             raise ValueError(f"{type(self).__name__} has read nothing yet; call prepare_data() and setup('fit')")
         return self._parts[name]
 
-    def _loader(self, part: Sequences, batches: BatchSampler) -> DataLoader[tuple[Tensor, Tensor]]:
-        return EpochLoader(
-            part,
-            batch_sampler=batches,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=self.collate,
-        )
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.workers,
+            "persistent_workers": self.workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": self.collate,
+        }
 
     def collate(self, examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Put sequences into one batch, filled up with padding at the end."""

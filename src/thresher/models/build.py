@@ -39,7 +39,7 @@ def timm_classifier(
 
     if foreign := {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"} & architecture.keys():
         raise ValueError(
-            f"model.{min(foreign)} would load files that no checkpoint's config may name; train from ckpt_path"
+            f"model.{min(foreign)} would load files that no checkpoint's config may name; train from init_from"
         )
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"

@@ -20,7 +20,7 @@ BLOCK = re.compile(r"^(?=[^\s#-])", re.MULTILINE)
 RUN_DIR = re.compile(r"^run:\n(?:  .*\n)*?  dir: (.+)$", re.MULTILINE)
 
 # What tells two runs apart without making them different experiments: where they write, and what they are called.
-BOOKKEEPING = ("run", "tags", "ckpt_path", "logger", "optimized_metric", "train", "test")
+BOOKKEEPING = ("run", "tags", "ckpt_path", "resume", "logger", "optimized_metric", "train", "test")
 # What a dense network has no use for.
 SPARSE_ONLY = ("attention", "model.attention", "compute", "callbacks", "optimizer.threshold_")
 

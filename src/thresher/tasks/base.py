@@ -1,10 +1,12 @@
 """What all tasks share: the meter around the forward pass, the budget in the loss, the logs of both."""
 
 import hashlib
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
@@ -75,6 +77,7 @@ class Task(pl.LightningModule, ABC):
         self._clip = clip
         self._settled = False
         self._compute_gradient: list[Tensor] = []
+        self._pulls: dict[str, float] = {}
         self.evaluation = nn.ModuleDict({stage: self._metrics_of(stage) for stage in ("val", "test")})
 
     @abstractmethod
@@ -108,8 +111,20 @@ class Task(pl.LightningModule, ABC):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make all that is drawn a function of seed, step, micro-batch and process, whatever was drawn before."""
-        key = f"{self.seed}/{self.global_step}/{batch_idx}/{self.global_rank}"
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1)
+        self._seed(f"{self.seed}/{self.global_step}/{batch_idx}/{self.global_rank}")
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._seed(f"{self.seed}/evaluation/{batch_idx}/{self.global_rank}")
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._seed(f"{self.seed}/evaluation/{batch_idx}/{self.global_rank}")
+
+    @staticmethod
+    def _seed(key: str) -> None:
+        number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+        torch.manual_seed(number)
+        np.random.seed(number % 2**32)
+        random.seed(number)
 
     @property
     def progress(self) -> float:
@@ -193,16 +208,19 @@ class Task(pl.LightningModule, ABC):
             from thresher.tasks.sharding import average_gradients
 
             average_gradients(thresholds)
-        if not thresholds or self.global_step % GRADIENT_LOG_EVERY:
-            return
+        if thresholds and self.global_step % GRADIENT_LOG_EVERY == 0:
+            self._pulls = self._measure_pulls(thresholds)
+        for name, norm in self._pulls.items():
+            self.log(f"thresholds/{name}_gradient", norm)
+
+    def _measure_pulls(self, thresholds: list[nn.Parameter]) -> dict[str, float]:
         total = torch.cat([torch.zeros_like(t) if t.grad is None else t.grad for t in thresholds])
         compute = sum(self._compute_gradient, torch.zeros_like(total))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(compute)
             compute = compute / torch.distributed.get_world_size()
         self._compute_gradient = []
-        self.log("thresholds/task_gradient", (total - compute).norm())
-        self.log("thresholds/compute_gradient", compute.norm())
+        return {"task": float((total - compute).norm()), "compute": float(compute.norm())}
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -263,6 +281,7 @@ class Task(pl.LightningModule, ABC):
             "done": self._settled,
             "fixed_ratio": self.fixed_ratio,
             "bounded": self.budget.bound is not None,
+            "pulls": self._pulls,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -270,5 +289,6 @@ class Task(pl.LightningModule, ABC):
         settled = checkpoint.get("settled")
         if settled is not None and settled["done"]:
             self._settled, self.fixed_ratio = True, settled["fixed_ratio"]
+            self._pulls = settled["pulls"]
             if not settled["bounded"]:
                 self.budget.bound = None
