@@ -21,9 +21,10 @@ MAY_IMPORT = {
     "data": {"installed"},
     "installed": set(),
     "tasks": {"attention", "budgets", "calibration", "compute"},
-    "callbacks": {"attention", "calibration", "compute", "files", "tasks"},
+    "callbacks": {"attention", "calibration", "compute", "files", "interruption", "tasks"},
     "overrides": set(),
     "files": set(),
+    "interruption": set(),
     "secrets": set(),
     "trust": set(),
     "exported": {"trust"},
@@ -38,13 +39,13 @@ MAY_IMPORT = {
     "bench": {
         *("attention", "calibration", "checkpoint", "cli", "commands", "compute", "hosts", "models", "overrides"),
     },
-    "commands": {"cli", "dropin", "overrides", "secrets"},
+    "commands": {"cli", "dropin", "interruption", "overrides", "secrets"},
     "dropin": {
         *("attention", "calibration", "callbacks", "checkpoint", "cli", "compute", "data", "hosts", "overrides"),
     },
     "cli": {
-        *("__init__", "attention", "callbacks", "checkpoint", "overrides", "results", "resuming", "saving"),
-        *("secrets", "tasks", "trust"),
+        *("__init__", "attention", "callbacks", "checkpoint", "interruption", "overrides", "results", "resuming"),
+        *("saving", "secrets", "tasks", "trust"),
     },
 }
 # Libraries that only these parts may import, so that the rest stays light or free of them.

@@ -19,6 +19,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from thresher import __version__, overrides
@@ -28,6 +29,7 @@ from thresher.callbacks.heads import HeadStatistics
 from thresher.callbacks.progress import progress
 from thresher.callbacks.snapshots import Snapshots
 from thresher.checkpoint import RECORD, load, load_weights
+from thresher.interruption import Interrupted, Signals
 from thresher.results import attention_name, print_results, write_metrics
 from thresher.resuming import NEWEST, PREVIOUS, Beginning, beginning, run_folder, save_config
 from thresher.saving import CheckpointFiles
@@ -68,8 +70,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     rank_zero_info(describe(task))
     if cfg.compile:
         compile_network(task)
-    with _closed_loggers():
-        trainer = _trainer(cfg, folder, start)
+    with Signals() as signals, _closed_loggers():
+        trainer = _trainer(cfg, folder, start, signals)
         task.stored = {
             "version": __version__,
             "config": config,
@@ -87,7 +89,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return metrics
 
 
-def _trainer(cfg: DictConfig, folder: Path, start: Beginning) -> pl.Trainer:
+def _trainer(cfg: DictConfig, folder: Path, start: Beginning, signals: Signals) -> pl.Trainer:
     callbacks = [make(callback) for callback in (cfg.callbacks or {}).values()]
     if not cfg.logger:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
@@ -96,6 +98,10 @@ def _trainer(cfg: DictConfig, folder: Path, start: Beginning) -> pl.Trainer:
     for table, rows in zip(tables, start.rows or [0] * len(tables), strict=True):
         table.go_on(rows)
     callbacks.sort(key=lambda callback: not isinstance(callback, Snapshots))  # before others touch the next batch
+    for callback in callbacks:
+        if isinstance(callback, Snapshots):
+            callback.signals = signals
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []  # signals have one owner
     trainer: pl.Trainer = make(cfg.trainer)(
         logger=loggers,
         callbacks=callbacks,
@@ -103,7 +109,7 @@ def _trainer(cfg: DictConfig, folder: Path, start: Beginning) -> pl.Trainer:
         enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
         enable_model_summary=False,
-        plugins=[CheckpointFiles({NEWEST: PREVIOUS})],
+        plugins=[CheckpointFiles({NEWEST: PREVIOUS}), *slurm],
     )
     return trainer
 
@@ -372,6 +378,9 @@ def _closed_loggers() -> Iterator[None]:
     try:
         yield
         code = 0
+    except Interrupted as interruption:
+        code = interruption.code
+        raise
     finally:
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from thresher import overrides
+from thresher.interruption import Interrupted
 from thresher.secrets import SECRET, without_secrets
 
 
@@ -103,9 +104,12 @@ def evaluate(arguments: Sequence[str], conf: Path) -> None:
 
 
 def told(run: Callable[[], Any]) -> Any:
-    """Run; turn an error that the user can mend into one message and exit code 1."""
+    """Run; turn an error that the user can mend into one message and exit code 1, a signal into 128 and its number."""
     try:
         return run()
+    except Interrupted as interruption:
+        print(f"{interruption}; the same command goes on", file=sys.stderr)
+        sys.exit(interruption.code)
     except Exception as error:
         # Lightning's own exception is known by name, so that a typo is answered without importing Lightning.
         mendable = isinstance(error, (ValueError, OSError, OmegaConfBaseException, InstantiationException))

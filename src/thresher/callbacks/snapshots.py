@@ -9,9 +9,11 @@ import time
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities import rank_zero_warn
 
 from thresher.callbacks.csv_log import CsvLog
+from thresher.interruption import Interrupted, Signals
 
 POSITION = "position"  # key of a checkpoint: where in the data it was taken
 
@@ -25,6 +27,7 @@ class Snapshots(pl.Callback):
         every_n_minutes: Minutes between two of them, or None.
 
     Attributes:
+        signals: Asked between two steps whether to stop, which is after a snapshot.
         seconds: How long the training has taken, interruptions left out.
         metrics: What was last measured when the snapshot was taken that the training goes on from.
 
@@ -37,6 +40,7 @@ class Snapshots(pl.Callback):
             if value is not None and not value > 0:
                 raise ValueError(f"callbacks.last_checkpoint.{name} must be positive or null, got {value}")
         self.path = path
+        self.signals = Signals()
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
         self.metrics: dict[str, float] = {}
@@ -62,6 +66,8 @@ class Snapshots(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
+        self.signals.install()  # Lightning has its own way to stop, which leaves nothing behind
+        self.signals.waiting = True
         loop = trainer.fit_loop.epoch_loop
         if not loop.restarting:
             return
@@ -76,12 +82,33 @@ class Snapshots(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        between_steps = batch_idx % trainer.accumulate_grad_batches == 0
-        if between_steps and trainer.global_step > self._step and self._due(trainer, batch_idx):
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        signum = self._received(trainer)
+        if trainer.global_step > self._step and (signum or self._due(trainer, batch_idx)):
             self.write(trainer)
+        if signum:
+            raise Interrupted(signum)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.write(trainer)
+        self.signals.waiting = False
+        if signum := self._received(trainer):
+            raise Interrupted(signum)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.signals.waiting = False
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.signals.waiting = False
+
+    def _received(self, trainer: pl.Trainer) -> int:
+        """Return the signal that any process received, or 0."""
+        if trainer.world_size == 1:
+            return self.signals.received
+        received = torch.tensor(self.signals.received, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        return int(received)
 
     def _due(self, trainer: pl.Trainer, batch_idx: int) -> bool:
         steps = self.every_n_steps is not None and trainer.global_step - self._step >= self.every_n_steps

@@ -91,7 +91,7 @@ class CalibrateThresholds(pl.Callback):
             share = 1 / max(self.window * pl_module.total_steps, 1.0)
             for name, quantile in self._probe.collect().items():
                 base = self._probe.thresholds[name].base
-                seen = torch.where(quantile.isnan(), base, quantile)
+                seen = torch.where(quantile.isfinite(), quantile, base)
                 base.copy_(base.lerp(seen, share) if self._begun else seen)
             self._begun = True
 

@@ -4,13 +4,13 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric
@@ -18,8 +18,10 @@ from torchmetrics import MeanMetric, Metric
 from thresher.attention.thresholds import Thresholds
 from thresher.budgets import Budget
 from thresher.compute import ComputeMeter, ComputeRatio
+from thresher.tasks.finite import NonFiniteError, bad_gradients, first_bad_layer, is_finite, tensors
 from thresher.tasks.optimizer import threshold_parameters
 
+NonFinite = Literal["stop", "skip"]
 GRADIENT_LOG_EVERY = 10  # steps between two looks at the thresholds' gradients
 
 
@@ -42,6 +44,8 @@ class Task(pl.LightningModule, ABC):
         budget: What compute may cost.
         clip: Largest gradient norm of the weights; thresholds are clipped by a norm of their own, so that
             neither can shrink the other. None does not clip.
+        nonfinite: What to do in a step whose loss or gradient is NaN or infinite: "stop" the training, or "skip" the
+            step, which then changes nothing but the schedules.
 
     Attributes:
         metric: Name of the metric that says how good the network is, for example "acc".
@@ -61,8 +65,11 @@ class Task(pl.LightningModule, ABC):
         scheduler: Callable[..., Any],
         budget: Budget,
         clip: float | None = 1.0,
+        nonfinite: NonFinite = "stop",
     ) -> None:
         super().__init__()
+        if nonfinite not in get_args(NonFinite):
+            raise ValueError(f"task.nonfinite must be one of {', '.join(get_args(NonFinite))}, got {nonfinite!r}")
         if clip is not None and not clip > 0:
             raise ValueError(f"task.clip must be positive or null, got {clip}")
         self.net = net
@@ -75,6 +82,8 @@ class Task(pl.LightningModule, ABC):
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
         self._clip = clip
+        self._nonfinite = nonfinite
+        self._skipped = False
         self._settled = False
         self._compute_gradient: list[Tensor] = []
         self._pulls: dict[str, float] = {}
@@ -111,7 +120,10 @@ class Task(pl.LightningModule, ABC):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make all that is drawn a function of seed, step, micro-batch and process, whatever was drawn before."""
-        self._seed(f"{self.seed}/{self.global_step}/{batch_idx}/{self.global_rank}")
+        self._seed(self._key(batch_idx))
+
+    def _key(self, batch_idx: int) -> str:
+        return f"{self.seed}/{self.global_step}/{batch_idx}/{self.global_rank}"
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._seed(f"{self.seed}/evaluation/{batch_idx}/{self.global_rank}")
@@ -162,7 +174,28 @@ class Task(pl.LightningModule, ABC):
         with torch.no_grad():
             for name, value in self.training_metrics(step).items():
                 self.log(f"train/{name}", value, prog_bar=name == self.metric, batch_size=step.size)
-        return step.loss + compute_loss
+        loss = step.loss + compute_loss
+        if not is_finite(loss.detach()):
+            self._tell(self._reason(loss, batch, batch_idx))
+        return loss
+
+    def _reason(self, loss: Tensor, batch: Any, batch_idx: int) -> str:
+        """Say in which batch the loss was not finite, and which layer was the first that was not."""
+        self._seed(self._key(batch_idx))
+        layer = first_bad_layer(self.net, lambda: self.step(batch))
+        where = f"first in the output of {layer}" if layer else "while all layers were finite"
+        if not all(map(is_finite, tensors(batch))):
+            where += "; the batch itself holds values that are not"
+        return f"the loss is {float(loss.detach())} in batch {batch_idx} of epoch {self.current_epoch}, {where}"
+
+    def _tell(self, reason: str) -> None:
+        step = f"step {self.global_step}"
+        if self._nonfinite == "stop":
+            raise NonFiniteError(
+                f"{step}: {reason}. The weights are as they were before it, and checkpoints hold finite ones. Lower "
+                "optimizer.lr, take another trainer.precision, or leave such steps out by task.nonfinite=skip"
+            )
+        rank_zero_warn(f"{step}: {reason}; the step is left out")
 
     def weight(self, step: Step) -> float | Tensor:
         """Return how much the loss of a batch weighs in the mean of an evaluation."""
@@ -173,7 +206,7 @@ class Task(pl.LightningModule, ABC):
         return {}
 
     def on_train_batch_end(self, *_: Any) -> None:
-        if self.finished_step():
+        if self.finished_step() and not self._skipped:
             self.budget.update(self._last_ratio, self.progress)
 
     def finished_step(self) -> bool:
@@ -227,12 +260,29 @@ class Task(pl.LightningModule, ABC):
     ) -> None:
         if gradient_clip_val is not None:
             raise ValueError("set task.clip in place of trainer.gradient_clip_val: thresholds are clipped apart")
-        if self._clip is None:
-            return
-        for names in (("decay", "no_decay"), ("thresholds",)):
-            parameters = [p for g in optimizer.param_groups if g["name"] in names for p in g["params"]]
-            if parameters:
-                nn.utils.clip_grad_norm_(parameters, self._clip)
+        groups = [
+            [p for g in optimizer.param_groups if g["name"] in names for p in g["params"] if p.grad is not None]
+            for names in (("decay", "no_decay"), ("thresholds",))
+        ]
+        norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+        scaler = getattr(self._trainer and self._trainer.precision_plugin, "scaler", None)
+        # A scaler of fp16 meets infinities as a matter of course, and leaves out such steps itself.
+        self._skipped = scaler is None and not all(map(is_finite, norms))
+        if self._skipped:
+            self._leave_out(optimizer)
+        elif self._clip is not None:
+            for group, norm in zip(groups, norms, strict=True):
+                nn.utils.clip_grads_with_norm_(group, self._clip, norm)
+
+    def _leave_out(self, optimizer: Optimizer) -> None:
+        bad = bad_gradients(self.net.named_parameters())
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        batch = self.trainer.fit_loop.batch_idx
+        self._tell(
+            f"the gradient of {bad[-1] if bad else 'all parameters together'}{more} is not finite after batch {batch} "
+            f"of epoch {self.current_epoch}"
+        )
+        optimizer.zero_grad(set_to_none=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = self._make_optimizer(self.net)

@@ -1,0 +1,59 @@
+"""Where NaN and infinity come from: what to tell when a loss or a gradient is not finite."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class NonFiniteError(ValueError):
+    """A loss or a gradient was NaN or infinite."""
+
+
+def is_finite(x: Tensor) -> bool:
+    """Say whether all values are finite, those that other processes hold included."""
+    whole = x.full_tensor() if isinstance(x, DTensor) else x
+    return bool(torch.isfinite(whole).all())
+
+
+def first_bad_layer(net: nn.Module, forward: Callable[[], Any]) -> str | None:
+    """Return the name of the module whose output is the first that is not finite, or None where all are.
+
+    Args:
+        net: The network.
+        forward: Runs it, as it ran when the loss was not finite.
+    """
+    found: list[str] = []
+
+    def see(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if not found and not all(is_finite(x) for x in tensors(output)):
+            found.append(name)
+
+    handles = [m.register_forward_hook(partial(see, name or type(m).__name__)) for name, m in net.named_modules()]
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def bad_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+    """Return the names of the parameters whose gradient is not finite."""
+    return [name for name, p in parameters if p.grad is not None and not is_finite(p.grad)]
+
+
+def tensors(x: Any) -> Iterator[Tensor]:
+    """Yield the floating-point tensors inside of tuples, lists and mappings."""
+    if isinstance(x, Tensor):
+        if x.is_floating_point():
+            yield x
+    elif isinstance(x, Mapping):
+        yield from tensors(list(x.values()))
+    elif isinstance(x, (tuple, list)):
+        for each in x:
+            yield from tensors(each)
