@@ -44,16 +44,16 @@ def check_shapes_and_costs(mechanism: Mechanism) -> None:
 
 
 def check_sizes(mechanism: Mechanism) -> None:
-    """One token, odd numbers of them, and in cross attention more queries than keys or fewer, are fine."""
-    several = [(1, 1), (2, 2), (3, 3), (17, 17)]
+    """No token, one, odd numbers of them, no example, and in cross attention any numbers of each, are fine."""
+    several = [(0, 0), (1, 1), (2, 2), (3, 3), (17, 17)]
     if mechanism.pattern.cross:
-        several += [(1, 6), (6, 1), (9, 4), (4, 9)]
+        several += [(1, 6), (6, 1), (9, 4), (4, 9), (0, 3), (3, 0)]
     if mechanism.pattern is Pattern.CAUSAL_SELF:
-        several += [(1, 6), (4, 9)]
-    for lengths in several:
+        several += [(1, 6), (4, 9), (0, 3)]
+    for lengths, batch in [*((each, 2) for each in several), ((3, 3), 0)]:
         for training in (True, False):
             mechanism.train(training)
-            inputs = draw(mechanism, lengths=lengths, spread=SHARP)
+            inputs = draw(mechanism, batch=batch, lengths=lengths, spread=SHARP)
             assert_sound(mechanism, inputs, Call(), attend(mechanism, inputs))
 
 

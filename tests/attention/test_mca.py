@@ -56,6 +56,14 @@ def test_m1_a_small_error_coefficient_is_dense_attention(path: str, alpha: float
         assert_close(attended.out if name == "out" else found[name], reference, atol=2e-6, rtol=1e-5)
 
 
+def test_an_error_coefficient_that_fp32_rounds_to_zero_spoils_no_padding() -> None:
+    mechanism = mca(alpha=1e-200)
+    inputs, call = draw(mechanism, dtype=torch.float32), Call(keys=first([3, 7], 7))
+    attended, found = gradients(mechanism, inputs, call)
+    assert_close(attended.out, softmax_attention(mechanism, inputs, call)["out"], atol=2e-6, rtol=1e-5)
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in found.values())
+
+
 def bias_of_the_mean(mechanism: Mca, draws: int) -> tuple[float, float]:
     """Return the error of the mean output over draws, and the largest z score of an entry."""
     inputs = with_source()

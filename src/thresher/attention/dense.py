@@ -6,6 +6,7 @@ Trains     nothing of its own.
 Emulates   nothing: it is PyTorch's `scaled_dot_product_attention`, so that a host's results do not change by a bit.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,6 +31,8 @@ def attend_densely(q: Tensor, k: Tensor, v: Tensor, call: Call, pattern: Pattern
     visible = visible_pairs(call, pattern, shape[2], shape[3], q.device)
     q, k, v = hide_tokens(q, k, v, call, pattern)
     mask, empty = call.bias, None
+    if shape[3] == 0:
+        q = q.masked_fill(q.new_ones((), dtype=torch.bool), 0)  # without a key a row is zero, whatever it asks for
     if visible is not None:
         # Backends differ on rows without a key, so such a row attends to everything and is zeroed afterwards.
         empty = ~visible.any(-1, keepdim=True)

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, check_choice
+from thresher.attention.dense import attend_densely
 from thresher.attention.functional import (
     at_least_fp32,
     expand_heads,
@@ -38,7 +39,7 @@ from thresher.attention.functional import (
 )
 from thresher.attention.quantise import Split, completed_product, estimated_product, quantise, split_codes
 from thresher.attention.thresholds import Differences, Gate, Thresholds
-from thresher.attention.visibility import count_pairs, hide_tokens, visible_pairs
+from thresher.attention.visibility import count_pairs, hide_tokens, no_pairs, visible_pairs
 
 Mode = Literal["ste", "soft", "hard"]
 Scoring = Literal["exact", "int8"]
@@ -107,6 +108,8 @@ class Latte(Mechanism):
         self.thresholds = Thresholds(num_heads, init=theta, tau=tau, trainable=trainable and mode != "hard", unit=unit)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        if no_pairs(q, k):
+            return attend_densely(q, k, v, call, self.pattern)
         if q.device.type != "cpu" or torch.compiler.is_compiling():
             return self.attend(q, k, v, call)
         size = max(BLOCK_PAIRS // max(q.shape[1] * q.shape[2] * k.shape[2], 1), 1)

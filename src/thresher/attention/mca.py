@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, ValueSource, check_choice
 from thresher.attention.dense import attend_densely
 from thresher.attention.functional import at_least_fp32, expand_heads, masked_softmax
-from thresher.attention.visibility import count_pairs, hide_tokens, seen_tokens, visible_pairs
+from thresher.attention.visibility import count_pairs, hide_tokens, no_pairs, seen_tokens, visible_pairs
 
 Sampler = Literal["multinomial", "poisson"]
 Grad = Literal["sampled", "exact"]
@@ -109,7 +109,7 @@ class Mca(Mechanism):
         self.reproduce_paper, self.resample, self.seed = reproduce_paper, resample, seed
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
-        if self.alpha == 0:
+        if self.alpha == 0 or no_pairs(q, k):
             return attend_densely(q, k, v, call, self.pattern, self.dropout if self.training else 0.0)
         (b, h, n, _), m = q.shape, k.shape[2]
         groups = v.shape[1]
@@ -158,7 +158,7 @@ class Mca(Mechanism):
         length: Tensor | int = m
         if seen is not None and not self.reproduce_paper:
             length = seen.sum(-1, keepdim=True)
-        wanted = (length * importance / self.alpha).square().clamp_max(d)
+        wanted = (length * importance / max(self.alpha, torch.finfo(weights.dtype).tiny)).square().clamp_max(d)
         return wanted.floor() if self.reproduce_paper else wanted.ceil()
 
     def encode(self, source: ValueSource, counts: Float[Tensor, "b g m"]) -> Float[Tensor, "b g m dv"]:

@@ -41,7 +41,7 @@ from thresher.attention.functional import at_least_fp32, expand_heads
 from thresher.attention.layout import to_slots, unplaced
 from thresher.attention.past import cluster_past
 from thresher.attention.tiles import Tiles, attend_in_tiles, keys_of, queries_of
-from thresher.attention.visibility import hide_tokens, seen_tokens, visible_keys_of
+from thresher.attention.visibility import hide_tokens, no_pairs, seen_tokens, visible_keys_of
 from thresher.kernels import smyrf as kernel
 
 Dedup = Literal["none", "count"]
@@ -102,7 +102,7 @@ class Smyrf(Mechanism):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
         (b, h, n, d), m, dv = q.shape, k.shape[2], v.shape[3]
-        if m <= self.cluster:
+        if m <= self.cluster or no_pairs(q, k):
             return attend_densely(q, k, v, call, self.pattern, self.dropout if self.training else 0.0)
         k, v = expand_heads(k, h), expand_heads(v, h)
         q, k, v = hide_tokens(q, k, v, call, self.pattern)

@@ -26,8 +26,9 @@ from torch.autograd.function import once_differentiable
 
 from thresher.attention.backends import Backend, check_backend, served_by_kernel
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
+from thresher.attention.dense import attend_densely
 from thresher.attention.functional import at_least_fp32, drop_weights, expand_heads
-from thresher.attention.visibility import hide_tokens, visible_keys_of, visible_pairs
+from thresher.attention.visibility import hide_tokens, no_pairs, visible_keys_of, visible_pairs
 from thresher.kernels import topk as kernel
 
 
@@ -66,6 +67,8 @@ class TopK(Mechanism):
         self.backend = backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        if no_pairs(q, k):
+            return attend_densely(q, k, v, call, self.pattern)
         (b, h, n, d), m = q.shape, k.shape[2]
         k, v = expand_heads(k, h), expand_heads(v, h)
         q, k, v = hide_tokens(q, k, v, call, self.pattern)

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from thresher.attention.base import Call, Pattern
 
 
+def no_pairs(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b hk m d"]) -> bool:
+    """Say whether there is no pair at all, hidden or not: no example, no query or no key."""
+    return 0 in (q.shape[0], q.shape[2], k.shape[2])
+
+
 def visible_pairs(
     call: "Call", pattern: "Pattern", n: int, m: int, device: torch.device, rows: range | None = None
 ) -> Bool[Tensor, "#b #h #n m"] | None:
@@ -65,7 +70,7 @@ def seen_tokens(
     if _sees_past_only(pattern, n, m):
         some_key = keys.cumsum(-1)[:, m - n :] > 0
         later = queries.flip(-1).cumsum(-1).flip(-1) > 0
-        some_query = torch.cat([later[:, :1].expand(-1, m - n), later], -1)
+        some_query = torch.cat([queries.any(-1, keepdim=True).expand(-1, m - n), later], -1)
     else:
         some_key, some_query = keys.any(-1, keepdim=True), queries.any(-1, keepdim=True)
     return (queries & some_key)[:, None], (keys & some_query)[:, None]

@@ -34,12 +34,14 @@ from torch.nn import functional as F
 
 from thresher.attention.backends import Backend, check_backend, served_by_kernel
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, check_choice
+from thresher.attention.dense import attend_densely
 from thresher.attention.functional import at_least_fp32, expand_heads, fill_hidden
 from thresher.attention.hashing import MAX_BITS, Pack, gaussian_codes, hadamard_codes, hadamard_width
 from thresher.attention.tables import causal_collision_sums, collision_sums, collisions
 from thresher.attention.visibility import (
     count_seen_tokens,
     hide_tokens,
+    no_pairs,
     seen_tokens,
     visible_keys_of,
     visible_pairs,
@@ -122,6 +124,8 @@ class Yoso(Mechanism):
         self.register_buffer("draws", draws)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        if no_pairs(q, k):
+            return attend_densely(q, k, v, call, self.pattern)
         (b, h, n, _), m = q.shape, k.shape[2]
         k, v = expand_heads(k, h), expand_heads(v, h)
         q, k, v = hide_tokens(q, k, v, call, self.pattern)
