@@ -271,8 +271,8 @@ def test_a_call_that_does_not_say_what_values_were_projected_from_is_refused() -
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
-        ({"alpha": -1.0}, "alpha must be at least 0"),
-        ({"alpha": math.inf}, "alpha must be at least 0 and finite"),
+        ({"alpha": -1.0}, "alpha must be a finite number, at least 0"),
+        ({"alpha": math.inf}, "alpha must be a finite number"),
         ({"sampler": "gamma"}, "sampler must be one of multinomial, poisson"),
         ({"path": "gather"}, "path=gather needs draws=shared"),
     ],

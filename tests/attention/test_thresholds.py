@@ -195,11 +195,11 @@ def test_lengths_below_one_are_refused(old: int, new: int) -> None:
 
 @pytest.mark.parametrize("init", [-0.1, -math.inf, math.nan])
 def test_a_threshold_below_zero_or_without_a_value_is_refused(init: float) -> None:
-    with pytest.raises(ValueError, match=f"at least 0, got {init}"):
+    with pytest.raises(ValueError, match=f"at least 0; got {init}"):
         Thresholds(2, init=init, tau=0.5, trainable=True)
 
 
 @pytest.mark.parametrize("tau", [0.0, -1.0, math.nan])
 def test_a_surrogate_without_width_is_refused(tau: float) -> None:
-    with pytest.raises(ValueError, match=f"positive, got {tau}"):
+    with pytest.raises(ValueError, match=f"above 0; got {tau}"):
         Thresholds(2, init=1.0, tau=tau, trainable=True)

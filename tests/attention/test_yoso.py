@@ -260,8 +260,8 @@ def test_saved_memory_grows_with_the_length_not_with_its_square(pattern: Pattern
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
-        ({"hashes": 0}, "hashes must be at least 1"),
-        ({"bits": 16}, r"bits must lie in 0 \.\. 15"),
+        ({"hashes": 0}, "hashes must be a whole number, at least 1"),
+        ({"bits": 16}, r"bits must be a whole number, 0 \.\. 15"),
         ({"bits": 9, "hash": "hadamard"}, r"1 \.\. 8 bits at head_dim 8"),
         ({"grad": "none"}, "grad must be one of bound, exact"),
         ({"conv": 4}, "odd width"),

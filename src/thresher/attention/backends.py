@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from thresher.attention.base import check_choice
+from thresher.attention.options import check_choice
 from thresher.kernels.build import KernelError, library, usable
 
 Backend = Literal["auto", "reference", "cpu"]

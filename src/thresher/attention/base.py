@@ -5,7 +5,7 @@ It owns no projections and keeps nothing between calls.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from thresher.attention import visibility
+from thresher.attention.options import check_integer
 
 
 class Pattern(Enum):
@@ -155,8 +156,8 @@ class Mechanism(Metered, ABC):
             raise ValueError(
                 f"{type(self).__name__} does not support {pattern.name.lower()} attention; it supports {supported}"
             )
-        if num_heads < 1 or head_dim < 1:
-            raise ValueError(f"num_heads and head_dim must be at least 1, got {num_heads} and {head_dim}")
+        check_integer("num_heads", num_heads, 1)
+        check_integer("head_dim", head_dim, 1)
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.pattern = pattern
@@ -206,12 +207,6 @@ class Mechanism(Metered, ABC):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, head_dim={self.head_dim}, {self.pattern.name.lower()}"
-
-
-def check_choice(name: str, got: object, choices: Sequence[object]) -> None:
-    """Raise ValueError, naming the choices, where a hyper-parameter is none of them."""
-    if got not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {got!r}")
 
 
 @runtime_checkable

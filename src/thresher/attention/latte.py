@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, check_choice
+from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
 from thresher.attention.dense import attend_densely
 from thresher.attention.functional import (
     at_least_fp32,
@@ -37,6 +37,7 @@ from thresher.attention.functional import (
     masked_softmax,
     straight_through,
 )
+from thresher.attention.options import check_choice, check_flags, check_integer
 from thresher.attention.quantise import Split, completed_product, estimated_product, quantise, split_codes
 from thresher.attention.thresholds import Differences, Gate, Thresholds
 from thresher.attention.visibility import count_pairs, hide_tokens, no_pairs, visible_pairs
@@ -96,8 +97,8 @@ class Latte(Mechanism):
             ("unit", unit, get_args(Unit)),
         ):
             check_choice(name, got, allowed)
-        if always_keep < 0:
-            raise ValueError(f"always_keep counts leading keys and must be at least 0, got {always_keep}")
+        check_integer("always_keep", always_keep, 0)
+        check_flags(trainable=trainable, gate_grad_to_scores=gate_grad_to_scores)
         self.est_bits = est_bits
         self.split: Split = split
         self.scoring = scoring

@@ -30,9 +30,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, ValueSource, check_choice
+from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, ValueSource
 from thresher.attention.dense import attend_densely
 from thresher.attention.functional import at_least_fp32, expand_heads, masked_softmax
+from thresher.attention.options import check_choice, check_flags, check_integer, check_number
 from thresher.attention.visibility import count_pairs, hide_tokens, no_pairs, seen_tokens, visible_pairs
 
 Sampler = Literal["multinomial", "poisson"]
@@ -93,8 +94,9 @@ class Mca(Mechanism):
         if allow_noncausal_budget:
             object.__setattr__(self, "supports", frozenset(Pattern))
         super().__init__(num_heads, head_dim, pattern)
-        if not 0 <= alpha < math.inf:
-            raise ValueError(f"alpha must be at least 0 and finite, got {alpha}")
+        check_number("alpha", alpha, least=0.0)
+        check_integer("seed", seed, 0, 2**63 - 1)
+        check_flags(reproduce_paper=reproduce_paper, allow_noncausal_budget=allow_noncausal_budget)
         for name, got, choices in (
             ("sampler", sampler, Sampler),
             ("grad", grad, Grad),

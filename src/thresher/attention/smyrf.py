@@ -34,11 +34,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from thresher.attention.backends import Backend, check_backend, served_by_kernel
-from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, check_choice
+from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
 from thresher.attention.clusters import Clusters, Directions, cluster_tokens, hash_tokens
 from thresher.attention.dense import attend_densely
 from thresher.attention.functional import at_least_fp32, expand_heads
 from thresher.attention.layout import to_slots, unplaced
+from thresher.attention.options import check_choice, check_flags, check_integer, check_number
 from thresher.attention.past import cluster_past
 from thresher.attention.tiles import Tiles, attend_in_tiles, keys_of, queries_of
 from thresher.attention.visibility import hide_tokens, no_pairs, seen_tokens, visible_keys_of
@@ -88,10 +89,10 @@ class Smyrf(Mechanism):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(num_heads, head_dim, pattern)
-        if cluster < 1 or not 1 <= rounds <= 255:
-            raise ValueError(f"cluster must be at least 1 and rounds lie in 1 .. 255, got {cluster} and {rounds}")
-        if not width > 0:
-            raise ValueError(f"width must be positive, got {width}")
+        check_integer("cluster", cluster, 1)
+        check_integer("rounds", rounds, 1, 255)
+        check_number("width", width, above=0.0)
+        check_flags(quantise=quantise)
         for name, got, choices in (("dedup", dedup, Dedup), ("resample", resample, Resample)):
             check_choice(name, got, get_args(choices))
         self.cluster, self.rounds, self.dedup = cluster, rounds, dedup

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from thresher.attention.base import Call
 from thresher.attention.functional import bounded_below, fill_hidden, with_slope
+from thresher.attention.options import check_number
 
 
 class Differences(NamedTuple):
@@ -81,10 +82,9 @@ class Thresholds(nn.Module):
 
     def __init__(self, num_heads: int, *, init: float, tau: float, trainable: bool, unit: str = "nats") -> None:
         super().__init__()
-        if not init >= 0:
-            raise ValueError(f"a threshold must be at least 0, got {init}: below 0 even the best key would be dropped")
-        if not tau > 0:
-            raise ValueError(f"tau must be positive, got {tau}")
+        if init != math.inf:  # which keeps everything; below 0 even the best key would be dropped
+            check_number("theta", init, least=0.0)
+        check_number("tau", tau, above=0.0)
         self.register_buffer("base", torch.full((num_heads,), float(init)))
         self.register_buffer("tau", torch.tensor(float(tau)))
         self.offset = nn.Parameter(torch.zeros(num_heads), requires_grad=trainable)

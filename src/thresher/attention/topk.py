@@ -28,6 +28,7 @@ from thresher.attention.backends import Backend, check_backend, served_by_kernel
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
 from thresher.attention.dense import attend_densely
 from thresher.attention.functional import at_least_fp32, drop_weights, expand_heads
+from thresher.attention.options import check_integer
 from thresher.attention.visibility import hide_tokens, no_pairs, visible_keys_of, visible_pairs
 from thresher.kernels import topk as kernel
 
@@ -59,8 +60,7 @@ class TopK(Mechanism):
     ) -> None:
         super().__init__(num_heads, head_dim, pattern)
         check_keys(keys)
-        if chunk < 1:
-            raise ValueError(f"chunk counts queries and must be at least 1, got {chunk}")
+        check_integer("chunk", chunk, 1)
         self.keys = keys
         check_backend(backend, "topk")
         self.chunk = chunk
@@ -118,7 +118,8 @@ class TopK(Mechanism):
 
 def check_keys(keys: int | float) -> None:
     """Raise ValueError where `keys` is neither a number of keys nor a share."""
-    if keys < 1 if isinstance(keys, int) else not 0 < keys <= 1:
+    whole = isinstance(keys, int) and not isinstance(keys, bool) and keys >= 1
+    if not whole and not (isinstance(keys, float) and 0 < keys <= 1):
         raise ValueError(f"keys must be a number of keys >= 1 or a share in (0, 1], got {keys!r}")
 
 

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from thresher.attention.base import Attended, Cost, Metered
 from thresher.attention.functional import at_least_fp32, drop_weights
+from thresher.attention.options import check_integer
 from thresher.attention.topk import check_keys, largest, most, spread
 
 Activation = Callable[[Tensor], Tensor]
@@ -53,8 +54,7 @@ class TopKFeedForward(Metered):
     def __init__(self, *, keys: int | float = 0.15, chunk: int = 4096) -> None:
         super().__init__()
         check_keys(keys)
-        if chunk < 1:
-            raise ValueError(f"chunk counts tokens and must be at least 1, got {chunk}")
+        check_integer("chunk", chunk, 1)
         self.keys, self.chunk, self.dropout = keys, chunk, 0.0
 
     def forward(

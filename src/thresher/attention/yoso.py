@@ -33,10 +33,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from thresher.attention.backends import Backend, check_backend, served_by_kernel
-from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, check_choice
+from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
 from thresher.attention.dense import attend_densely
 from thresher.attention.functional import at_least_fp32, expand_heads, fill_hidden
 from thresher.attention.hashing import MAX_BITS, Pack, gaussian_codes, hadamard_codes, hadamard_width
+from thresher.attention.options import check_choice, check_flags, check_integer
 from thresher.attention.tables import causal_collision_sums, collision_sums, collisions
 from thresher.attention.visibility import (
     count_seen_tokens,
@@ -100,17 +101,21 @@ class Yoso(Mechanism):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(num_heads, head_dim, pattern)
-        if hashes < 1 or dense_below < 0:
-            raise ValueError(f"hashes must be at least 1 and dense_below at least 0, got {hashes} and {dense_below}")
-        if not 0 <= bits <= MAX_BITS:
-            raise ValueError(f"bits must lie in 0 .. {MAX_BITS}, got {bits}")
+        for name, number, low, high in (
+            ("hashes", hashes, 1, None),
+            ("bits", bits, 0, MAX_BITS),
+            ("conv", conv, 0, None),
+            ("dense_below", dense_below, 0, None),
+        ):
+            check_integer(name, number, low, high)
+        check_flags(expectation=expectation)
         for name, got, choices in (("grad", grad, Grad), ("hash", hash, Hash), ("resample", resample, Resample)):
             check_choice(name, got, get_args(choices))
         if hash == "hadamard" and not 1 <= bits <= hadamard_width(head_dim):
             raise ValueError(
                 f"a hadamard code has 1 .. {hadamard_width(head_dim)} bits at head_dim {head_dim}, got {bits}"
             )
-        if conv and (conv < 0 or conv % 2 == 0 or pattern.cross):
+        if conv and (conv % 2 == 0 or pattern.cross):
             raise ValueError(f"conv is 0 or an odd width, and for self attention only; got {conv}")
         self.hashes, self.bits, self.sampled, self.grad, self.hash = hashes, bits, not expectation, grad, hash
         check_backend(backend, "yoso")

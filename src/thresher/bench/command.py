@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from thresher import overrides
-from thresher.attention.base import check_choice
+from thresher.attention.options import check_choice
 from thresher.bench import measure, overhead, recorded, steps
 from thresher.bench.jobs import DTYPES, Job, Scene
 from thresher.bench.plot import draw, page, panels

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from thresher import overrides
 from thresher.attention import hyperparameters
-from thresher.attention.base import Mechanism, Pattern, check_choice
+from thresher.attention.base import Mechanism, Pattern
+from thresher.attention.options import check_choice
 from thresher.bench.jobs import AUTO, REFERENCE, Job, Scene, backends_of, build, mechanism_class
 from thresher.bench.peers import PEERS
 
