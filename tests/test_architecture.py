@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "hosts": {"attention"},
     "models": {"attention", "hosts", "installed"},
     "compute": {"attention"},
-    "budgets": {"compute"},
+    "budgets": {"attention", "compute"},
     "calibration": {"attention"},
     "explain": {"attention"},
     "data": {"installed"},

@@ -9,6 +9,7 @@ choose between (observed: kept 0.000 and chance accuracy). The curve is the cubi
 import torch
 from torch import Tensor, nn
 
+from thresher.attention.options import check_flags, check_number
 from thresher.compute import Quantity, check_quantity
 
 
@@ -71,8 +72,7 @@ class Penalty(Budget):
 
     def __init__(self, weight: float = 1.0, start: float = 0.1, quantity: Quantity = "kept") -> None:
         super().__init__(quantity)
-        if not weight > 0:
-            raise ValueError(f"compute.weight must be positive, got {weight}; compute=free is the way to no penalty")
+        check_number("compute.weight", weight, above=0.0)  # compute=free is the way to no penalty
         self.weight = weight
         self.start = _share("start", start)
 
@@ -111,17 +111,17 @@ class Target(Budget):
         required: bool = True,
     ) -> None:
         super().__init__(quantity)
+        check_number("compute.target", target)
         if not 0 < target <= 1:
             raise ValueError(f"compute.target is a share of dense {self.quantity} in (0, 1], got {target}")
-        if not weight > 0:
-            raise ValueError(f"compute.weight must be positive, got {weight}")
-        if not 0 <= margin < 1:
-            raise ValueError(f"compute.margin must lie in [0, 1), got {margin}")
+        check_number("compute.weight", weight, above=0.0)
+        check_number("compute.margin", margin, least=0.0, below=1.0)
         self.bound: float | None = target
         self.weight = weight
         self.start, self.end = _share("start", start), _share("end", end)
         if end <= start:
             raise ValueError(f"compute.end must come after compute.start, got {end} <= {start}")
+        check_flags(**{"compute.required": required})
         self.margin = margin
         self.required = required
 
@@ -176,8 +176,7 @@ class Lagrangian(Target):
         margin: float = 0.04,
     ) -> None:
         super().__init__(target, weight, start, end, quantity, margin)
-        if not rate > 0:
-            raise ValueError(f"compute.rate must be positive, got {rate}")
+        check_number("compute.rate", rate, above=0.0)
         self.rate = rate
         self.register_buffer("multiplier", torch.zeros(()))
 
@@ -189,6 +188,7 @@ class Lagrangian(Target):
 
 
 def _share(name: str, value: float) -> float:
+    check_number(f"compute.{name}", value)
     if not 0 <= value <= 1:
         raise ValueError(f"compute.{name} is a share of the training steps in [0, 1], got {value}")
     return value

@@ -343,6 +343,7 @@ def _apply(cfg: DictConfig, override: Any, conf: Path) -> None:
         return
     if not override.is_add():
         overrides.check_key(cfg, key)
+        overrides.check_type(cfg, key, override.value())
     if key.partition(".")[0] not in USED:
         raise ValueError(f"{key} has no effect on an evaluation; what has is in {', '.join(USED)}, ckpt and run.dir")
     OmegaConf.update(cfg, key, override.value(), force_add=override.is_add())

@@ -74,6 +74,8 @@ def train(cfg: DictConfig) -> float | None:
     """Train as `cfg` says; return the metric that a sweep optimises."""
 
     def run() -> float | None:
+        if not 0 <= cfg.seed < 2**32:
+            raise ValueError(f"seed must lie in 0 .. {2**32 - 1}, got {cfg.seed}")
         from thresher import cli
 
         metrics = cli.train(cfg)

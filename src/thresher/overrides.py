@@ -13,6 +13,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+MAY_BE_WORDS = ("attention.est_bits", "trainer.devices")  # numbers in our configs, and words, too, where one likes
 PLAIN = re.compile(r"[A-Za-z0-9_./+@%-]+(?: [A-Za-z0-9_./+@%-]+)*")
 
 
@@ -78,6 +79,8 @@ def check(conf: Path, name: str, arguments: Sequence[str]) -> None:
         config = compose_config(conf, name, chosen)
         for override in values:
             check_key(config, override.key_or_group)
+            for value in values_of(override):
+                check_type(config, override.key_or_group, value)
 
 
 def is_group(conf: Path, key: str) -> bool:
@@ -123,6 +126,32 @@ def check_key(config: DictConfig, key: str) -> None:
             f"(+{key}=... adds a key)"
         )
     raise ValueError(f"there is no key {key!r}{_nearest(key, known)} (+{key}=... adds a key)")
+
+
+def values_of(override: Override) -> list[Any]:
+    """Return the values that an override of a key gives it: several in a sweep over choices or a range."""
+    if override.is_sweep_override():
+        return list(override.sweep_iterator()) if override.is_discrete_sweep() else []
+    return [] if override.is_delete() else [override.value()]
+
+
+def check_type(config: DictConfig, key: str, value: Any) -> None:
+    """Raise a ValueError where `config` has a number or a flag, and the value is a word or a list.
+
+    Ranges are left to whoever uses the value; this much can be said before anything heavy is imported.
+    """
+    known: Any = OmegaConf.to_container(config, resolve=False)
+    for part in key.split("."):
+        known = known[part]
+    if value is None or key in MAY_BE_WORDS or (isinstance(value, str) and "${" in value):
+        return
+    if isinstance(known, bool) and not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, not {value!r}")
+    if isinstance(known, (int, float)) and not isinstance(known, bool):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or (isinstance(known, int) and isinstance(value, float)):
+            kind = "a whole number" if isinstance(known, int) else "a number"
+            raise ValueError(f"{key} must be {kind}, like {known}, not {value!r}")
 
 
 def dotted_keys(node: Any, prefix: str = "") -> Iterable[str]:

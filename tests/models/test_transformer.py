@@ -111,7 +111,7 @@ def test_positions_and_embeddings_are_not_decayed() -> None:
 
 
 def test_sizes_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match="16 cannot be shared evenly by 3 heads"):
+    with pytest.raises(ValueError, match=r"model.dim=16, the width, cannot be shared evenly by model.num_heads=3"):
         Stack(Dense, **(SIZE | {"num_heads": 3}))
     with pytest.raises(ValueError, match="21 tokens, but positions for 20"):
         Stack(Dense, **SIZE)(tokens(n=21))

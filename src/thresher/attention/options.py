@@ -21,11 +21,14 @@ def check_integer(name: str, got: object, low: int, high: int | None = None) -> 
         raise ValueError(f"{name} must be a whole number, {span}; got {got!r}")
 
 
-def check_number(name: str, got: object, *, above: float = -math.inf, least: float = -math.inf) -> None:
-    """Refuse what is no finite number above one bound and at least another."""
+def check_number(
+    name: str, got: object, *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf
+) -> None:
+    """Refuse what is no finite number above one bound, at least another, and below a third."""
     number = float(got) if isinstance(got, (int, float)) and not isinstance(got, bool) else math.nan
-    if not (number > above and number >= least and math.isfinite(number)):
+    if not (number > above and number >= least and number < below and math.isfinite(number)):
         span = f" above {above:g}" if above > -math.inf else f", at least {least:g}" if least > -math.inf else ""
+        span += "" if below == math.inf else f" and below {below:g}"
         raise ValueError(f"{name} must be a finite number{span}; got {got!r}")
 
 

@@ -1,10 +1,12 @@
 """Create a network, then inject the mechanism."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from thresher.attention.base import MakeMechanism
+from thresher.attention.options import check_integer
 from thresher.hosts import inject
 
 
@@ -41,6 +43,7 @@ def timm_classifier(
         raise ValueError(
             f"model.{min(foreign)} would load files that no checkpoint's config may name; train from init_from"
         )
+    _check_architecture(architecture, image_size)
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
         raise ValueError(f"timm has no model {name!r}; similar: {close}")
@@ -160,3 +163,18 @@ def language_model(
     if objective == "denoising":
         return EncoderDecoder(makes["encoder"], makes["decoder"], makes["cross"], **size)
     return LanguageModel(makes[has[0]], causal=objective == "causal", **size)
+
+
+def _check_architecture(architecture: Mapping[str, Any], image_size: int) -> None:
+    """Check what timm would fail at without a name, or round away."""
+    for name in ("patch_size", "embed_dim", "depth", "num_heads"):
+        if name in architecture:
+            check_integer(f"model.{name}", architecture[name], 1)
+    dim, heads, patch = (architecture.get(name) for name in ("embed_dim", "num_heads", "patch_size"))
+    if dim and heads and dim % heads:
+        raise ValueError(f"model.embed_dim={dim} cannot be shared evenly by model.num_heads={heads}")
+    if patch and image_size % patch:
+        raise ValueError(
+            f"model.patch_size={patch} does not divide images of {image_size} pixels: the last "
+            f"{image_size % patch} of each row and column would be cut off; choose a divisor, or data.image_size"
+        )

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from thresher.attention.base import Call, MakeMechanism, Pattern, ValueSource
+from thresher.attention.options import check_integer, check_number
 from thresher.hosts.core import Host
 from thresher.hosts.feedforward import FeedForwardHost, MakeFeedForward, mount_feed_forward
 
@@ -34,7 +35,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, make: MakeMechanism, pattern: Pattern) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"a width of {dim} cannot be shared evenly by {num_heads} heads")
+            raise ValueError(f"model.dim={dim}, the width, cannot be shared evenly by model.num_heads={num_heads}")
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
         self.num_heads = num_heads
         self.mechanism = make(num_heads=num_heads, head_dim=dim // num_heads, pattern=pattern)
@@ -136,6 +137,10 @@ class Stack(nn.Module):
         padding: int = 0,
     ) -> None:
         super().__init__()
+        sizes = {"dim": dim, "depth": depth, "num_heads": num_heads, "ffn_dim": ffn_dim}
+        for name, size in sizes.items():
+            check_integer(f"model.{name}", size, 1)
+        check_number("model.dropout", dropout, least=0.0, below=1.0)
         self.padding = padding
         self.embedding = nn.Embedding(vocabulary, dim, padding_idx=padding)
         self.positions = nn.Parameter(torch.empty(length, dim))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric
 
+from thresher.attention.options import check_number
 from thresher.attention.thresholds import Thresholds
 from thresher.budgets import Budget
 from thresher.compute import ComputeMeter, ComputeRatio
@@ -68,10 +69,15 @@ class Task(pl.LightningModule, ABC):
         nonfinite: NonFinite = "stop",
     ) -> None:
         super().__init__()
+<<<<<<< ours
         if nonfinite not in get_args(NonFinite):
             raise ValueError(f"task.nonfinite must be one of {', '.join(get_args(NonFinite))}, got {nonfinite!r}")
         if clip is not None and not clip > 0:
             raise ValueError(f"task.clip must be positive or null, got {clip}")
+=======
+        if clip is not None:  # which does not clip
+            check_number("task.clip", clip, above=0.0)
+>>>>>>> theirs
         self.net = net
         self.meter = ComputeMeter(net)
         self.budget = budget

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from thresher.attention.options import check_number
 from thresher.attention.thresholds import Thresholds
 
 
@@ -53,7 +54,17 @@ def adamw(
     threshold_lr: float = 3e-3,
     threshold_betas: Sequence[float] = (0.5, 0.999),
 ) -> Optimizer:
-    """Build AdamW over the groups of `parameter_groups`."""
+    """Build AdamW over the groups of `parameter_groups`.
+
+    Raises:
+        ValueError: A hyper-parameter is outside its range.
+    """
+    _check_rates(lr=lr, weight_decay=weight_decay, threshold_lr=threshold_lr)
+    for name, pair in (("betas", betas), ("threshold_betas", threshold_betas)):
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"optimizer.{name} must be two numbers, got {pair!r}")
+        for beta in pair:
+            check_number(f"optimizer.{name}", beta, least=0.0, below=1.0)
     groups = parameter_groups(net, weight_decay)
     for group in groups:
         if group["name"] == "thresholds":
@@ -69,7 +80,13 @@ def sgd(
     momentum: float = 0.9,
     threshold_lr: float = 1.0,
 ) -> Optimizer:
-    """Build SGD with Nesterov momentum over the groups of `parameter_groups`; thresholds go without momentum."""
+    """Build SGD with Nesterov momentum over the groups of `parameter_groups`; thresholds go without momentum.
+
+    Raises:
+        ValueError: A hyper-parameter is outside its range.
+    """
+    _check_rates(lr=lr, weight_decay=weight_decay, threshold_lr=threshold_lr)
+    check_number("optimizer.momentum", momentum, least=0.0, below=1.0)
     groups = parameter_groups(net, weight_decay)
     for group in groups:
         if group["name"] == "thresholds":
@@ -79,7 +96,8 @@ def sgd(
 
 def warmup_cosine(optimizer: Optimizer, *, total_steps: int, warmup: float = 0.1, final: float = 0.01) -> LambdaLR:
     """Raise all learning rates linearly over a share `warmup` of the steps, then lower them by a cosine to `final`."""
-    rise = max(round(warmup * total_steps), 1)
+    rise = _rise(warmup, total_steps)
+    check_number("scheduler.final", final, least=0.0)
 
     def factor(step: int) -> float:
         if step < rise:
@@ -92,5 +110,17 @@ def warmup_cosine(optimizer: Optimizer, *, total_steps: int, warmup: float = 0.1
 
 def constant(optimizer: Optimizer, *, total_steps: int, warmup: float = 0.0) -> LambdaLR:
     """Keep all learning rates constant, after a linear rise over a share `warmup` of the steps."""
-    rise = max(round(warmup * total_steps), 1)
+    rise = _rise(warmup, total_steps)
     return LambdaLR(optimizer, lambda step: min((step + 1) / rise, 1.0))
+
+
+def _rise(warmup: float, total_steps: int) -> int:
+    check_number("scheduler.warmup", warmup, least=0.0)
+    if warmup > 1:
+        raise ValueError(f"scheduler.warmup is a share of the steps, at most 1; got {warmup}")
+    return max(round(warmup * total_steps), 1)
+
+
+def _check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        check_number(f"optimizer.{name}", rate, least=0.0)
