@@ -44,8 +44,8 @@ MAY_IMPORT = {
         *("attention", "calibration", "callbacks", "checkpoint", "cli", "compute", "data", "hosts", "overrides"),
     },
     "cli": {
-        *("__init__", "attention", "callbacks", "checkpoint", "interruption", "overrides", "results", "resuming"),
-        *("saving", "secrets", "tasks", "trust"),
+        *("__init__", "attention", "callbacks", "checkpoint", "explain", "interruption", "overrides", "results"),
+        *("resuming", "saving", "secrets", "tasks", "trust"),
     },
 }
 # Libraries that only these parts may import, so that the rest stays light or free of them.

@@ -29,6 +29,7 @@ from thresher.callbacks.heads import HeadStatistics
 from thresher.callbacks.progress import progress
 from thresher.callbacks.snapshots import Snapshots
 from thresher.checkpoint import RECORD, load, load_weights
+from thresher.explain.example import explain, wanted_examples
 from thresher.interruption import Interrupted, Signals
 from thresher.results import attention_name, print_results, write_metrics
 from thresher.resuming import NEWEST, PREVIOUS, Beginning, beginning, run_folder, save_config
@@ -37,7 +38,7 @@ from thresher.secrets import redacted
 from thresher.tasks.base import Task
 from thresher.trust import run_config
 
-EVAL_KEYS = ("ckpt", "run.dir")
+EVAL_KEYS = ("ckpt", "run.dir", "explain", "explain.example")
 REPLACEABLE = ("attention", "data", "trainer")  # groups that another choice can stand in for
 USED = (*REPLACEABLE, "model", "task")  # groups that an evaluation reads
 INITIAL = ("attention.theta", "attention.tau", "attention.trainable")
@@ -257,7 +258,7 @@ def evaluate(arguments: Sequence[str], conf: Path) -> dict[str, float]:
     own = {o.key_or_group: o.value() for o in given if o.key_or_group in EVAL_KEYS}
     if "ckpt" not in own:
         raise ValueError("which checkpoint? python eval.py ckpt=runs/.../checkpoints/best.ckpt [overrides]")
-    path = Path(str(own["ckpt"]))
+    path, examples = Path(str(own["ckpt"])), wanted_examples(own)
     cfg, checkpoint, other = rebuilt(path, [o for o in given if o.key_or_group not in EVAL_KEYS], conf)
     folder = new_folder(str(own.get("run.dir") or evaluation_folder(path, "eval")))
     cfg.run.dir = str(folder)
@@ -272,12 +273,17 @@ def evaluate(arguments: Sequence[str], conf: Path) -> dict[str, float]:
         default_root_dir=str(folder),
         enable_model_summary=False,
     )
+    if examples:  # before the test, which takes longer to fail
+        device = trainer.strategy.root_device
+        explain(task.to(device).net, task.step, data, examples, folder / "explain", device)
     trainer.test(task, datamodule=data, verbose=False)
     written = write_metrics(folder, trainer.callback_metrics)
     cfg.train, cfg.ckpt_path = False, str(path)
     OmegaConf.save(OmegaConf.create(plain_config(cfg)), folder / "config.yaml")
     if trainer.is_global_zero:
         print_results(f"{path}  →  {folder}", written, folder / "heads.json", {})
+        if examples:
+            print(f"attention maps of test example {', '.join(map(str, examples))}  →  {folder / 'explain'}")
     return written
 
 

@@ -158,6 +158,10 @@ class CorpusData(pl.LightningDataModule):
         """None: there are no classes."""
         return []
 
+    def symbols(self, ids: Sequence[int]) -> list[str]:
+        """Return what each token id stands for."""
+        return self.tokenizer.pieces(ids)
+
     @property
     def model_arguments(self) -> Mapping[str, Any]:
         """What a model must know of the data."""

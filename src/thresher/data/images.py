@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -185,6 +185,11 @@ class ImageData(pl.LightningDataModule, ABC):
         if training and self.erase > 0:
             steps.append(PerImage(v2.RandomErasing(self.erase)))
         return nn.Sequential(*steps)
+
+    def pictures(self, images: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b h w c"]:
+        """Return the pixels of normalised images."""
+        mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (self.mean, self.std))
+        return ((images * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
     def frame(self, *, augment: bool) -> nn.Module:
         """Return the transform that brings images to `image_size`, with crop and flip if `augment`."""

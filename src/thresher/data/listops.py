@@ -136,6 +136,9 @@ class ListOps(SequenceData):
         """The digits."""
         return [str(digit) for digit in range(10)]
 
+    def symbols(self, ids: Sequence[int]) -> list[str]:
+        return [SYMBOLS[i] for i in ids]
+
     @property
     def model_arguments(self) -> dict[str, int]:
         """What a model must know: its sizes."""

@@ -129,6 +129,10 @@ class SequenceData(pl.LightningDataModule, ABC):
     def model_arguments(self) -> Mapping[str, Any]:
         """What a model must know of the data."""
 
+    @abstractmethod
+    def symbols(self, ids: Sequence[int]) -> list[str]:
+        """Return what each token id stands for."""
+
     @property
     def task_arguments(self) -> Mapping[str, Any]:
         """What a task must know of the data."""

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +99,9 @@ class TextClassificationData(SequenceData):
         if not self._classes:
             raise ValueError(f"the classes of {type(self).__name__} are known after prepare_data() and setup('fit')")
         return list(self._classes)
+
+    def symbols(self, ids: Sequence[int]) -> list[str]:
+        return self.tokenizer.pieces(ids)
 
     @property
     def model_arguments(self) -> Mapping[str, Any]:

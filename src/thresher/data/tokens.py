@@ -32,6 +32,10 @@ class Tokenizer(Protocol):
         """Return the text of ids, special ones left out."""
         ...
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return what each id stands for, special ones by a name in brackets."""
+        ...
+
 
 class ByteTokenizer:
     """UTF-8 bytes, shifted by one: id 0 is padding, 257 a mask, 258 and 259 begin and end a sequence."""
@@ -47,6 +51,10 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i - 1 for i in ids if 0 < i <= 256).decode(errors="replace")
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        special = {0: "[padding]", 257: "[mask]", 258: "[first]", 259: "[last]"}
+        return [special[i] if i in special else bytes([i - 1]).decode(errors="backslashreplace") for i in ids]
 
 
 class HuggingFaceTokenizer:
@@ -105,6 +113,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._inner.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        pieces: list[str] = self._inner.convert_ids_to_tokens(list(ids))
+        return pieces
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -12,10 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from thresher.report.maps import page_maps
 from thresher.report.settings import AXES, Setting, axis_of, lower_is_better
 from thresher.report.summary import Summary, difference, key_label, shown
 
-SCRIPTS = ("shared.js", "front.js", "run.js", "table.js", "main.js")
+SCRIPTS = ("shared.js", "front.js", "run.js", "maps.js", "table.js", "main.js")
 FAILED = 100  # that are shown
 
 
@@ -27,6 +28,7 @@ def page(summary: Summary, roots: Sequence[str], details: Mapping[str, Any]) -> 
         roots: The folders that were read, by name.
         details: Heads and curves of the runs that can be chosen, by place.
     """
+    maps, map_problems = page_maps(summary.runs)
     scripts = [_script(get_plotlyjs()), _script("(() => {\n'use strict';\n" + _own_scripts() + "})();\n")]
     environment = Environment(
         loader=PackageLoader("thresher.report", "web"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -36,11 +38,13 @@ def page(summary: Summary, roots: Sequence[str], details: Mapping[str, Any]) -> 
         roots=roots,
         failed=summary.failed[:FAILED],
         detailed=len(details),
+        maps=maps,
+        map_problems=map_problems,
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
         policy=f"default-src 'none'; script-src {' '.join(digest for digest, _ in scripts)}; "
         "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'",
         style=Markup(_asset("page.css")),
-        data=Markup(_json(_data(summary, details))),
+        data=Markup(_json(_data(summary, details) | {"maps": maps})),
         scripts=[Markup(text) for _, text in scripts],
     )
 

@@ -69,15 +69,10 @@ class Task(pl.LightningModule, ABC):
         nonfinite: NonFinite = "stop",
     ) -> None:
         super().__init__()
-<<<<<<< ours
         if nonfinite not in get_args(NonFinite):
             raise ValueError(f"task.nonfinite must be one of {', '.join(get_args(NonFinite))}, got {nonfinite!r}")
-        if clip is not None and not clip > 0:
-            raise ValueError(f"task.clip must be positive or null, got {clip}")
-=======
         if clip is not None:  # which does not clip
             check_number("task.clip", clip, above=0.0)
->>>>>>> theirs
         self.net = net
         self.meter = ComputeMeter(net)
         self.budget = budget

@@ -7,6 +7,7 @@ function fill(select, names, at) {
 function drawAll() {
   drawFront();
   whenNear('run', drawRun);
+  if (data.maps.length) whenNear('maps', drawMaps);
   whenNear('clock', drawClock);
   whenNear('runs', drawTable);
 }
@@ -32,6 +33,7 @@ if (data.settings.length && data.tasks.some((t) => t.metrics.length)) {
   show('task-label', data.tasks.length > 1);
   fill(byId('task'), data.tasks.map((t) => t.name), 0);
   fillRuns();
+  if (data.maps.length) fillMaps();
   chooseTask(0);
   wireFront();
   byId('task').addEventListener('change', (event) => chooseTask(Number(event.target.value)));
