@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from thresher.callbacks.snapshots import Snapshots
 from thresher.checkpoint import RECORD, load, load_weights
 from thresher.explain.example import explain, wanted_examples
 from thresher.interruption import Interrupted, Signals
-from thresher.results import attention_name, print_results, write_metrics
+from thresher.results import attention_name, evaluation_folder, new_folder, print_results, write_metrics
 from thresher.resuming import NEWEST, PREVIOUS, Beginning, beginning, run_folder, save_config
 from thresher.saving import CheckpointFiles
 from thresher.secrets import redacted
@@ -273,17 +272,15 @@ def evaluate(arguments: Sequence[str], conf: Path) -> dict[str, float]:
         default_root_dir=str(folder),
         enable_model_summary=False,
     )
-    if examples:  # before the test, which takes longer to fail
-        device = trainer.strategy.root_device
-        explain(task.to(device).net, task.step, data, examples, folder / "explain", device)
+    if examples and trainer.is_global_zero:  # before the test, which takes longer to fail
+        explain(task.to(trainer.strategy.root_device), data, examples, folder / "explain")
     trainer.test(task, datamodule=data, verbose=False)
     written = write_metrics(folder, trainer.callback_metrics)
     cfg.train, cfg.ckpt_path = False, str(path)
     OmegaConf.save(OmegaConf.create(plain_config(cfg)), folder / "config.yaml")
     if trainer.is_global_zero:
-        print_results(f"{path}  →  {folder}", written, folder / "heads.json", {})
-        if examples:
-            print(f"attention maps of test example {', '.join(map(str, examples))}  →  {folder / 'explain'}")
+        show = {"show its attention maps": f"python -m thresher.report {shlex.quote(str(folder))}"} if examples else {}
+        print_results(f"{path}  →  {folder}", written, folder / "heads.json", show)
     return written
 
 
@@ -308,20 +305,6 @@ def rebuilt(path: Path, given: Sequence[Any], conf: Path) -> tuple[DictConfig, d
     if "pretrained" in cfg.model:
         cfg.model.pretrained = False
     return cfg, checkpoint, other
-
-
-def evaluation_folder(checkpoint: Path, kind: str) -> Path:
-    """Return where an evaluation goes if nobody says: a new folder inside that of the checkpoint's run."""
-    run = checkpoint if checkpoint.is_dir() else checkpoint.parent  # that of an export, or of a checkpoint
-    return (run.parent if run.name == "checkpoints" else run) / kind / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-
-
-def new_folder(folder: str | Path) -> Path:
-    """Make the folder that results go to; it must not hold a run already."""
-    if (Path(folder) / "config.yaml").exists():
-        raise ValueError(f"{folder} already holds a run: choose another run.dir")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return Path(folder)
 
 
 def data_of(cfg: DictConfig, classes: Sequence[str]) -> Any:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,20 @@ from rich.table import Table
 
 from thresher import files
 from thresher.attention.base import Mechanism
+
+
+def evaluation_folder(checkpoint: Path, kind: str) -> Path:
+    """Return where an evaluation goes if nobody says: a new folder inside that of the checkpoint's run."""
+    run = checkpoint if checkpoint.is_dir() else checkpoint.parent  # that of an export, or of a checkpoint
+    return (run.parent if run.name == "checkpoints" else run) / kind / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def new_folder(folder: str | Path) -> Path:
+    """Make the folder that results go to; it must not hold a run already."""
+    if (Path(folder) / "config.yaml").exists():
+        raise ValueError(f"{folder} already holds a run: choose another run.dir")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
 
 
 def write_metrics(folder: Path | None, metrics: Mapping[str, Any]) -> dict[str, float]:

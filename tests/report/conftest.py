@@ -1,11 +1,14 @@
 """Real runs for the report: two mechanisms, one of them with two seeds, an evaluation, and one that failed."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from tests.report.browsing import Opened, chromium
 from tests.running import CONF, tiny_config
 from thresher import cli
 from thresher.report.__main__ import main
@@ -21,9 +24,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cli.train(tiny_config(root / "dense", "attention=dense", "compute=free", *SHORT))
     for seed in (0, 1):
         cli.train(tiny_config(root / f"latte{seed}", "compute.target=0.5", f"seed={seed}", *SHORT))
-    cli.evaluate(
-        [f"ckpt='{root}/latte0/checkpoints/best.ckpt'", "attention.est_bits=8", f"run.dir='{root}/est8'"], CONF
-    )
+    ckpt = f"ckpt='{root}/latte0/checkpoints/best.ckpt'"
+    cli.evaluate([ckpt, "attention.est_bits=8", "explain.example=[0,3]", f"run.dir='{root}/est8'"], CONF)
     shutil.copytree(root / "latte0", root / HOSTILE, ignore=shutil.ignore_patterns("metrics.json"))
     (root / HOSTILE / "train.log").write_text("[now][thresher][INFO] - begun\n[now][x][ERROR] - <b>out of memory</b>\n")
     return root
@@ -46,3 +48,22 @@ def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.write_text(yaml.safe_dump(plain))
     assert main([str(root)]) == 0
     return root / "report.html"
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    program = chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser: Any, report: Path) -> Iterator[Opened]:
+    opened = Opened(browser, report)
+    yield opened
+    assert opened.complaints == []
+    opened.page.close()

@@ -1,54 +1,14 @@
 """The page in a real browser, from disk."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.report.browsing import Opened
 from tests.report.conftest import HOSTILE
 from thresher.report.__main__ import main
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed here to open the page in")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-class Opened:
-    """A page, with everything it complained about or asked the network for."""
-
-    def __init__(self, browser: Any, path: Path, width: int = 1280, scheme: str = "light") -> None:
-        self.page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        self.page.set_default_timeout(20_000)
-        self.complaints: list[str] = []
-        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        self.page.on("request", lambda r: self.complaints.append(r.url) if r.url.startswith("http") else None)
-        self.page.goto(path.as_uri())
-        self.page.wait_for_selector("html[data-ready=yes]", state="attached")
-
-    def seen(self, part: str) -> None:
-        self.page.locator(part).scroll_into_view_if_needed()
-        self.page.wait_for_selector(f"{part} .main-svg")
-
-
-@pytest.fixture
-def opened(browser: Any, report: Path) -> Iterator[Opened]:
-    opened = Opened(browser, report)
-    yield opened
-    assert opened.complaints == []
-    opened.page.close()
 
 
 def points(page: Any) -> Any:

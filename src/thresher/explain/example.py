@@ -1,9 +1,9 @@
 """Explain mode: attention maps of chosen test examples, for every head of every layer, into files."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -41,18 +41,29 @@ def wanted_examples(options: dict[str, Any]) -> list[int]:
     return list(dict.fromkeys(places))
 
 
-def explain(
-    net: nn.Module, step: Callable[[Any], Any], data: Any, examples: Sequence[int], folder: Path, device: torch.device
-) -> list[Path]:
+class Explained(Protocol):
+    """What can be explained: a task."""
+
+    net: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        ...
+
+    def step(self, batch: Any) -> Any:
+        """Run the network on a batch; what it returns has `predictions`."""
+        ...
+
+
+def explain(task: Explained, data: Any, examples: Sequence[int], folder: Path) -> list[Path]:
     """Write the attention maps of test examples, each by itself; return the files.
 
     Args:
-        net: The network, on `device`.
-        step: Runs the network on a batch and returns what has `predictions`.
+        task: The network and how it is run.
         data: Where the examples come from.
         examples: Their places in the test data.
         folder: Where the files go.
-        device: Where the network is.
 
     Raises:
         ValueError: There is no such example, or something in the network has no attention map.
@@ -61,6 +72,7 @@ def explain(
     loader = data.test_dataloader()
     if beyond := [i for i in examples if i >= len(loader.dataset)]:
         raise ValueError(f"explain.example={beyond[0]}, but the test data have {len(loader.dataset)} examples, from 0")
+    net, device = task.net, task.device
     modes = {module: module.training for module in net.modules()}
     net.eval()
     files = []
@@ -68,7 +80,7 @@ def explain(
     for place, batch in zip(examples, one_by_one, strict=True):
         inputs, targets = (_to(part, device) for part in batch)
         with torch.no_grad(), recorded_calls(net) as calls:
-            predictions = step((inputs, targets)).predictions
+            predictions = task.step((inputs, targets)).predictions
         shown = shown_example(data, net, inputs)
         names = _names(calls)
         layers, arrays = zip(*(_layer(name, call, shown) for name, call in zip(names, calls, strict=True)), strict=True)

@@ -37,9 +37,9 @@ def draw_heads(path: Path, example: dict[str, Any], shown: Shown, arrays: list[d
     """Draw each head: over a picture the share of queries that keep each patch, for tokens the whole map."""
     from matplotlib.figure import Figure
 
-    width = max(len(layer["weights"]) for layer in arrays)
-    figure = Figure(figsize=(1.2 + 1.5 * width, 0.7 + 1.6 * len(arrays)), layout="constrained")
-    axes = figure.subplots(len(arrays), width, squeeze=False)
+    most = max(len(layer["weights"]) for layer in arrays)
+    figure = Figure(figsize=(1.2 + 1.5 * most, 0.7 + 1.6 * len(arrays)), layout="constrained")
+    axes = figure.subplots(len(arrays), most, squeeze=False)
     for line, layer, about in zip(axes, arrays, example["layers"], strict=True):
         for head, axis in enumerate(line):
             axis.set_xticks([])

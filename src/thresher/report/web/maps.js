@@ -63,7 +63,7 @@ function tokenName(side, position) {
   if (!side) return `token ${position}`;
   if (position < side.extra) return side.extra === 1 ? 'class token' : `extra token ${position}`;
   const at = position - side.extra;
-  if (map().grid) return `patch ${Math.floor(at / map().grid[1])}, ${at % map().grid[1]}`;
+  if (map().grid) return `patch (${Math.floor(at / map().grid[1])}, ${at % map().grid[1]})`;
   return `“${visibleText(map().texts[side.input][at])}”`;
 }
 const visibleText = (text) => text.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/ /g, '␣');
@@ -80,7 +80,7 @@ function drawMaps() {
   show('map-sampled', l.sampled_values);
   const raw = row(l, 'weights', looked.head, looked.query), kept = raw.bytes.reduce((sum, q) => sum + (q !== 0), 0);
   const best = raw.shares.map((s, i) => [s * raw.largest, i]).sort((a, b) => b[0] - a[0]).slice(0, 3).filter(([w]) => w > 0);
-  byId('map-query-name').textContent = `Query ${looked.query}, ${tokenName(l.queries, looked.query)}${around(l.queries)}, kept ${kept} of ${l.shape[2]} keys; most weight: ${best.map(([w, i]) => `${tokenName(l.keys, i)} ${w.toFixed(2)}`).join(', ') || 'none'}.`;
+  byId('map-query-name').textContent = `Query ${looked.query}, ${tokenName(l.queries, looked.query)}${around(l.queries)}, kept ${kept} of ${l.shape[2]} keys; most weight: ${best.map(([w, i]) => `${tokenName(l.keys, i)}: ${w.toFixed(2)}`).join('; ') || 'none'}.`;
   for (const kind of ['weights', 'effective']) {
     const view = m.picture && m.grid && l.keys ? pictureView(kind) : l.keys && !m.grid ? textView(kind) : null;
     byId(`map-${kind}`).replaceChildren(...[view, matrixView(kind)].filter(Boolean));
