@@ -7,9 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from thresher.overrides import quoted
+from thresher.overrides import compose_config, quoted
 from thresher.report.configs import BOOKKEEPING, Table, flatten, part_of, read_config
 from thresher.report.runs import Run
 
@@ -91,11 +91,10 @@ class Commands:
         return self._choices[group]
 
     def _load(self, group: str, name: str) -> dict[str, Any]:
-        own = OmegaConf.load(self._conf / group / f"{name}.yaml")
-        assert isinstance(own, DictConfig)
-        parts = [entry for entry in own.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
-        merged = OmegaConf.merge(*(self._load(group, part) for part in parts), own)
-        plain = OmegaConf.to_container(merged, resolve=False)
+        node = OmegaConf.load(self._conf / group / f"{name}.yaml")
+        if "defaults" in node:  # composition is slow, and most choices stand alone
+            node = compose_config(self._conf / group, name)
+        plain = OmegaConf.to_container(node, resolve=False)
         return {str(k): v for k, v in plain.items()} if isinstance(plain, dict) else {}
 
 
