@@ -7,6 +7,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
 
+from thresher.clock import clock
+
 SHOWN = {"train/loss": "loss", "train/acc": "acc", "train/kept": "kept", "train/gap": "gap", "val/acc": "val_acc"}
 
 
@@ -27,9 +29,8 @@ class TimeLeft:
     def text(self, share: float) -> str:
         began, first = self._start
         if share <= first:
-            return "?"
-        left = (time.monotonic() - began) * (1 - share) / (share - first)
-        return time.strftime("%H:%M:%S" if left >= 3600 else "%M:%S", time.gmtime(left))
+            return clock(None)
+        return clock((time.monotonic() - began) * (1 - share) / (share - first))
 
 
 def shown_metrics(trainer: pl.Trainer) -> dict[str, str]:

@@ -6,9 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from thresher.pareto import pareto_front
 from thresher.report.commands import Commands
 from thresher.report.configs import SPARSE_ONLY, part_of
-from thresher.report.front import pareto_front
 from thresher.report.runs import Run, find_runs, read_run
 from thresher.report.settings import (
     AXES,
@@ -79,14 +79,14 @@ class Summary:
         return [Front(*key, self._front(*key)) for key in wanted]
 
     def _front(self, task: str, metric: str, axis: str) -> list[int]:
-        measured = []
+        places, worth = [], []
         for i, setting in enumerate(self.settings):
             if setting.task == task:
                 cost, value = setting.spread(axis_of(metric, axis)), setting.spread(metric)
                 if cost is not None and value is not None:
-                    measured.append((i, cost.mean, value.mean))
-        places, costs, values = zip(*measured, strict=True) if measured else ((), (), ())
-        return [places[i] for i in pareto_front(costs, values, lower_is_better=lower_is_better(metric))]
+                    places.append(i)
+                    worth.append((-cost.mean, -value.mean if lower_is_better(metric) else value.mean))
+        return [places[i] for i in pareto_front(worth)]
 
     def command(self, run: Run) -> str:
         """Return what repeats a run."""

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from thresher.pareto import dominates
+
 Curve = Mapping[int, Sequence[float]]
 
 
@@ -27,9 +29,9 @@ class Pruning:
         if not curve or max(curve) < self.start:
             return False
         epoch = max(curve)
-        better = sum(self._dominates(other[epoch], curve[epoch]) for other in others if epoch in other)
+        own = self._worth(curve[epoch])
+        better = sum(dominates(self._worth(other[epoch]), own) for other in others if epoch in other)
         return better >= self.quorum
 
-    def _dominates(self, a: Sequence[float], b: Sequence[float]) -> bool:
-        gains = [x - y if up else y - x for x, y, up in zip(a, b, self.maximize, strict=True)]
-        return min(gains) >= 0 and max(gains) > 0
+    def _worth(self, values: Sequence[float]) -> list[float]:
+        return [value if up else -value for value, up in zip(values, self.maximize, strict=True)]

@@ -1,10 +1,8 @@
 """What a sweep says of itself: one honest line while it runs, tables at its end."""
 
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from operator import ge
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from thresher.clock import clock
+from thresher.pareto import pareto_front
 from thresher.sweep import processes
 from thresher.sweep.ledger import State, View
 
@@ -72,15 +72,6 @@ def line(view: View, own: int, patience: float, workers: int) -> str:
         f"time left {clock(time_left)}" if left or running or gone else "",
     ]
     return "  ".join(part for part in parts if part)
-
-
-def clock(seconds: float | None) -> str:
-    """Write a time as hours, minutes and seconds."""
-    if seconds is None or not math.isfinite(seconds):
-        return "?"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"
 
 
 class StatusLine:
@@ -149,12 +140,7 @@ def reason(trial: FrozenTrial) -> str:
 
 
 def pareto(trials: Sequence[FrozenTrial], objectives: Mapping[str, str]) -> list[FrozenTrial]:
-    """Return the trials that no other beats in one objective while it equals them in the rest, best metric first."""
+    """Return the trials that no other dominates, best in the first objective first."""
     signs = [1.0 if direction == "maximize" else -1.0 for direction in objectives.values()]
-    scored = [(tuple(s * v for s, v in zip(signs, trial.values, strict=True)), trial) for trial in trials]
-    front: list[tuple[tuple[float, ...], FrozenTrial]] = []
-    for values, trial in sorted(scored, key=lambda pair: pair[0], reverse=True):
-        # Whatever could dominate comes first in this order.
-        if not any(other != values and all(map(ge, other, values)) for other, _ in front):
-            front.append((values, trial))
-    return [trial for _, trial in front]
+    worth = [[sign * value for sign, value in zip(signs, trial.values, strict=True)] for trial in trials]
+    return [trials[i] for i in pareto_front(worth)]
