@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import shlex
 import shutil
 import statistics
@@ -18,9 +19,9 @@ from thresher.overrides import compose_config
 from thresher.report.__main__ import main
 from thresher.report.configs import read_config, without
 from thresher.report.details import chosen_runs, details
-from thresher.report.runs import Run, read_run
-from thresher.report.settings import dense_twins
-from thresher.report.summary import Summary
+from thresher.report.runs import Run, find_runs, read_run
+from thresher.report.settings import dense_twins, lower_is_better, metrics_of, settings_of, tasks_of
+from thresher.report.summary import Summary, summarise
 
 
 def test_runs_of_other_seeds_are_one_setting_and_an_evaluation_is_another(summary: Summary) -> None:
@@ -68,7 +69,86 @@ def test_a_run_without_metrics_says_why(summary: Summary) -> None:
 def test_results_that_cannot_count_are_told(runs: Path, tmp_path: Path, metrics: str, problem: str) -> None:
     shutil.copy(runs / "dense" / "config.yaml", tmp_path)
     (tmp_path / "metrics.json").write_text(metrics)
+    written_long_ago(tmp_path)
     assert problem in read_run(tmp_path, "x").problem
+
+
+def written_long_ago(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (1e9, 1e9))
+
+
+def test_a_run_that_goes_on_is_not_one_that_failed(runs: Path, tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("metrics.json")
+    for name in ("goes_on", "stopped", "crashed", "told"):
+        shutil.copytree(runs / "dense", tmp_path / name, ignore=ignored)
+        (tmp_path / name / "train.log").write_text(
+            "[now][x][WARNING] - an error of 3 % is usual\n[now][x][INFO] - ok\n"
+        )
+    written_long_ago(tmp_path / "stopped")
+    (tmp_path / "crashed" / "train.log").write_text("[now][x][ERROR] - CUDA out of memory\n(HYDRA_FULL_ERROR=1 ...)\n")
+    (tmp_path / "told" / "exit_code").write_text("0")
+    summary = summarise([tmp_path], CONF, lambda sequence, title: sequence)
+    assert [run.name for run in summary.running] == ["goes_on"]
+    assert summary.running[0].problem.startswith("still running, last written ")
+    assert [run.name for run in summary.failed] == ["crashed", "stopped", "told"]
+    assert main([str(tmp_path)]) == 0
+    with (tmp_path / "runs.csv").open() as file:
+        states = {row["run"]: row["status"] for row in csv.DictReader(file)}
+    assert states == {"goes_on": "running", "crashed": "failed", "stopped": "failed", "told": "failed"}
+    assert json.loads((tmp_path / "front.json").read_text())["counts"]["running"] == 1
+    page = (tmp_path / "report.html").read_text()
+    assert 'id="running"' in page
+    assert 'id="failed"' in page
+
+
+def test_a_folder_is_read_once_whatever_links_lead_to_it(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    shutil.copytree(runs / "dense", tmp_path / "here" / "run")
+    shutil.copytree(runs / "latte0", tmp_path / "elsewhere" / "latte0")
+    (tmp_path / "here" / "another").symlink_to(tmp_path / "here" / "run")
+    (tmp_path / "here" / "far").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "here" / "round").symlink_to(tmp_path / "here")
+    found = {name: path for path, name in find_runs([tmp_path / "here"])}
+    assert sorted(found) == ["far/latte0", "run"]
+    assert len(find_runs([tmp_path / "here", tmp_path / "elsewhere", tmp_path / "here" / "round"])) == 2
+
+
+def changed(run: Run, **config: object) -> Run:
+    keys = {key.replace("__", "."): value for key, value in config.items()}
+    return Run(run.folder, run.name, run.config | keys, run.metrics)
+
+
+def test_a_front_holds_one_data_set_and_one_model(summary: Summary) -> None:
+    (run,) = (r for r in summary.runs if r.name == "latte0")
+    alike = changed(run, data__batch_size=3, data__limit_train=9, model__drop_path_rate=0.2, attention__est_bits=8)
+    assert tasks_of([run, alike]) == ["FashionMNIST12k, vit_tiny_patch16_224, classification"] * 2
+    others = [
+        changed(run, data__image_size=56),
+        changed(run, model__depth=7),
+        changed(run, model__name="deit3_small_patch16_224"),
+        changed(run, data___target_="thresher.data.cifar.CIFAR10"),
+        changed(run, task___target_="thresher.tasks.text_classification.TextClassification"),
+    ]
+    names = tasks_of([run, *others])
+    assert len(set(names)) == 6
+    assert "model.depth=7" in names[2]
+    assert names[4].startswith("CIFAR10, ")
+    both = Summary([run, others[1]], ["", ""])
+    assert all(len({both.settings[i].task for i in front.places}) == 1 for front in both.fronts)
+    assert {front.task for front in both.fronts} == set(tasks_of(both.runs))
+
+
+def test_the_first_metric_is_that_of_the_kind_of_task(summary: Summary) -> None:
+    (run,) = (r for r in summary.runs if r.name == "latte0")
+    text = Run(run.folder, "text", run.config, {"test/perplexity": 9.0, "test/acc": 0.3, "test/loss": 2.2})
+    assert metrics_of(settings_of([run]))[0] == "test/acc"
+    assert metrics_of(settings_of([text]))[0] == "test/perplexity"
+    assert metrics_of(settings_of([changed(text, optimized_metric="test/loss")]))[0] == "test/loss"
+    assert [lower_is_better(name) for name in ("test/acc", "test/f1", "test/perplexity", "val/loss")] == [
+        *(False, False),
+        *(True, True),
+    ]
 
 
 def test_a_run_that_ended_before_its_config_and_one_with_an_exit_code(tmp_path: Path) -> None:

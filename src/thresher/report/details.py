@@ -22,7 +22,7 @@ def chosen_runs(summary: Summary, limit: int) -> list[int]:
         key=lambda i: (i not in on_front, summary.settings[i].mechanism != "dense", i),
     )
     runs = [place[id(run)] for i in ranked for run in summary.settings[i].runs]
-    runs += [place[id(run)] for run in summary.failed]
+    runs += [place[id(run)] for run in (*summary.running, *summary.failed)]
     return sorted(runs[:limit])
 
 

@@ -24,6 +24,7 @@ def write_front(summary: Summary, path: Path) -> None:
             }
         )
     counts = {"runs": len(summary.runs), "settings": len(summary.settings), "failed": len(summary.failed)}
+    counts["running"] = len(summary.running)
     path.write_text(json.dumps({"counts": counts, "fronts": fronts}, indent=1) + "\n")
 
 
@@ -60,7 +61,8 @@ def write_runs(summary: Summary, path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow([*head, *map(key_label, keys), "command"])
         for run in summary.runs:
-            row: list[Any] = [run.name, "failed" if run.problem else "finished", run.problem, run.mechanism]
+            status = "running" if run.running else "failed" if run.problem else "finished"
+            row: list[Any] = [run.name, status, run.problem, run.mechanism]
             row += [run.evaluation, run.config.get("seed")]
             row += [run.metrics.get(name) for name in ("train/seconds", *metrics)]
             row += [shown(key, run.config[key]) if key in run.config else None for key in keys]

@@ -17,7 +17,7 @@ from thresher.report.settings import AXES, Setting, axis_of, lower_is_better
 from thresher.report.summary import Summary, difference, key_label, shown
 
 SCRIPTS = ("shared.js", "front.js", "run.js", "maps.js", "table.js", "main.js")
-FAILED = 100  # that are shown
+LISTED = 100  # runs that failed, or go on, that are shown
 
 
 def page(summary: Summary, roots: Sequence[str], details: Mapping[str, Any]) -> str:
@@ -36,7 +36,7 @@ def page(summary: Summary, roots: Sequence[str], details: Mapping[str, Any]) -> 
     return environment.get_template("page.html").render(
         summary=summary,
         roots=roots,
-        failed=summary.failed[:FAILED],
+        listed=LISTED,
         detailed=len(details),
         maps=maps,
         map_problems=map_problems,

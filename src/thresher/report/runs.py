@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,6 +18,10 @@ CONTINUED = re.compile(r"config_(\d+)\.yaml$")
 PREFIX = re.compile(r"^(\[[^\]]*\])+ - ")  # of a line in train.log: time, logger, level
 LOGS = (OUTPUT, "train.log")  # what a sweep's trial printed says more than what it logged
 EXCERPT = 12  # lines
+RECENT = 600.0  # seconds since a run that goes on wrote something
+NO_CONFIG, NO_METRICS = "ended before it had a config", "no metrics.json: not finished"
+NO_TEST = "trained, but its test is not finished"
+UNFINISHED = (NO_CONFIG, NO_METRICS, NO_TEST)
 SKIPPED = {"checkpoints", "csv", "tensorboard", "wandb", "__pycache__"}
 TROUBLE = re.compile(r"error|exception|traceback|killed|sigterm|out of memory|cannot|no space", re.IGNORECASE)
 
@@ -31,6 +36,8 @@ class Run:
         config: Dotted keys and values; empty where it ended before it had one.
         metrics: Name and value; None where a value was not finite.
         problem: Why it counts for nothing, or an empty string where it counts.
+        running: Whether it counts for nothing because it is not finished: it wrote something in the last minutes, and
+            nothing says that it ended.
         excerpt: The last lines that it printed or logged, of a run that counts for nothing.
     """
 
@@ -39,6 +46,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float | None] = field(default_factory=dict)
     problem: str = ""
+    running: bool = False
     excerpt: str = ""
 
     @property
@@ -80,14 +88,30 @@ def _run_folders(root: Path) -> Iterator[Path]:
     """Yield folders with a config, and those with a log alone that hold no such folder: runs that ended early."""
     begun: list[Path] = []
     configured: list[Path] = []
-    for path, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in SKIPPED and not name.startswith("."))
+    for path, files in _folders(root):
         if "config.yaml" in files:
-            configured.append(Path(path))
+            configured.append(path)
         elif not set(LOGS).isdisjoint(files):
-            begun.append(Path(path))
+            begun.append(path)
     above = {parent for path in configured for parent in path.parents}
     yield from sorted([*configured, *(path for path in begun if path not in above)])
+
+
+def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield folders and the names of their files, each folder once: by its own name first, then by links to it."""
+    seen: set[str] = set()
+    waiting = [root]
+    while waiting:
+        start, waiting = waiting[0], waiting[1:]
+        for path, folders, files in os.walk(start):
+            real = os.path.realpath(path)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if name not in SKIPPED and not name.startswith("."))
+            waiting += [Path(path, name) for name in folders if os.path.islink(os.path.join(path, name))]
+            yield Path(path), files
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -101,11 +125,11 @@ def read_run(folder: Path, name: str) -> Run:
         run.problem = _problem(run)
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
-        run.problem = "ended before it had a config" if missing == "config.yaml" else "no metrics.json: not finished"
+        run.problem = NO_CONFIG if missing == "config.yaml" else NO_METRICS
     except (ValueError, OSError) as error:
         run.problem = str(error)
     if run.problem:
-        run.problem, run.excerpt = _ending(folder, run.problem)
+        _tell_ending(run)
     return run
 
 
@@ -126,20 +150,28 @@ def _metrics(folder: Path) -> dict[str, float | None]:
 
 def _problem(run: Run) -> str:
     if run.config.get("test", True) and not any(name.startswith("test/") for name in run.metrics):
-        return "trained, but its test is not finished"
+        return NO_TEST
     broken = [name for name, value in run.metrics.items() if value is None and name.startswith(("test/", "val/"))]
     return f"not a finite number: {', '.join(broken)}" if broken else ""
 
 
-def _ending(folder: Path, problem: str) -> tuple[str, str]:
-    """Return why a run ended, in a line, and the last lines that it left."""
-    if code := exit_code(folder):
-        problem = f"exit code {code}"
-    tails = (last_lines(folder / log, EXCERPT) for log in LOGS)
+def _tell_ending(run: Run) -> None:
+    """Say why a run counts for nothing: that it goes on, or why it ended, with the last lines that it left."""
+    code = exit_code(run.folder)
+    if code:
+        run.problem = f"exit code {code}"
+    tails = (last_lines(run.folder / log, EXCERPT) for log in LOGS)
     lines = [line[:400] for line in next(filter(None, tails), [])]
-    telling = [line for line in lines if TROUBLE.search(line) and "HYDRA_FULL_ERROR" not in line]
-    excerpt = "\n".join(lines)
-    if telling:
-        return f"{problem}: {PREFIX.sub('', telling[-1]).strip()[:300]}", excerpt
-    newest = max((p.stat().st_mtime for p in [folder, *folder.glob("*.*"), *folder.glob("csv/*/*.csv")]), default=0)
-    return f"{problem}, last written {datetime.fromtimestamp(newest):%Y-%m-%d %H:%M}", excerpt
+    run.excerpt = "\n".join(lines)
+    said = [line for line in lines if "HYDRA_FULL_ERROR" not in line]
+    telling = [line for line in said if TROUBLE.search(line)]
+    files = [run.folder, *run.folder.glob("*.*"), *run.folder.glob("csv/*/*.csv"), *run.folder.glob("checkpoints/*")]
+    newest = max((path.stat().st_mtime for path in files if path.exists()), default=0)
+    ended = code is not None or not run.problem.startswith(UNFINISHED) or said[-1:] == telling[-1:] != []
+    run.running = not ended and time.time() - newest < RECENT
+    if run.running:
+        run.problem = "still running"
+    elif telling:
+        run.problem = f"{run.problem}: {PREFIX.sub('', telling[-1]).strip()[:300]}"
+        return
+    run.problem += f", last written {datetime.fromtimestamp(newest):%Y-%m-%d %H:%M}"

@@ -6,13 +6,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from thresher.report.configs import BOOKKEEPING, SPARSE_ONLY, part_of, without
+from thresher.report.configs import BOOKKEEPING, SPARSE_ONLY, Items, part_of, without
 from thresher.report.runs import Run
 
 LOWER_IS_BETTER = ("loss", "perplexity", "bits", "error")
 AXES = ("kept", "compute")
 NOT_QUALITY = {*AXES, "score", "compute_loss", "aim", "gap", "seconds"}
-PREFERRED = ("test/acc", "test/perplexity", "test/bits_per_byte", "test/f1", "test/loss")
+PREFERRED = ("test/perplexity", "test/acc", "test/bits_per_byte", "test/f1", "test/loss")
+# Of the data, how they are learnt from or where a copy lies; not what they are.
+LEARNING = (
+    *("data.batch_size", "data.workers", "data.limit_train", "data.augment", "data.erase", "data.download"),
+    *("data.root", "data.seed", "data.val_fraction"),
+)
+OWN_FILES = (".ImageFolder", ".TextCorpus")  # data that are what lies in their root
+# Of the model, what is put into it and how it is trained; not what it is.
+MOUNTED = (
+    *("model.attention", "model.encoder", "model.decoder", "model.cross", "model.where", "model.pretrained"),
+    *("model.dropout", "model.drop_path_rate", "model.weight_init"),
+)
 
 
 class Spread(NamedTuple):
@@ -29,7 +40,7 @@ class Setting:
 
     Attributes:
         runs: At least one; all of them count.
-        task: What was to be learnt: only settings of one task are compared.
+        task: What was to be learnt from which data by which model: only settings of one task are compared.
         identity: The config without seed and bookkeeping.
     """
 
@@ -64,18 +75,48 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
 
 def settings_of(runs: Iterable[Run]) -> list[Setting]:
     """Take runs that differ in their seed only together, in the order of the runs."""
+    runs = list(runs)
+    tasks = tasks_of(runs)
     found: dict[tuple[Any, ...], Setting] = {}
-    for run in runs:
+    for run, task in zip(runs, tasks, strict=True):
         identity = (run.evaluation, without(run.config, *BOOKKEEPING, "seed"))
-        found.setdefault(identity, Setting([], task_of(run), identity)).runs.append(run)
+        found.setdefault(identity, Setting([], task, identity)).runs.append(run)
     return list(found.values())
 
 
-def task_of(run: Run) -> str:
-    """Name what a run had to learn: its data, their objective, and its kind of task."""
-    data, task = (str(run.config.get(f"{group}._target_", "?")).rpartition(".")[2] for group in ("data", "task"))
-    objective = run.config.get("data.objective")
-    return f"{data}, {_words(task)}" + (f", {objective}" if objective else "")
+def tasks_of(runs: Sequence[Run]) -> list[str]:
+    """Name what each run had to learn, from which data, by which model; other data or another model: another name."""
+    problems = [_problem(run) for run in runs]
+    named: dict[str, dict[Items, None]] = {}
+    for run, problem in zip(runs, problems, strict=True):
+        named.setdefault(_name(run.config), {})[problem] = None
+    names: dict[tuple[str, Items], str] = {}
+    for name, alike in named.items():
+        shared = set.intersection(*map(set, alike))
+        for problem in alike:
+            apart = [f"{key}={value}" for key, value in problem if (key, value) not in shared]
+            names[name, problem] = f"{name} ({', '.join(apart)})" if apart else name
+    return [names[_name(run.config), problem] for run, problem in zip(runs, problems, strict=True)]
+
+
+def _problem(run: Run) -> Items:
+    """Return the entries of a config that say which data, which model and which kind of task."""
+    own_data = str(run.config.get("data._target_")).endswith(OWN_FILES)
+    return tuple(
+        (key, value)
+        for key, value in sorted(run.config.items(), key=lambda item: item[0])
+        if key == "task._target_"
+        or (part_of(key, "data") and (not part_of(key, *LEARNING) or (own_data and key == "data.root")))
+        or (part_of(key, "model") and not part_of(key, *MOUNTED))
+    )
+
+
+def _name(config: dict[str, Any]) -> str:
+    """Name data, model and task by what they are called, and the objective where there is one."""
+    data, model, task = (str(config.get(f"{g}._target_", "?")).rpartition(".")[2] for g in ("data", "model", "task"))
+    called = config.get("model.name") or str(config.get("model.name_or_path") or model).rstrip("/").rpartition("/")[2]
+    objective = config.get("data.objective")
+    return f"{data}, {called}, {_words(task)}" + (f", {objective}" if objective else "")
 
 
 def _words(name: str) -> str:
@@ -109,7 +150,10 @@ def metrics_of(settings: Iterable[Setting]) -> list[str]:
     names = {name for setting in settings for name in setting.runs[0].metrics}
     names = {n for n in names if n.startswith(("test/", "val/")) and n.partition("/")[2] not in NOT_QUALITY}
     wanted = Counter(str(setting.config.get("optimized_metric")) for setting in settings)
-    order = {name: place for place, name in enumerate((*(n for n, _ in wanted.most_common(1)), *PREFERRED))}
+    if "test/perplexity" in names:
+        del wanted["test/acc"]  # what every config optimises unless told otherwise; of language models, perplexity
+    first = dict.fromkeys([*(name for name, _ in wanted.most_common(1)), *PREFERRED])
+    order = {name: place for place, name in enumerate(first)}
     return sorted(names, key=lambda n: (order.get(n, len(order)), not n.startswith("test/"), n))
 
 

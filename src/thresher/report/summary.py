@@ -51,8 +51,13 @@ class Summary:
 
     @cached_property
     def failed(self) -> list[Run]:
-        """Runs that count for nothing."""
-        return [run for run in self.runs if run.problem]
+        """Runs that count for nothing, and never will."""
+        return [run for run in self.runs if run.problem and not run.running]
+
+    @cached_property
+    def running(self) -> list[Run]:
+        """Runs that are not finished."""
+        return [run for run in self.runs if run.running]
 
     @cached_property
     def columns(self) -> dict[str, dict[str, Any]]:

@@ -8,22 +8,23 @@ from thresher.report.settings import Setting, Spread, axis_of, lower_is_better
 from thresher.report.summary import Summary, difference
 
 ROWS = 20  # of settings off the front, by task
-FAILED = 10
+LISTED = 10  # runs that failed, or go on
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """Print a table for each task, the commands behind its front, and the reasons of what failed."""
+    """Print a table for each task, the commands behind its front, what still runs, and why the others failed."""
     if not summary.settings:
         console.print("no finished runs")
     for task, metrics in summary.tasks.items():
         if metrics:
             _print_task(summary, task, metrics[0], console)
-    if summary.failed:
-        console.print(f"\n[bold]{len(summary.failed)} runs count for nothing[/]")
-    for run in summary.failed[:FAILED]:
-        console.print(f"  {run.name}: {run.problem}", markup=False, highlight=False, soft_wrap=True)
-    if len(summary.failed) > FAILED:
-        console.print(f"  and {len(summary.failed) - FAILED} more, in runs.csv")
+    for title, runs in (("still running", summary.running), ("failed", summary.failed)):
+        if runs:
+            console.print(f"\n[bold]{len(runs)} {title}[/]")
+        for run in runs[:LISTED]:
+            console.print(f"  {run.name}: {run.problem}", markup=False, highlight=False, soft_wrap=True)
+        if len(runs) > LISTED:
+            console.print(f"  and {len(runs) - LISTED} more, in runs.csv")
 
 
 def _print_task(summary: Summary, task: str, metric: str, console: Console) -> None:
