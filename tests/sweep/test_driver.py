@@ -7,50 +7,15 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import optuna
 import pytest
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-from tests.running import CONF
-
-ROOT = CONF.parent
-POINTS = "x=0.1,0.2,0.3,0.4,0.5,0.6"
-
-
-def started(folder: Path, *arguments: str, points: tuple[str, ...]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "thresher.sweep", "name=trials", f"dir={folder}", "program=tests/sweep/trial.py"]
-    return subprocess.Popen(
-        [*command, "heartbeat=0.5", "stale_after=3", *arguments, "--", *points],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def run(folder: Path, *arguments: str, points: tuple[str, ...]) -> tuple[int, str]:
-    driver = started(folder, *arguments, points=points)
-    output, _ = driver.communicate(timeout=120)
-    return driver.returncode, output
-
-
-def trials(folder: Path) -> list[FrozenTrial]:
-    return optuna.load_study(study_name="trials", storage=f"sqlite:///{folder / 'study.db'}").trials
-
-
-def finished(folder: Path) -> Counter[str]:
-    return Counter(t.user_attrs["slot"] for t in trials(folder) if t.state == TrialState.COMPLETE)
-
-
-def seeds(count: int) -> str:
-    return "seed=" + ",".join(map(str, range(count)))
+from tests.sweep.driving import POINTS, ROOT, finished, run, seeds, started, trials
 
 
 def test_a_driver_killed_five_times_finishes_every_trial_once(tmp_path: Path) -> None:
@@ -121,14 +86,6 @@ def test_an_interrupted_sweep_says_how_to_go_on(tmp_path: Path) -> None:
     assert driver.returncode == 130
     assert "The same command goes on" in output
     assert not [t for t in trials(tmp_path) if t.user_attrs.get("failure")]
-
-
-def test_a_sampler_proposes_points(tmp_path: Path) -> None:
-    code, output = run(tmp_path, "sampler=tpe", "trials=5", points=("x=interval(0.0,1.0)",))
-    assert code == 0, output
-    values = [t.values for t in trials(tmp_path) if t.state == TrialState.COMPLETE]
-    assert len(values) == 5
-    assert all(accuracy == pytest.approx(1 - kept) for accuracy, kept in values)
 
 
 def test_a_trial_that_others_leave_behind_is_pruned(tmp_path: Path) -> None:

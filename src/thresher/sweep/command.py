@@ -20,7 +20,7 @@ from thresher.sweep.driver import Driver, Settings
 from thresher.sweep.launchers import Launcher, Local, Submitit
 from thresher.sweep.ledger import Ledger, Plan
 from thresher.sweep.pruning import Pruning
-from thresher.sweep.samplers import SAMPLERS
+from thresher.sweep.samplers import check_sampler
 from thresher.sweep.space import Spaces, read_spaces
 from thresher.sweep.status import StatusLine, line, print_tables
 from thresher.sweep.storage import open_storage, shown
@@ -60,7 +60,8 @@ def sweep(root: Path, arguments: Sequence[str], last: Sequence[str]) -> int:
 
 
 def _plan(cfg: DictConfig, spaces: Spaces) -> Plan:
-    for key, known in (("sampler", SAMPLERS), ("launcher", LAUNCHERS), ("mode", MODES)):
+    check_sampler(cfg.sampler)
+    for key, known in (("launcher", LAUNCHERS), ("mode", MODES)):
         if cfg[key] not in known:
             raise ValueError(f"there is no {key}={cfg[key]}. Available: {', '.join(known)}")
     objectives = dict.fromkeys(cfg.maximize, "maximize") | dict.fromkeys(cfg.minimize, "minimize")

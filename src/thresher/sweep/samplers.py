@@ -1,11 +1,20 @@
 """Who proposes the next point: Optuna's samplers, by name."""
 
 import warnings
+from importlib.util import find_spec
 
 import optuna
 from optuna.samplers import BaseSampler
 
 SAMPLERS = ("grid", "random", "tpe", "nsga2", "gp")
+
+
+def check_sampler(name: str) -> None:
+    """Raise a ValueError unless there is such a sampler, and what it needs is installed."""
+    if name not in SAMPLERS:
+        raise ValueError(f"there is no sampler={name}. Available: {', '.join(SAMPLERS)}")
+    if name == "gp" and find_spec("scipy") is None:
+        raise ValueError("sampler=gp needs SciPy: pip install 'thresher[sweep]'")
 
 
 def make_sampler(name: str, seed: int, workers: int) -> BaseSampler:

@@ -1,0 +1,43 @@
+"""Drivers as a shell starts them, with trials that are real processes."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from tests.running import CONF
+
+ROOT = CONF.parent
+POINTS = "x=0.1,0.2,0.3,0.4,0.5,0.6"
+
+
+def started(folder: Path, *arguments: str, points: tuple[str, ...]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "thresher.sweep", "name=trials", f"dir={folder}", "program=tests/sweep/trial.py"]
+    return subprocess.Popen(
+        [*command, "heartbeat=0.5", "stale_after=3", *arguments, "--", *points],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(folder: Path, *arguments: str, points: tuple[str, ...]) -> tuple[int, str]:
+    driver = started(folder, *arguments, points=points)
+    output, _ = driver.communicate(timeout=120)
+    return driver.returncode, output
+
+
+def trials(folder: Path) -> list[FrozenTrial]:
+    return optuna.load_study(study_name="trials", storage=f"sqlite:///{folder / 'study.db'}").trials
+
+
+def finished(folder: Path) -> Counter[str]:
+    return Counter(t.user_attrs["slot"] for t in trials(folder) if t.state == TrialState.COMPLETE)
+
+
+def seeds(count: int) -> str:
+    return "seed=" + ",".join(map(str, range(count)))
