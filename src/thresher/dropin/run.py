@@ -21,6 +21,7 @@ from thresher.dropin.embeddings import draw_texts, embed, embed_metered, movemen
 from thresher.dropin.report import draw_rows, print_rows, write_rows
 from thresher.dropin.settings import Setting, settings_of
 from thresher.hosts import densify, inject
+from thresher.results import evaluation_folder, new_folder
 
 OWN = ("experiment", "dropin", "run")  # overrides that are not for the network, its data and its trainer
 READ = ("model", "data", "trainer", "seed")  # what is read besides, where there is no checkpoint
@@ -51,7 +52,7 @@ def evaluate(arguments: Sequence[str], conf: Path) -> list[dict[str, Any]]:
     nodes = [_node(setting, conf) for setting in settings]
     if not nodes:
         raise ValueError("dropin.mechanisms is empty: there is nothing to drop in")
-    cli.new_folder(folder)
+    new_folder(folder)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     trial = _of_embeddings(cfg, conf) if checkpoint is None else _of_test(cfg, checkpoint)
     rows: list[dict[str, Any]] = []
@@ -97,7 +98,7 @@ def _config(given: Sequence[Any], conf: Path) -> tuple[DictConfig, dict[str, Any
             raise ValueError(f"{name} names its model itself; for a checkpoint there is experiment=dropin_vit")
         path = Path(str(value["ckpt"]))
         cfg, checkpoint, _ = cli.rebuilt(path, rest, conf)
-        folder = Path(str(value.get("run.dir") or cli.evaluation_folder(path, "dropin")))
+        folder = Path(str(value.get("run.dir") or evaluation_folder(path, "dropin")))
         with open_dict(cfg):
             cfg.dropin, cfg.run.dir, cfg.run.name = experiment.dropin, str(folder), experiment.run.name
         return cfg, checkpoint, folder
