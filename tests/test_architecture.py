@@ -43,7 +43,8 @@ MAY_IMPORT = {
     },
     "commands": {"cli", "dropin", "interruption", "overrides", "secrets"},
     "dropin": {
-        *("attention", "calibration", "callbacks", "checkpoint", "cli", "compute", "data", "hosts", "overrides", "results"),
+        *("attention", "calibration", "callbacks", "checkpoint", "cli", "compute", "data", "hosts", "overrides"),
+        "results",
     },
     "cli": {
         *("__init__", "attention", "callbacks", "checkpoint", "explain", "interruption", "overrides", "results"),

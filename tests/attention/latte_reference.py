@@ -65,6 +65,14 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return weights / torch.where(total == 0, 1, total) @ v
 
 
+def step_of(x: Tensor, tau: float | Tensor, surrogate: str) -> Tensor:
+    """The smooth step whose gradient the gate has; the compact one is 3 t^2 - 2 t^3 between -3 tau and 3 tau."""
+    if surrogate == "sigmoid":
+        return (x / tau).sigmoid()
+    t = (x / (6 * tau) + 0.5).clamp(0, 1)
+    return 3 * t**2 - 2 * t**3
+
+
 def reference_with_gate(
     inputs: Inputs,
     theta: Tensor,
@@ -73,6 +81,7 @@ def reference_with_gate(
     into_scores: bool,
     bits: int | None = None,
     spread: bool = False,
+    surrogate: str = "sigmoid",
 ) -> Tensor:
     """The straight-through gate for autograd: (m + g - g.detach()) * exp(S - M), normalised; M is a constant."""
     scores = scores_of(inputs)
@@ -85,7 +94,7 @@ def reference_with_gate(
         difference = difference - (scores - scores.detach()) / unit.clamp_min(1)
     theta = theta[:, None, None]
     keep = (difference <= theta) & visible
-    soft = ((theta - difference) / tau).sigmoid()
+    soft = step_of(theta - difference, tau, surrogate)
     top = scores.detach().masked_fill(~keep, -torch.inf).amax(-1, keepdim=True)
     share = (keep + soft - soft.detach()) * (scores - top).exp() * visible
     return share / share.sum(-1, keepdim=True) @ inputs.v

@@ -11,6 +11,7 @@ from tests.attention.helpers import Inputs, configured, draw, gradients, noise_l
 from thresher.attention import Call, Mechanism, Pattern, find
 
 VARIANTS: list[tuple[str, dict[str, object]]] = [
+    ("latte", {"theta": 0.4, "surrogate": "compact"}),
     ("topk", {"chunk": 2}),
     ("topk", {"keys": 2, "chunk": 3}),
     ("smyrf", {"cluster": 3, "rounds": 3, "dedup": "count"}),

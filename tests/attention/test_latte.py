@@ -111,11 +111,13 @@ def test_t5_the_gradient_of_theta_is_the_closed_form() -> None:
 @pytest.mark.parametrize("into_scores", [True, False])
 @pytest.mark.parametrize("est_bits", [4, "exact"])
 @pytest.mark.parametrize("unit", ["nats", "spread"])
+@pytest.mark.parametrize(("surrogate", "tau"), [("sigmoid", 0.5), ("compact", 0.5), ("compact", 0.125)])
 def test_t5_all_gradients_are_those_of_a_straight_through_gate(
-    unit: str, est_bits: int | str, into_scores: bool
+    surrogate: str, tau: float, unit: str, est_bits: int | str, into_scores: bool
 ) -> None:
     theta = 1.5 if unit == "nats" else 0.6137  # no ratio of small integers, as estimates are
-    mechanism = latte(theta=theta, tau=0.5, unit=unit, est_bits=est_bits, gate_grad_to_scores=into_scores)
+    settings = {"tau": tau, "surrogate": surrogate, "gate_grad_to_scores": into_scores}
+    mechanism = latte(theta=theta, unit=unit, est_bits=est_bits, **settings)
     mechanism.thresholds.base.fill_(theta)  # in fp64
     inputs = draw(mechanism, spread=1.5)
     inputs.k[1, :, 5:] = 0
@@ -126,11 +128,12 @@ def test_t5_all_gradients_are_those_of_a_straight_through_gate(
     out = reference_with_gate(
         Inputs(leaves["q"], leaves["k"], leaves["v"]),
         theta + leaves["thresholds.offset"],
-        0.5,
+        tau,
         mechanism.visible(inputs.q, inputs.k, call),
         into_scores,
         est_bits if isinstance(est_bits, int) else None,
         spread=unit == "spread",
+        surrogate=surrogate,
     )
     assert_close(attended.out, out, atol=1e-12, rtol=1e-12)
     wanted = torch.autograd.grad((out * noise_like(out)).sum(), list(leaves.values()))

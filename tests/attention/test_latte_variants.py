@@ -28,6 +28,8 @@ VARIANTS = [
     {"theta": 1.0, "always_keep": 2},
     {"theta": 0.6, "unit": "spread"},
     {"theta": 0.6, "unit": "spread", "mode": "soft", "est_bits": "exact"},
+    {"theta": 0.6, "unit": "spread", "surrogate": "compact", "tau": 0.1},
+    {"theta": 0.6, "unit": "spread", "surrogate": "compact", "tau": 0.1, "backend": "reference"},
     {"theta": 0.0},
     {"theta": math.inf, "scoring": "int8"},
 ]

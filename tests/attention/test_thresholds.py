@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.attention.helpers import first, noise_like
+from tests.attention.latte_reference import step_of
 from thresher.attention.functional import bounded_below
 from thresher.attention.thresholds import Thresholds
 
@@ -116,12 +117,14 @@ def test_more_leading_keys_than_there_are_keep_everything() -> None:
     assert thresholds(0.0, 0.0, 0.0)(differences(), None, always_keep=99).keep.all()
 
 
-def test_the_gradient_of_the_count_is_that_of_a_sigmoid() -> None:
+@pytest.mark.parametrize("surrogate", ["sigmoid", "compact"])
+def test_the_gradient_of_the_count_is_that_of_a_smooth_step(surrogate: str) -> None:
     gate, difference = thresholds(0.5, 2.0, 4.0, tau=0.7), differences()
+    gate.surrogate = surrogate  # type: ignore[assignment]
     visible = first([6, 4], 6)[:, None, None, :]
     kept = gate(difference, visible).kept
     theta = torch.tensor([0.5, 2.0, 4.0], dtype=torch.float64, requires_grad=True)
-    soft = ((theta[:, None, None] - difference) / gate.tau).sigmoid() * visible
+    soft = step_of(theta[:, None, None] - difference, gate.tau, surrogate) * visible
     weight = noise_like(kept)
     (wanted,) = torch.autograd.grad((soft.sum((-2, -1)) * weight).sum(), theta)
     (got,) = torch.autograd.grad((kept * weight).sum(), gate.offset)

@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from thresher.attention.backends import Backend, check_backend, served_by_kernel
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
 from thresher.attention.dense import attend_densely
 from thresher.attention.functional import (
@@ -39,8 +40,9 @@ from thresher.attention.functional import (
 )
 from thresher.attention.options import check_choice, check_flags, check_integer
 from thresher.attention.quantise import Split, completed_product, estimated_product, quantise, split_codes
-from thresher.attention.thresholds import Differences, Gate, Thresholds
-from thresher.attention.visibility import count_pairs, hide_tokens, no_pairs, visible_pairs
+from thresher.attention.thresholds import Differences, Gate, Surrogate, Thresholds
+from thresher.attention.visibility import count_pairs, hide_tokens, no_pairs, visible_keys_of, visible_pairs
+from thresher.kernels import latte as kernel
 
 Mode = Literal["ste", "soft", "hard"]
 Scoring = Literal["exact", "int8"]
@@ -61,9 +63,13 @@ class Latte(Mechanism):
             the paper, under which flat rows use up the budget with keys that matter little.
         theta: Initial threshold in that unit, at least 0.
         tau: Width of the surrogate gradient in that unit.
+        surrogate: Step that lends the gate its gradient: "sigmoid", or "compact", as steep at theta but flat from 3 tau
+            away from it, so that only pairs near the threshold have a part in it.
         trainable: Whether thresholds receive gradients; `hard` implies that they do not.
         gate_grad_to_scores: Let the task's gate gradient reach the scores too, so that a dropped key can climb back.
         always_keep: Number of leading keys (class token, sink) that are kept wherever visible.
+        backend: "reference" is PyTorch; "cpu" the kernel, refused where it cannot compute a call; "auto" the kernel
+            wherever it can.
 
     Raises:
         ValueError: A hyper-parameter outside its range.
@@ -84,21 +90,27 @@ class Latte(Mechanism):
         unit: Unit = "spread",
         theta: float = 6.9,
         tau: float = 0.5,
+        surrogate: Surrogate = "sigmoid",
         trainable: bool = True,
         gate_grad_to_scores: bool = True,
         always_keep: int = 0,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(num_heads, head_dim, pattern)
+        check_backend(backend, "latte")
         for name, got, allowed in (
             ("est_bits", est_bits, (2, 4, 8, "exact")),
             ("split", split, get_args(Split)),
             ("scoring", scoring, get_args(Scoring)),
             ("mode", mode, get_args(Mode)),
             ("unit", unit, get_args(Unit)),
+            ("surrogate", surrogate, get_args(Surrogate)),
         ):
             check_choice(name, got, allowed)
         check_integer("always_keep", always_keep, 0)
         check_flags(trainable=trainable, gate_grad_to_scores=gate_grad_to_scores)
+        if mode == "soft" and surrogate == "compact":
+            raise ValueError("mode=soft weighs keys by a sigmoid; surrogate=compact is for mode=ste")
         self.est_bits = est_bits
         self.split: Split = split
         self.scoring = scoring
@@ -106,11 +118,17 @@ class Latte(Mechanism):
         self.unit = unit
         self.gate_grad_to_scores = gate_grad_to_scores
         self.always_keep = always_keep
-        self.thresholds = Thresholds(num_heads, init=theta, tau=tau, trainable=trainable and mode != "hard", unit=unit)
+        self.backend = backend
+        self.surrogate: Surrogate = surrogate
+        self.thresholds = Thresholds(
+            num_heads, init=theta, tau=tau, trainable=trainable and mode != "hard", unit=unit, surrogate=surrogate
+        )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
         if no_pairs(q, k):
             return attend_densely(q, k, v, call, self.pattern)
+        if served_by_kernel(self.backend, "latte", (q, k, v), self.obstacle((q, k, v), call)):
+            return self.attend_on_kernel(q, k, v, call)
         if q.device.type != "cpu" or torch.compiler.is_compiling():
             return self.attend(q, k, v, call)
         size = max(BLOCK_PAIRS // max(q.shape[1] * q.shape[2] * k.shape[2], 1), 1)
@@ -132,7 +150,58 @@ class Latte(Mechanism):
             gate = self.thresholds(difference, visible, self.always_keep, surrogate=self.mode != "hard")
             weights = self.weights(scores, difference, unit, gate, visible)
             weights = F.dropout(weights, self.dropout, self.training)
-        return Attended(weights.to(v.dtype) @ v, self.cost(gate, count_pairs(visible, shape, q.device), v.shape[-1]))
+        pairs = count_pairs(visible, shape, q.device)
+        return Attended(weights.to(v.dtype) @ v, self.cost(gate.kept, pairs, v.shape[-1]))
+
+    def obstacle(self, inputs: tuple[Tensor, ...], call: Call) -> str | None:
+        """Say why the kernel cannot compute a call."""
+        if call.pairs is not None or call.bias is not None:
+            return "it has no masks of pairs and no biases"
+        if self.est_bits == "exact" or self.scoring == "int8":
+            return "it estimates by codes and weighs by exact scores"
+        if self.mode == "soft" and self.training:
+            return "it has no soft gate"
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, self.thresholds.offset))
+        if wanted and self.needs_slope and self.surrogate != "compact":
+            return "a sigmoid's gradient reaches every pair; the gradient of surrogate=compact does not"
+        if self.dropout and self.training:
+            return "it has no dropout of attention weights"
+        return None
+
+    @property
+    def needs_slope(self) -> bool:
+        """Whether the gate has a gradient, and somewhere to go."""
+        return self.mode != "hard" and (self.thresholds.offset.requires_grad or self.gate_grad_to_scores)
+
+    def attend_on_kernel(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """Attend on the CPU's kernel; codes and their scales are made here, as they are for PyTorch."""
+        assert isinstance(self.est_bits, int)
+        (b, h, n, d), m, dtype = q.shape, k.shape[2], v.dtype
+        k, v = expand_heads(k, h), expand_heads(v, h)
+        q, k, v = (at_least_fp32(x) for x in hide_tokens(q, k, v, call, self.pattern))
+        (q_codes, q_scale), (k_codes, k_scale) = quantise(q, True), quantise(k, self.pattern.causal)
+        q_half, k_half = (split_codes(x, self.est_bits, self.split) for x in (q_codes, k_codes))
+        shown = [x if x is None else x[:, None].expand(-1, h, -1).flatten(0, 1) for x in (call.queries, call.keys)]
+        gate = kernel.Gate(
+            q_codes=q_half.high.nan_to_num().to(torch.int8).flatten(0, 1),
+            k_codes=k_half.high.nan_to_num().to(torch.int8).flatten(0, 1),
+            q_unit=(q_scale * d**-0.5).flatten(0, 1)[..., 0],
+            k_unit=k_scale.flatten(0, 1)[..., 0],
+            shown_q=shown[0],
+            shown_k=shown[1],
+            theta=self.thresholds.values().to(q.dtype).expand(b, h).flatten(),
+            tau=self.thresholds.tau if self.needs_slope else None,
+            shift=m - n if self.pattern is Pattern.CAUSAL_SELF and n > 1 else None,
+            spread=self.unit == "spread",
+            always_keep=self.always_keep,
+            step=float(q_half.step * k_half.step),
+            into_scores=self.gate_grad_to_scores,
+        )
+        out, kept, _, _ = kernel.attend(*(x.flatten(0, 1) for x in (q * d**-0.5, k, v)), *gate)
+        if not self.thresholds.offset.requires_grad:
+            kept = kept.detach()
+        visible = visible_keys_of(call, self.pattern, n, m, q.device).sum(-1).float().expand(b, h)
+        return Attended(out.unflatten(0, (b, h)).to(dtype), self.cost(kept.unflatten(0, (b, h)), visible, v.shape[-1]))
 
     def differences(self, q: Tensor, k: Tensor, call: Call) -> Differences:
         """Return what the thresholds of a call are compared with."""
@@ -188,14 +257,14 @@ class Latte(Mechanism):
         worth = None if unit is None else unit.clamp_min(1)
         return gated_softmax(scores, gate.theta, gate.keep, gate.slope, self.gate_grad_to_scores, worth)
 
-    def cost(self, gate: Gate, visible: Tensor, value_dim: int) -> Cost:
+    def cost(self, kept: Tensor, visible: Tensor, value_dim: int) -> Cost:
         share = 1.0 if isinstance(self.est_bits, str) else (self.est_bits / 8) ** 2
         return Cost(
-            score=gate.kept * (self.head_dim * (1 - share)),
-            value=gate.kept * value_dim,
+            score=kept * (self.head_dim * (1 - share)),
+            value=kept * value_dim,
             select=visible * (self.head_dim * share),
             dense=visible * (self.head_dim + value_dim),
-            kept=gate.kept,
+            kept=kept,
             visible=visible,
         )
 

@@ -8,11 +8,18 @@ The difference of the best key is 0, so no row with a visible key is ever emptie
 follow an annealed budget (`thresher.calibration`); `offset` is trained. Started from its own quantile each
 head can be moved in either direction, where a threshold trained from scratch tends to run to zero and stay there.
 
-The surrogate gradient is that of g = sigmoid((theta - difference) / tau) in place of the step function.
+The surrogate gradient is that of a smooth step g in place of the step function. With x = theta - difference,
+
+    sigmoid   g = sigmoid(x / tau)                            g' = g (1 - g) / tau
+    compact   g = 1/2 + 3/4 u - 1/4 u^3,  u = x / (3 tau)     g' = 3/4 (1 - u^2) / (3 tau)  for |u| < 1, else 0
+
+Of all steps whose slope is a parabola the compact one is that which rises from 0 to 1 and is as steep at theta as the
+sigmoid: with half-width w, g'(0) = 3 / (4 w) = 1 / (4 tau) gives w = 3 tau. A pair further from theta than that has
+no gradient at all, exactly, and need not be looked at.
 """
 
 import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +28,8 @@ from torch import Tensor, nn
 from thresher.attention.base import Call
 from thresher.attention.functional import bounded_below, fill_hidden, with_slope
 from thresher.attention.options import check_number
+
+Surrogate = Literal["sigmoid", "compact"]
 
 
 class Differences(NamedTuple):
@@ -52,7 +61,7 @@ class Gate(NamedTuple):
 
     Attributes:
         keep: The pairs kept.
-        slope: g (1 - g) / tau, the surrogate's d keep / d theta; None when no gradient is wanted.
+        slope: g', the surrogate's d keep / d theta; None when no gradient is wanted.
         kept: The number of pairs kept, with the surrogate gradient towards theta.
         theta: The thresholds, differentiable towards `offset`.
     """
@@ -72,6 +81,7 @@ class Thresholds(nn.Module):
         tau: Width of the surrogate, in the same unit.
         trainable: Whether `offset` receives gradients.
         unit: What differences are measured in: "nats", or the "spread" of their row.
+        surrogate: Whose slope the gate has, "sigmoid" or "compact".
 
     Raises:
         ValueError: `init` is negative or not a number, or `tau` is not positive.
@@ -80,7 +90,16 @@ class Thresholds(nn.Module):
     base: Tensor
     tau: Tensor
 
-    def __init__(self, num_heads: int, *, init: float, tau: float, trainable: bool, unit: str = "nats") -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        init: float,
+        tau: float,
+        trainable: bool,
+        unit: str = "nats",
+        surrogate: Surrogate = "sigmoid",
+    ) -> None:
         super().__init__()
         if init != math.inf:  # which keeps everything; below 0 even the best key would be dropped
             check_number("theta", init, least=0.0)
@@ -89,6 +108,7 @@ class Thresholds(nn.Module):
         self.register_buffer("tau", torch.tensor(float(tau)))
         self.offset = nn.Parameter(torch.zeros(num_heads), requires_grad=trainable)
         self.unit = unit
+        self.surrogate = surrogate
 
     def values(self) -> Float[Tensor, " h"]:
         """Return theta, differentiable towards `offset`."""
@@ -113,9 +133,18 @@ class Thresholds(nn.Module):
         if not (surrogate and torch.is_grad_enabled()):
             return Gate(keep, None, kept, theta)
         with torch.no_grad():
-            soft = self.margin(difference, visible, always_keep).sigmoid_()
-            slope = torch.addcmul(soft, soft, soft, value=-1).div_(self.tau)
+            slope = self.slope(difference, visible, always_keep)
         return Gate(keep, slope, with_slope(kept, slope.sum((-2, -1)), self.values()), theta)
+
+    def slope(
+        self, difference: Float[Tensor, "b h n m"], visible: Bool[Tensor, "#b #h #n m"] | None, always_keep: int = 0
+    ) -> Float[Tensor, "b h n m"]:
+        """Return the surrogate's d keep / d theta of every pair; 0 where hidden or always kept."""
+        margin = self.margin(difference, visible, always_keep)
+        if self.surrogate == "compact":
+            return margin.div_(3).square_().clamp_max_(1).neg_().add_(1).div_(4 * self.tau)
+        soft = margin.sigmoid_()
+        return torch.addcmul(soft, soft, soft, value=-1).div_(self.tau)
 
     def margin(
         self, difference: Float[Tensor, "b h n m"], visible: Bool[Tensor, "#b #h #n m"] | None, always_keep: int = 0

@@ -1,0 +1,158 @@
+"""LATTE's operators on CPUs: estimates from integer codes, and exact work for kept pairs only."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from thresher.kernels.calling import call
+
+
+class Gate(NamedTuple):
+    """How keys are chosen, in the order in which operators take it.
+
+    Attributes:
+        q_codes: Codes of queries, int8 [g, n, d].
+        k_codes: Codes of keys, int8 [g, m, d].
+        q_unit: What a code of a query stands for [g, n].
+        k_unit: What a code of a key stands for, [g, m] or, where all share it, [g, 1].
+        shown_q: Queries that are not hidden, bool [g, n]; None is all.
+        shown_k: Keys that are not hidden, bool [g, m]; None is all.
+        theta: Thresholds [g].
+        tau: A third of how far from theta the gate has a gradient, 0-dimensional; None is a gate without gradient.
+        shift: Where causal, query i sees keys j <= i + shift.
+        spread: Whether thresholds count the distance from a row's best estimate to its mean one.
+        always_keep: Number of leading keys that are kept wherever visible.
+        step: What a product of two codes is multiplied by.
+        into_scores: Whether the gate's gradient reaches scores.
+    """
+
+    q_codes: Tensor
+    k_codes: Tensor
+    q_unit: Tensor
+    k_unit: Tensor
+    shown_q: Tensor | None
+    shown_k: Tensor | None
+    theta: Tensor
+    tau: Tensor | None
+    shift: int | None
+    spread: bool
+    always_keep: int
+    step: float
+    into_scores: bool
+
+
+@torch.library.custom_op("thresher::latte_attend", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_codes: Tensor,
+    k_codes: Tensor,
+    q_unit: Tensor,
+    k_unit: Tensor,
+    shown_q: Tensor | None,
+    shown_k: Tensor | None,
+    theta: Tensor,
+    tau: Tensor | None,
+    shift: int | None,
+    spread: bool,
+    always_keep: int,
+    step: float,
+    into_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attend to the keys whose estimate lies within theta of the best of their row.
+
+    Args:
+        q: Queries [g, n, d], scaled.
+        k: Keys [g, m, d].
+        v: Values [g, m, dv].
+        q_codes: This and the rest is a `Gate`.
+
+    Returns:
+        Outputs [g, n, dv]; the number of pairs kept [g], in the type of q; of each query [g, n] the best score of its
+        kept keys, and the sum of the exponentials of their scores below it.
+    """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    (g, n, _), dv = q.shape, v.shape[2]
+    out, top, mass = q.new_empty(g, n, dv), q.new_empty(g, n), q.new_empty(g, n)
+    kept = q.new_empty(g, n, dtype=torch.int32)
+    gate = Gate(
+        *(q_codes, k_codes, q_unit, k_unit, shown_q, shown_k, theta, tau, shift, spread, always_keep, step),
+        into_scores=into_scores,
+    )
+    call("latte", "attend", q.dtype, *_passed(q, v, gate), q, k, v, out, kept, top, mass)
+    return out, kept.sum(-1).to(q.dtype), top, mass
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *gate: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (g, n, _), dv = q.shape, v.shape[2]
+    return q.new_empty(g, n, dv), q.new_empty(g), q.new_empty(g, n), q.new_empty(g, n)
+
+
+@torch.library.custom_op("thresher::latte_back", mutates_args=())
+def back(
+    grad: Tensor,
+    grad_kept: Tensor,
+    out: Tensor,
+    top: Tensor,
+    mass: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_codes: Tensor,
+    k_codes: Tensor,
+    q_unit: Tensor,
+    k_unit: Tensor,
+    shown_q: Tensor | None,
+    shown_k: Tensor | None,
+    theta: Tensor,
+    tau: Tensor | None,
+    shift: int | None,
+    spread: bool,
+    always_keep: int,
+    step: float,
+    into_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients to queries, keys, values and thresholds; estimates are made again."""
+    q, k, v, grad, grad_kept = (x.contiguous() for x in (q, k, v, grad, grad_kept))
+    gate = Gate(
+        *(q_codes, k_codes, q_unit, k_unit, shown_q, shown_k, theta, tau, shift, spread, always_keep, step),
+        into_scores=into_scores,
+    )
+    into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(theta)
+    tensors = grad, grad_kept, q, k, v, out, top, mass
+    width = 0.0 if tau is None else 3 * float(tau)
+    call("latte", "back", q.dtype, *_passed(q, v, gate), *tensors, width, int(into_scores), *into)
+    return into
+
+
+@back.register_fake
+def _(
+    grad: Tensor, grad_kept: Tensor, out: Tensor, top: Tensor, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, *gate: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), q.new_empty(gate[6].shape)
+
+
+def _passed(q: Tensor, v: Tensor, gate: Gate) -> list[Tensor | int | float | None]:
+    (g, n, d), m, dv = q.shape, v.shape[1], v.shape[2]
+    tensors = [x if x is None else x.contiguous() for x in gate[:7]]
+    causal = int(gate.shift is not None), gate.shift or 0
+    each_key = int(gate.k_unit.shape[1] > 1)
+    return [*tensors, g, n, m, d, dv, *causal, int(gate.spread), gate.always_keep, each_key, gate.step]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    out, _, top, mass = output
+    ctx.mark_non_differentiable(top, mass)
+    ctx.save_for_backward(out, top, mass, *inputs[:11])
+    ctx.settings = inputs[11:]
+
+
+def _backward(ctx: Any, grad: Tensor, grad_kept: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    into_q, into_k, into_v, into_theta = back(grad, grad_kept, *ctx.saved_tensors, *ctx.settings)
+    return into_q, into_k, into_v, *(None,) * 6, into_theta, *(None,) * 6
+
+
+attend.register_autograd(_backward, setup_context=_setup)
