@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "secrets": set(),
     "trust": set(),
     "exported": {"trust"},
-    "checkpoint": {"exported", "files", "trust"},
+    "checkpoint": {"attention", "exported", "files", "trust"},
     "saving": {"checkpoint", "files"},
     "loading": {"checkpoint", "exported", "trust"},
     "export": {"attention", "checkpoint", "exported", "loading", "report", "secrets", "trust"},

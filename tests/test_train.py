@@ -103,6 +103,23 @@ def test_eval_takes_groups_before_values(run: tuple[Path, dict[str, float]], tmp
 
 
 @pytest.mark.parametrize(
+    ("trained", "evaluated"),
+    [
+        ("yoso", "attention.hashes=3"),
+        ("yoso", "attention.bits=5"),
+        ("yoso", "attention.hash=hadamard"),
+        ("smyrf", "attention.rounds=1"),
+    ],
+)
+def test_eval_draws_the_hashes_of_other_settings(trained: str, evaluated: str, tmp_path: Path) -> None:
+    cli.train(tiny_config(tmp_path / "run", f"attention={trained}", "trainer.max_epochs=1", "test=false"))
+    ckpt = f"ckpt='{tmp_path}/run/checkpoints/best.ckpt'"
+    first, again = (cli.evaluate([ckpt, evaluated, f"run.dir='{tmp_path}/{name}'"], CONF) for name in ("a", "b"))
+    assert first == again
+    assert math.isfinite(first["test/acc"])
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["attention.thetaa=1"], "did you mean theta"),

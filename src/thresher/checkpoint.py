@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from thresher import exported, files
+from thresher.attention.base import Mechanism
 from thresher.exported import RECORD
 from thresher.trust import checked_archive, checked_classes, checked_state
 
@@ -69,6 +70,8 @@ def read(path: Path) -> Any:
 def load_weights(task: nn.Module, state: Mapping[str, Tensor], other_attention: bool) -> None:
     """Load a stored state into a task, whatever wrapped the network when it was stored.
 
+    Hashes that were drawn for other settings of a mechanism, such as another number of them, give way to its own.
+
     Args:
         task: The task to load into.
         state: The stored state; `_orig_mod.` (torch.compile) and `module.` (DDP) in its keys are understood.
@@ -86,6 +89,13 @@ def load_weights(task: nn.Module, state: Mapping[str, Tensor], other_attention: 
     if other_attention:
         plain = {key: value for key, value in plain.items() if ".mechanism." not in key}
         own = {key: value for key, value in own.items() if ".mechanism." not in key}
+    redrawn = [
+        f"{name}.{buffer}"
+        for name, module in task.named_modules()
+        if isinstance(module, Mechanism)
+        for buffer in module.redrawn
+    ]
+    plain |= {k: own[k] for k in redrawn if k in own.keys() & plain.keys() and own[k].shape != plain[k].shape}
     missing, extra = sorted(own.keys() - plain.keys()), sorted(plain.keys() - own.keys())
     shapes = [k for k in own.keys() & plain.keys() if own[k].shape != plain[k].shape]
     if missing or extra or shapes:

@@ -138,6 +138,7 @@ class Mechanism(Metered, ABC):
         dense_limit: Hyper-parameters at which it must equal softmax attention, if there are any.
         precise: For stochastic mechanisms, hyper-parameters that bring it near `expectation`.
         drops_weights: Whether it has attention weights that dropout can act on.
+        redrawn: Buffers of random draws: where stored ones are of another number or size, its own are as good.
         dropout: Probability of dropping an attention weight in training; set by the host it is mounted in.
     """
 
@@ -148,6 +149,7 @@ class Mechanism(Metered, ABC):
     drops_weights: ClassVar[bool] = True
     dense_limit: ClassVar[Mapping[str, Any] | None] = None
     precise: ClassVar[Mapping[str, Any] | None] = None
+    redrawn: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, num_heads: int, head_dim: int, pattern: Pattern) -> None:
         super().__init__()

@@ -68,6 +68,7 @@ class Smyrf(Mechanism):
     """
 
     stochastic = True
+    redrawn = frozenset({"directions", "shifts"})
     dense_limit = {"cluster": 10_000}
     precise = {"rounds": 16, "dedup": "count"}
 

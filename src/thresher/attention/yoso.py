@@ -79,6 +79,7 @@ class Yoso(Mechanism):
     """
 
     stochastic = True
+    redrawn = frozenset({"draws"})
     drops_weights = False
     precise = {"hashes": 512}
 
