@@ -158,7 +158,8 @@ def test_a_config_without_end_is_refused(plain: dict[str, Any]) -> None:
     ids=range(12),
 )
 def test_a_checkpoint_that_is_none_is_one_clear_error(change: Callable[[dict[str, Any]], None], harmed: Harm) -> None:
-    with pytest.raises(ValueError, match=r"stranger\.ckpt|does not fit|checkpoint_path|timm has no|timm's"):
+    named = r"stranger\.ckpt|does not fit|checkpoint_path|timm has no|timm's|model\.embed_dim must"
+    with pytest.raises(ValueError, match=named):
         thresher.load_model(harmed(change))
 
 

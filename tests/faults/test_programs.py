@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 import thresher
 from thresher.attention import find
@@ -39,7 +40,7 @@ def test_a_trained_run_with_thresholds_as_torch_program(trained: Path, tmp_path:
     for batch in (1, 3, 7):
         images = torch.randn(batch, 1, 28, 28)
         with torch.no_grad():
-            assert torch.equal(program(images), net(images))
+            assert_close(program(images), net(images))  # computed by PyTorch, and by kernels
     assert "float32 [batch, 1, 28, 28]" in (folder / "README.md").read_text()
 
 
