@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from tests.attention.helpers import first, noise_like
 from thresher import sparsify
-from thresher.attention import Call, Mechanism
+from thresher.attention import Call, Mechanism, Pattern, find
 from thresher.attention.thresholds import Differences, Thresholds
-from thresher.calibration import ThresholdProbe, calibrate, difference_quantile
+from thresher.calibration import ThresholdProbe, calibrate, difference_quantile, some_queries
 
 
 def differences(*shape: int) -> Tensor:
@@ -159,6 +159,7 @@ class OneHeadHidden(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.thresholds = Thresholds(2, init=3.0, tau=0.5, trainable=True)
+        self.pattern = Pattern.NONCAUSAL_SELF
 
     def differences(self, q: Tensor, k: Tensor, call: Call) -> Differences:
         visible = torch.tensor([True, False])[None, :, None, None].expand(len(q), 2, q.shape[2], k.shape[2])
@@ -208,6 +209,41 @@ def test_a_probe_reads_as_many_examples_as_it_was_told_to() -> None:
         found.append(probe.collect())
     for name, quantile in found[0].items():
         torch.testing.assert_close(quantile, found[1][name])
+
+
+@pytest.mark.parametrize("pattern", Pattern)
+def test_some_queries_are_judged_as_among_all(pattern: Pattern) -> None:
+    n = m = 12
+    if pattern.cross:
+        n = 9
+    torch.manual_seed(0)
+    mechanism = find("latte")(2, 4, pattern)
+    q, k = torch.randn(3, 2, n, 4), torch.randn(3, 2, m, 4)
+    queries, keys = torch.rand(3, n) < 0.8, torch.rand(3, m) < 0.8
+    call = Call(queries=queries, keys=keys, bias=torch.randn(3, 2, n, m))
+    rows = torch.tensor([0, 4, 5, 8])
+    whole = mechanism.differences(q, k, call)
+    few, its_call = some_queries(q, m, call, pattern, rows)
+    some = mechanism.differences(few, k, its_call)
+    visible = whole.visible.expand(3, 2, n, m)[:, :, rows]
+    assert torch.equal(some.visible.expand(3, 2, 4, m), visible)
+    assert torch.equal(some.difference[visible], whole.difference[:, :, rows][visible])
+
+
+def test_of_long_sequences_a_probe_reads_some_queries_and_comes_near() -> None:
+    torch.manual_seed(0)
+    mechanism = find("latte")(2, 8, Pattern.CAUSAL_SELF)
+    q, k = torch.randn(4, 2, 300, 8), torch.randn(4, 2, 300, 8)
+    quantiles = []
+    for pairs in (2**62, 40_000):
+        probe = ThresholdProbe(mechanism, pairs=pairs)
+        probe.level = 0.2
+        for _ in range(8):
+            mechanism(q, k, k, Call())
+        quantiles.append(probe.collect()["thresholds"])
+        probe.remove()
+    assert not torch.equal(*quantiles)
+    torch.testing.assert_close(*quantiles, rtol=0.03, atol=0)
 
 
 @pytest.mark.parametrize("kept", [0.0, -0.5, 1.5, math.nan])

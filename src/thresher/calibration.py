@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from thresher.attention.base import Call
+from thresher.attention.base import Call, Pattern
 from thresher.attention.thresholds import Thresholded
 
 
@@ -31,6 +31,25 @@ def difference_quantile(
     return ordered.gather(1, rank.clamp_min(0)[:, None])[:, 0].float().masked_fill(count == 0, float("nan"))
 
 
+def some_queries(
+    q: Float[Tensor, "b h n d"], keys: int, call: Call, pattern: Pattern, rows: Tensor
+) -> tuple[Float[Tensor, "b h r d"], Call]:
+    """Return the queries at `rows`, which ascend, and the call in which each sees what it saw among all `keys`."""
+    n = q.shape[2]
+    pairs = None if call.pairs is None else call.pairs[:, :, rows]
+    if pattern is Pattern.CAUSAL_SELF and n > 1:
+        # Fewer queries than keys are taken for the last ones; inside the past of those, each keeps its own.
+        past = (torch.arange(keys, device=q.device) <= (rows + (keys - n))[:, None])[None, None]
+        pairs = past if pairs is None else pairs & past
+    seen = Call(
+        queries=None if call.queries is None else call.queries[:, rows],
+        keys=call.keys,
+        pairs=pairs,
+        bias=None if call.bias is None else call.bias[:, :, rows],
+    )
+    return q[:, :, rows], seen
+
+
 class ThresholdProbe:
     """Reads, from forward passes of `model`, the quantiles that calibrated thresholds would have.
 
@@ -39,6 +58,7 @@ class ThresholdProbe:
     Args:
         model: Any model with thresholds inside.
         examples: Number of examples of a batch that are read.
+        pairs: Pairs of a head that are read: in longer sequences those of queries drawn at random.
 
     Attributes:
         level: The share of visible pairs to keep, or None to read nothing.
@@ -48,9 +68,10 @@ class ThresholdProbe:
         ValueError: The model has no thresholds.
     """
 
-    def __init__(self, model: nn.Module, examples: int = 16) -> None:
+    def __init__(self, model: nn.Module, examples: int = 16, pairs: int = 2**18) -> None:
         self.level: float | None = None
         self.examples = examples
+        self.pairs = pairs
         owners = {name: m for name, m in model.named_modules() if isinstance(m, Thresholded)}
         if not owners:
             raise ValueError(f"{type(model).__name__} has no thresholds to calibrate; sparsify() it with 'latte' first")
@@ -67,7 +88,12 @@ class ThresholdProbe:
         if self.level is not None:
             q, k, _, call = args
             some = slice(self.examples)
-            difference, visible, always_keep = owner.differences(q[some], k[some], call.examples(some))
+            q, k, call = q[some], k[some], call.examples(some)
+            (b, _, n, _), m = q.shape, k.shape[2]
+            if b * n * m > self.pairs:
+                rows = torch.randperm(n, device=q.device)[: max(self.pairs // (b * m), 1)].sort().values
+                q, call = some_queries(q, m, call, owner.pattern, rows)
+            difference, visible, always_keep = owner.differences(q, k, call)
             # What is kept anyway counts towards the share, too.
             difference[..., :always_keep] = float("-inf")
             self._read[name].append(difference_quantile(difference, visible, self.level).clamp_min(0))
@@ -115,7 +141,7 @@ def calibrate(
     """
     if not 0 < kept <= 1:
         raise ValueError(f"kept is a share of the visible pairs and must lie in (0, 1], got {kept}")
-    probe = ThresholdProbe(model, examples=2**31)
+    probe = ThresholdProbe(model, examples=2**31, pairs=2**62)
     probe.level = kept
     try:
         run = forward or model

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from thresher.attention.base import Call
+from thresher.attention.base import Call, Pattern
 from thresher.attention.functional import bounded_below, fill_hidden, with_slope
 from thresher.attention.options import check_number
 
@@ -51,6 +51,7 @@ class Thresholded(Protocol):
     """A mechanism with thresholds, which calibration can ask for the differences that they judge."""
 
     thresholds: "Thresholds"
+    pattern: Pattern
 
     def differences(self, q: Tensor, k: Tensor, call: Call) -> Differences:
         """Return the differences of all pairs of a call."""

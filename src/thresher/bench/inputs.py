@@ -10,7 +10,7 @@ from thresher.attention.base import Call, Mechanism, Pattern, ValueSource
 from thresher.attention.functional import at_least_fp32
 from thresher.attention.thresholds import Thresholded
 from thresher.bench.jobs import Job, Scene, pattern_of
-from thresher.calibration import calibrate
+from thresher.calibration import calibrate, some_queries
 
 SAMPLED_PAIRS = 2**24  # whose differences are in memory at a time while thresholds are calibrated
 
@@ -115,16 +115,8 @@ def keep_share(mechanism: Mechanism, q: Tensor, k: Tensor, call: Call, kept: flo
     size = min(n, max(SAMPLED_PAIRS // (heads * m), 1))
     examples = max(SAMPLED_PAIRS // (heads * m * size), 1)
     rows = (torch.arange(size, device=q.device) * n + n // 2) // size
-    pairs = None
-    if mechanism.pattern is Pattern.CAUSAL_SELF and size < n:
-        # A mechanism takes fewer queries for the last ones; each keeps its own past by this mask, inside that one.
-        pairs = (torch.arange(m, device=q.device) <= (rows + (m - n))[:, None])[None, None]
-    sampled = Call(
-        queries=None if call.queries is None else call.queries[:examples, rows],
-        keys=None if call.keys is None else call.keys[:examples],
-        pairs=pairs,
-    )
-    batch = (q[:examples, :, rows], k[:examples], k[:examples], sampled)
+    some, sampled = some_queries(q[:examples], m, call.examples(slice(examples)), mechanism.pattern, rows)
+    batch = (some, k[:examples], k[:examples], sampled)
     differing = _Differing(mechanism)
     calibrate(differing, [batch], kept, forward=lambda call_of: differing(*call_of))
 
@@ -135,7 +127,7 @@ class _Differing(torch.nn.Module):
     def __init__(self, mechanism: Mechanism) -> None:
         super().__init__()
         assert isinstance(mechanism, Thresholded)
-        self.thresholds, self.differences = mechanism.thresholds, mechanism.differences
+        self.thresholds, self.pattern, self.differences = mechanism.thresholds, mechanism.pattern, mechanism.differences
 
     def forward(self, *_: Any) -> None:
         """Attend to nothing."""

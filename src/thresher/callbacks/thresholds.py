@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
+from thresher.attention.options import check_integer
 from thresher.attention.thresholds import Thresholds
 from thresher.calibration import ThresholdProbe, calibrate
 from thresher.tasks.base import Task
@@ -29,21 +30,28 @@ class CalibrateThresholds(pl.Callback):
     Args:
         window: Share of the training steps over which quantiles are averaged.
         examples: Examples of a batch that are read.
+        pairs: Pairs of a head that are read in a step: in longer sequences those of queries drawn at random.
         initial: Share of the visible pairs to keep when there is no target, or None.
         batches: Training batches read for `initial`.
     """
 
     def __init__(
-        self, window: float = 0.01, examples: int = 16, initial: float | None = None, batches: int = 8
+        self,
+        window: float = 0.01,
+        examples: int = 16,
+        pairs: int = 2**18,
+        initial: float | None = None,
+        batches: int = 8,
     ) -> None:
         if not 0 <= window <= 1:
             raise ValueError(f"callbacks.calibrate.window is a share of the training steps in [0, 1], got {window}")
         if initial is not None and not 0 < initial <= 1:
             raise ValueError(f"callbacks.calibrate.initial is a share of the visible pairs in (0, 1], got {initial}")
-        if examples < 1 or batches < 1:
-            raise ValueError(f"callbacks.calibrate needs examples and batches >= 1, got {examples} and {batches}")
+        for name, number in (("examples", examples), ("pairs", pairs), ("batches", batches)):
+            check_integer(f"callbacks.calibrate.{name}", number, 1)
         self.window = window
         self.examples = examples
+        self.pairs = pairs
         self.initial = initial
         self.batches = batches
         self._probe: ThresholdProbe | None = None
@@ -52,7 +60,7 @@ class CalibrateThresholds(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, Task)
         if stage == "fit" and thresholds_of(pl_module) and pl_module.budget.bound is not None:
-            self._probe = ThresholdProbe(pl_module.net, self.examples)
+            self._probe = ThresholdProbe(pl_module.net, self.examples, self.pairs)
             pl_module.budget.calibrated = True
 
     def state_dict(self) -> dict[str, Any]:
