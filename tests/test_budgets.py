@@ -100,21 +100,35 @@ def test_free_measures_only() -> None:
     assert "measured only" in budget.settle(ratio(1.0, trainable=False), "dense")
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Target(target=0.0), "compute.target"),
-        (lambda: Target(target=1.5), "compute.target"),
-        (lambda: Target(target=float("nan")), "compute.target"),
-        (lambda: Target(weight=0), "compute.weight"),
-        (lambda: Target(start=0.6, end=0.6), "compute.end"),
-        (lambda: Target(end=2.0), "compute.end"),
-        (lambda: Target(margin=1.0), "compute.margin"),
-        (lambda: Penalty(weight=-1), "compute.weight"),
-        (lambda: Lagrangian(rate=0), "compute.rate"),
-        (lambda: Budget("flops"), "compute.quantity"),  # type: ignore[arg-type]
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(make: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()  # type: ignore[operator]
+NAN, INF = float("nan"), float("inf")
+NUMBERS = {  # what each number of a budget must be, and what it cannot be
+    "target": (Target, "compute.target", (0, -0.1, 1.5, NAN, INF, -INF, "0.1", None, True)),
+    "weight": (Target, "compute.weight", (0, -1, NAN, INF, "10", None, True)),
+    "margin": (Target, "compute.margin", (-0.1, 1, 1.5, NAN, INF, "0", None, False)),
+    "start": (Target, "compute.start", (-0.1, 1.1, NAN, INF, "0", None, False)),
+    "end": (Target, "compute.end", (0.1, 0.05, 1.1, NAN, -INF, "1", None, True)),
+    "required": (Target, "compute.required", (1, 0, "true", None)),
+    "quantity": (Target, "compute.quantity", ("flops", None, 1)),
+    "rate": (Lagrangian, "compute.rate", (0, -1, NAN, INF, "0.1", None, True)),
+}
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+def test_values_out_of_range_are_refused_by_name(option: str) -> None:
+    make, name, wrong = NUMBERS[option]
+    for value in wrong:
+        with pytest.raises(ValueError, match=name):
+            make(**{option: value})
+
+
+@pytest.mark.parametrize("make", [Lagrangian, Penalty])
+def test_other_budgets_check_what_they_share(make: type[Budget]) -> None:
+    for option in ("weight", "start", "quantity"):
+        for value in NUMBERS[option][2]:
+            with pytest.raises(ValueError, match=NUMBERS[option][1]):
+                make(**{option: value})
+
+
+def test_bounds_that_are_allowed() -> None:
+    assert Target(target=1, margin=0, start=0, end=1, weight=1e-9).aim(1.0) == 1
+    assert Penalty(start=1.0).start == 1

@@ -1,10 +1,14 @@
-"""Values written for Hydra's grammar come back as they were."""
+"""Overrides: values written for Hydra's grammar come back as they were, and what cannot be meant is refused by name."""
+
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thresher.overrides import parse, quoted
+from tests.running import CONF
+from thresher.overrides import OF_SEVERAL_TYPES, check, check_key, choices_of, compose_config, parse, quoted
 
 
 def read(text: str) -> object:
@@ -27,3 +31,98 @@ def test_what_paths_and_names_may_hold_comes_back(text: str) -> None:
 
 def test_plain_paths_stay_as_they_are() -> None:
     assert quoted("runs/mine/2026-11-25_08-00-00") == "runs/mine/2026-11-25_08-00-00"
+
+
+def refused(name: str, *arguments: str) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        check(CONF, name, arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("attention.theta=abc", "attention.theta must be a number, like 6.9, not 'abc'"),
+        ("attention.theta=true", "attention.theta must be a number, like 6.9, not True"),
+        ("attention.theta=[1,2]", "attention.theta must be a number, like 6.9, not [1, 2]"),
+        ("attention.theta='1'", "attention.theta must be a number, like 6.9, not '1'"),
+        ("attention.trainable=maybe", "attention.trainable must be true or false, not 'maybe'"),
+        ("attention.trainable=1", "attention.trainable must be true or false, not 1"),
+        ("seed=1e3", "seed must be a whole number, like 0, not 1000.0"),
+        ("trainer.max_epochs=", "trainer.max_epochs must be a whole number, like 8, not ''"),
+        ("++seed=abc", "seed must be a whole number, like 0, not 'abc'"),
+        ("optimizer.betas=0.9", "optimizer.betas must be a list, like [0.9, 0.999], not 0.9"),
+        ("run=mine", "run holds entries by name, and cannot be 'mine'; set one of name, dir"),
+    ],
+)
+def test_another_type_than_the_configs_is_refused(override: str, message: str) -> None:
+    assert refused("train", override) == message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["attention.theta=5", "attention.theta=.5", "attention.theta=inf", "attention.theta=1e-3"],
+        ["attention.theta=null", "trainer.max_epochs=null", "task.clip=null", "trainer.limit_val_batches=0.5"],
+        ["attention.est_bits=exact", "trainer.devices=auto", "trainer.devices=[0,1]", "trainer.fast_dev_run=3"],
+        ["logger=wandb", "logger.wandb.log_model=all"],
+        ["trainer=fsdp", "trainer.strategy=ddp", "trainer.devices=2"],
+        ["seed=${trainer.max_epochs}", "attention.tau=${attention.theta}", "seed=${oc.env:HOME}"],
+        ["~attention.theta", "~callbacks", "+attention.new=word", "hydra.job.chdir=word"],
+        ["seed=int(3.0)", "attention.theta=float(3)", "run.name=5", "optimizer.betas=[0.5,0.9]"],
+    ],
+    ids=str,
+)
+def test_what_may_be_meant_is_let_through(arguments: list[str]) -> None:
+    check(CONF, "train", arguments)
+
+
+@pytest.mark.parametrize("override", ["bench.what=train_step", "bench.train_step.vit.n=197", "bench.n=[16,32]"])
+def test_where_one_or_several_may_be_meant_both_are(override: str) -> None:
+    check(CONF, "bench", [override])
+
+
+def test_names_of_several_types_exist() -> None:
+    for key in OF_SEVERAL_TYPES:
+        choices = ["logger=wandb"] if key.startswith("logger.") else []
+        check_key(compose_config(CONF, "bench" if key.startswith("bench.") else "train", choices), key)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("attention.theta=1,abc,2", "attention.theta must be a number, like 6.9, not 'abc'"),
+        ("seed=choice(1,x)", "seed must be a whole number, like 0, not 'x'"),
+        ("seed=range(0,1,0.5)", "seed must be a whole number, like 0, not 0.0"),
+        ("attention=latte,lattte", "there is no attention=lattte; did you mean latte?"),
+        ("attention=glob(x*)", "no attention matches glob(x*)"),
+    ],
+)
+def test_each_value_of_a_sweep_is_checked(override: str, message: str) -> None:
+    assert message in refused("train", override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=range(3)", "attention.theta=range(0,1,0.5)", "attention.theta=interval(0,1)", "seed=shuffle(1,2)"],
+)
+def test_ranges_of_the_right_type_are_let_through(override: str) -> None:
+    check(CONF, "train", [override])
+
+
+def test_choices_by_pattern_are_those_that_hydra_takes() -> None:
+    (override,) = parse(["attention=glob([l*,m*],exclude=mean)"])
+    assert choices_of(CONF, override) == ["latte", "mca"]
+    check(CONF, "train", ["attention=glob(*)", "seed=0,1"])
+
+
+def test_nothing_heavy_is_imported_for_it() -> None:
+    code = (
+        "import sys; from pathlib import Path; from thresher import overrides\n"
+        "try: overrides.check(Path(sys.argv[1]), 'train', ['seed=abc'])\n"
+        "except ValueError: sys.exit(bool({'torch', 'pytorch_lightning', 'numpy'} & set(sys.modules)))\n"
+        "sys.exit(2)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(CONF)]).returncode == 0

@@ -54,7 +54,7 @@ def check_multirun(conf: Path, name: str, given: Sequence[str]) -> None:
     parsed = [o for o in overrides.parse(given) if o.key_or_group.split(".")[0].split("/")[0] != "hydra"]
     fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
     swept = [
-        [f"{o.key_or_group}={choice}" for choice in overrides.choices_of(o)]
+        [f"{o.key_or_group}={choice}" for choice in overrides.choices_of(conf, o)]
         for o in parsed
         if o.is_sweep_override() and o.key_or_group.partition(".")[0] in ("trainer", "experiment", "debug")
     ]
@@ -74,8 +74,8 @@ def train(cfg: DictConfig) -> float | None:
     """Train as `cfg` says; return the metric that a sweep optimises."""
 
     def run() -> float | None:
-        if not 0 <= cfg.seed < 2**32:
-            raise ValueError(f"seed must lie in 0 .. {2**32 - 1}, got {cfg.seed}")
+        if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+            raise ValueError(f"seed must be a whole number, 0 .. {2**32 - 1}; got {cfg.seed!r}")
         from thresher import cli
 
         metrics = cli.train(cfg)

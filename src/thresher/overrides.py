@@ -9,11 +9,21 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-MAY_BE_WORDS = ("attention.est_bits", "trainer.devices")  # numbers in our configs, and words, too, where one likes
+# Of one type in our configs, and of others, too, where one likes.
+OF_SEVERAL_TYPES = (
+    "attention.est_bits",
+    "bench.train_step.gpt.n",
+    "bench.train_step.vit.n",
+    "bench.what",
+    "logger.wandb.log_model",
+    "trainer.devices",
+    "trainer.fast_dev_run",
+    "trainer.strategy",
+)
 PLAIN = re.compile(r"[A-Za-z0-9_./+@%-]+(?: [A-Za-z0-9_./+@%-]+)*")
 
 
@@ -71,12 +81,12 @@ def check(conf: Path, name: str, arguments: Sequence[str]) -> None:
     overrides = [o for o in parse(arguments) if not o.is_add() and not (o.key_or_group + ".").startswith("hydra.")]
     groups = [o for o in overrides if is_group(conf, o.key_or_group)]
     for override in groups:
-        for choice in choices_of(override):
+        for choice in choices_of(conf, override):
             check_choice(conf, override.key_or_group, choice)
     values = [o for o in overrides if o not in groups]
     if values:
-        chosen = [f"{o.key_or_group}={choices_of(o)[0]}" for o in groups if not o.is_delete()]
-        config = compose_config(conf, name, chosen)
+        first = [(o.key_or_group, choices_of(conf, o)[:1]) for o in groups]
+        config = compose_config(conf, name, [f"{group}={choice}" for group, choices in first for choice in choices])
         for override in values:
             check_key(config, override.key_or_group)
             for value in values_of(override):
@@ -87,8 +97,13 @@ def is_group(conf: Path, key: str) -> bool:
     return "." not in key and (conf / key).is_dir()
 
 
-def choices_of(override: Override) -> list[Any]:
+def choices_of(conf: Path, override: Override) -> list[Any]:
     """Return the choices an override of a group names: several in a sweep, none in a deletion."""
+    if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        glob: Any = override.value()
+        if matching := glob.filter(available(conf, override.key_or_group)):
+            return list(matching)
+        raise ValueError(f"no {override.key_or_group} matches {str(override.input_line).partition('=')[2]}")
     if override.is_sweep_override():
         return [str(choice) for choice in override.sweep_string_iterator()]
     value = override.value()
@@ -108,9 +123,14 @@ def chosen(conf: Path, group: str, choice: str) -> DictConfig:
 
 def check_choice(conf: Path, group: str, choice: str) -> None:
     """Raise a ValueError unless the folder `conf` has the file for a choice of a group."""
-    available = sorted(path.stem for path in (conf / group).glob("*.yaml"))
-    if choice not in available:
-        raise ValueError(f"there is no {group}={choice}{_nearest(choice, available)} Available: {', '.join(available)}")
+    known = available(conf, group)
+    if choice not in known:
+        raise ValueError(f"there is no {group}={choice}{_nearest(choice, known)} Available: {', '.join(known)}")
+
+
+def available(conf: Path, group: str) -> list[str]:
+    """Return the choices of a group of the folder `conf`."""
+    return sorted(path.stem for path in (conf / group).glob("*.yaml"))
 
 
 def check_key(config: DictConfig, key: str) -> None:
@@ -136,15 +156,20 @@ def values_of(override: Override) -> list[Any]:
 
 
 def check_type(config: DictConfig, key: str, value: Any) -> None:
-    """Raise a ValueError where `config` has a number or a flag, and the value is a word or a list.
+    """Raise a ValueError where a value is of another type than what `config` has: a word in place of a number, say.
 
     Ranges are left to whoever uses the value; this much can be said before anything heavy is imported.
     """
     known: Any = OmegaConf.to_container(config, resolve=False)
     for part in key.split("."):
         known = known[part]
-    if value is None or key in MAY_BE_WORDS or (isinstance(value, str) and "${" in value):
+    if value is None or key in OF_SEVERAL_TYPES or (isinstance(value, str) and "${" in value):
         return
+    if isinstance(known, dict) and not isinstance(value, dict):
+        has = f"; set one of {', '.join(known)}" if known else ""
+        raise ValueError(f"{key} holds entries by name, and cannot be {value!r}{has}")
+    if isinstance(known, list) and not isinstance(value, list):
+        raise ValueError(f"{key} must be a list, like {known}, not {value!r}")
     if isinstance(known, bool) and not isinstance(value, bool):
         raise ValueError(f"{key} must be true or false, not {value!r}")
     if isinstance(known, (int, float)) and not isinstance(known, bool):

@@ -1,5 +1,6 @@
 """Create a network, then inject the mechanism."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +46,8 @@ def timm_classifier(
         )
     _check_architecture(architecture, image_size)
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
+        family = timm.list_models(f"{name.partition('_')[0]}_*") or timm.list_models()
+        close = ", ".join(difflib.get_close_matches(name, family, n=5, cutoff=0.3)) or "see timm.list_models()"
         raise ValueError(f"timm has no model {name!r}; similar: {close}")
     try:
         net: nn.Module = timm.create_model(

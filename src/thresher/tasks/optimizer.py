@@ -60,16 +60,12 @@ def adamw(
         ValueError: A hyper-parameter is outside its range.
     """
     _check_rates(lr=lr, weight_decay=weight_decay, threshold_lr=threshold_lr)
-    for name, pair in (("betas", betas), ("threshold_betas", threshold_betas)):
-        if isinstance(pair, str) or len(pair) != 2:
-            raise ValueError(f"optimizer.{name} must be two numbers, got {pair!r}")
-        for beta in pair:
-            check_number(f"optimizer.{name}", beta, least=0.0, below=1.0)
+    own, of_thresholds = _two_betas("betas", betas), _two_betas("threshold_betas", threshold_betas)
     groups = parameter_groups(net, weight_decay)
     for group in groups:
         if group["name"] == "thresholds":
-            group |= {"lr": threshold_lr, "betas": tuple(threshold_betas)}
-    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]))
+            group |= {"lr": threshold_lr, "betas": of_thresholds}
+    return torch.optim.AdamW(groups, lr=lr, betas=own)
 
 
 def sgd(
@@ -124,3 +120,11 @@ def _rise(warmup: float, total_steps: int) -> int:
 def _check_rates(**rates: float) -> None:
     for name, rate in rates.items():
         check_number(f"optimizer.{name}", rate, least=0.0)
+
+
+def _two_betas(name: str, pair: Sequence[float]) -> tuple[float, float]:
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+        raise ValueError(f"optimizer.{name} must be two numbers, got {pair!r}")
+    for beta in pair:
+        check_number(f"optimizer.{name}", beta, least=0.0, below=1.0)
+    return float(pair[0]), float(pair[1])  # torch takes no whole number beside a fraction
