@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "budgets": {"attention", "compute"},
     "calibration": {"attention"},
     "explain": {"attention"},
-    "data": {"installed"},
+    "data": {"attention", "installed"},
     "installed": set(),
     "tasks": {"attention", "budgets", "calibration", "compute"},
     "callbacks": {"attention", "calibration", "clock", "compute", "files", "interruption", "tasks"},

@@ -208,18 +208,18 @@ def test_workers_deliver_the_same_batches() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
-        ({"batch_size": 0.5}, "batch_size must be an integer of at least 1, not 0.5"),
-        ({"batch_size": True}, "batch_size must be an integer of at least 1, not True"),
-        ({"workers": -1}, "workers must be an integer of at least 0, not -1"),
-        ({"seed": -1}, "seed must be an integer of at least 0, not -1"),
-        ({"image_size": 0}, "image_size must be an integer of at least 1, not 0"),
-        ({"limit_train": 0}, "limit_train must be an integer of at least 1, not 0"),
-        ({"val_fraction": 0.0}, "val_fraction must lie between 0 and 1, both excluded, not 0.0"),
-        ({"val_fraction": 1.0}, "val_fraction must lie between 0 and 1, both excluded, not 1.0"),
-        ({"val_fraction": float("nan")}, "val_fraction must lie between 0 and 1"),
-        ({"erase": 1.5}, "erase is a probability from 0 to 1, not 1.5"),
-        ({"augment": "flip"}, "no augmentation 'flip'; available: none, crop_flip, randaugment"),
+        ({"batch_size": 0}, "data.batch_size must be a whole number, at least 1; got 0"),
+        ({"batch_size": 0.5}, "data.batch_size must be a whole number, at least 1; got 0.5"),
+        ({"batch_size": True}, "data.batch_size must be a whole number, at least 1; got True"),
+        ({"workers": -1}, "data.workers must be a whole number, at least 0; got -1"),
+        ({"seed": -1}, "data.seed must be a whole number, 0 .. 9223372036854775807; got -1"),
+        ({"image_size": 0}, "data.image_size must be a whole number, at least 1; got 0"),
+        ({"limit_train": 0}, "data.limit_train must be a whole number, at least 1; got 0"),
+        ({"val_fraction": 0.0}, "data.val_fraction must be a finite number above 0 and below 1; got 0.0"),
+        ({"val_fraction": 1.0}, "data.val_fraction must be a finite number above 0 and below 1; got 1.0"),
+        ({"val_fraction": float("nan")}, "data.val_fraction must be a finite number above 0 and below 1; got nan"),
+        ({"erase": 1.5}, "data.erase is a probability, at most 1; got 1.5"),
+        ({"augment": "flip"}, "data.augment must be one of none, crop_flip, randaugment; got 'flip'"),
     ],
 )
 def test_hyper_parameters_outside_their_range(options: dict[str, Any], message: str) -> None:
@@ -228,7 +228,7 @@ def test_hyper_parameters_outside_their_range(options: dict[str, Any], message: 
 
 
 def test_order_seed_outside_its_range() -> None:
-    with pytest.raises(ValueError, match="order_seed must be an integer of at least 0"):
+    with pytest.raises(ValueError, match="order_seed must be a whole number"):
         Synthetic().order_seed = -1
 
 

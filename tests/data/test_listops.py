@@ -121,8 +121,8 @@ def test_the_order_depends_on_its_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"min_length": 60}, "min_length < max_length"),
+        ({"batch_size": 0}, "data.batch_size must be a whole number, at least 1; got 0"),
+        ({"min_length": 60}, "more than data.min_length=60 tokens and fewer than data.max_length"),
         ({"limit_train": 65}, "limit_train=65 but there are 64"),
     ],
     ids=str,

@@ -24,7 +24,14 @@ ENCODER = {"attention": Dense, "num_classes": 10, "vocabulary": 20, "length": 16
         ],
         ({"name": "vit_tinny"}, r"timm has no model 'vit_tinny'; similar: .*vit_tiny_"),
         ({"name": "swinn_tiny"}, r"timm has no model 'swinn_tiny'; similar: swin_"),
-        ({"depht": 2}, r"timm's vit_tiny_patch16_224 refuses an option of model\.\*: .*depht"),
+        ({"depht": 2}, r"timm's vit_tiny_patch16_224 refuses an option of model\.\* \(patch_size=4, .*\): .*depht"),
+        ({"global_pool": "nope"}, r"refuses an option of model\.\* \(.*global_pool=nope\): Only avg"),
+        ({"weight_init": "nope"}, r"refuses an option of model\.\* \(.*weight_init=nope\): Assert"),
+        *[
+            ({name: value}, rf"model\.{name} must be a finite number, at least 0 and below 1; got")
+            for name in ("drop_path_rate", "drop_rate")
+            for value in (-0.1, 1, float("nan"), "0.1", None)
+        ],
     ],
 )
 def test_sizes_of_a_vit_are_checked_by_name(sizes: dict[str, Any], message: str) -> None:

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from thresher.data.loading import EpochBatches, EpochLoader, EpochSampler, Seeded, training_loader
+from thresher.attention.options import check_choice, check_integer
+from thresher.data.loading import EpochBatches, EpochLoader, EpochSampler, Seeded, check_loading, training_loader
 from thresher.data.tokens import Tokenizer, load_tokenizer
 
 Objective = Literal["causal", "masked", "denoising"]
@@ -127,16 +128,9 @@ class CorpusData(pl.LightningDataModule):
         tokenizer: str = "bytes",
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("workers", workers, 0),
-            ("context", context, 2),
-            ("limit_train", 1 if limit_train is None else limit_train, 1),
-        ):
-            if value < least:
-                raise ValueError(f"data.{name} must be at least {least}, got {value}")
-        if objective not in get_args(Objective):
-            raise ValueError(f"data.objective must be one of {', '.join(get_args(Objective))}; got {objective!r}")
+        check_loading(batch_size, workers, seed, limit_train)
+        check_integer("data.context", context, 2)
+        check_choice("data.objective", objective, get_args(Objective))
         self.batch_size, self.workers, self.order_seed = batch_size, workers, seed
         self.context, self.objective, self.limit_train = context, objective, limit_train
         self.tokenizer = load_tokenizer(tokenizer)
@@ -197,7 +191,7 @@ class CorpusData(pl.LightningDataModule):
         if self.limit_train is not None:
             train = self._parts["train"]
             if self.limit_train > len(train):
-                raise ValueError(f"limit_train={self.limit_train} but there are {len(train)} training windows")
+                raise ValueError(f"data.limit_train={self.limit_train} but there are {len(train)} training windows")
             train.starts = train.starts[: self.limit_train]
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from thresher.attention.options import check_choice, check_integer, check_number
 from thresher.data.augmentation import AUGMENTS, CropFlip, PerImage
 from thresher.data.examples import Examples, Source, as_delivered
-from thresher.data.loading import EpochBatches, EpochLoader, EpochSampler, Seeded, training_loader
+from thresher.data.loading import (
+    LARGEST_SEED,
+    EpochBatches,
+    EpochLoader,
+    EpochSampler,
+    Seeded,
+    check_loading,
+    training_loader,
+)
 
 
 class ImageData(pl.LightningDataModule, ABC):
@@ -67,18 +76,13 @@ class ImageData(pl.LightningDataModule, ABC):
         image_size: int,
     ) -> None:
         super().__init__()
-        _check_integer("batch_size", batch_size, 1)
-        _check_integer("workers", workers, 0)
-        _check_integer("seed", seed, 0)
-        _check_integer("image_size", image_size, 1)
-        if limit_train is not None:
-            _check_integer("limit_train", limit_train, 1)
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction must lie between 0 and 1, both excluded, not {val_fraction!r}")
-        if not 0 <= erase <= 1:
-            raise ValueError(f"erase is a probability from 0 to 1, not {erase!r}")
-        if augment not in AUGMENTS:
-            raise ValueError(f"there is no augmentation {augment!r}; available: {', '.join(AUGMENTS)}")
+        check_loading(batch_size, workers, seed, limit_train)
+        check_integer("data.image_size", image_size, 1)
+        check_number("data.val_fraction", val_fraction, above=0.0, below=1.0)
+        check_number("data.erase", erase, least=0.0)
+        if erase > 1:
+            raise ValueError(f"data.erase is a probability, at most 1; got {erase}")
+        check_choice("data.augment", augment, AUGMENTS)
         self.batch_size = batch_size
         self.workers = workers
         self.seed = seed
@@ -137,7 +141,7 @@ class ImageData(pl.LightningDataModule, ABC):
 
     @order_seed.setter
     def order_seed(self, seed: int) -> None:
-        _check_integer("order_seed", seed, 0)
+        check_integer("order_seed", seed, 0, LARGEST_SEED)
         self._order_seed = seed
 
     def setup(self, stage: str) -> None:
@@ -158,7 +162,7 @@ class ImageData(pl.LightningDataModule, ABC):
             held_out = torch.arange(len(val.labels))
         if self.limit_train is not None:
             if self.limit_train > len(order):
-                raise ValueError(f"limit_train={self.limit_train} but the training split has {len(order)} images")
+                raise ValueError(f"data.limit_train={self.limit_train} but the training split has {len(order)} images")
             order = order[: self.limit_train]
         self._train = Examples(train, order, self.transform(training=True))
         self._val = Examples(val, held_out, self.transform(training=False))
@@ -172,7 +176,9 @@ class ImageData(pl.LightningDataModule, ABC):
         count = round(self.val_fraction * len(order))
         if not 0 < count < len(order):
             split = f"{len(order) - count} for training and {count} for {what}"
-            raise ValueError(f"val_fraction={self.val_fraction} of {len(order)} images leaves {split}; both need some")
+            raise ValueError(
+                f"data.val_fraction={self.val_fraction} of {len(order)} images leaves {split}; both need some"
+            )
         return order[count:], order[:count]
 
     def transform(self, *, training: bool) -> nn.Module:
@@ -230,8 +236,3 @@ class ImageData(pl.LightningDataModule, ABC):
 def seeded_order(count: int, seed: int) -> Int64[Tensor, " n"]:
     """Return the numbers below `count` in an order that depends on `seed` alone."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-
-
-def _check_integer(name: str, value: object, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, not {value!r}")

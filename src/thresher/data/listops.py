@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import track
 
+from thresher.attention.options import check_integer
 from thresher.data.sequences import SequenceData, Sequences
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
@@ -111,17 +112,23 @@ class ListOps(SequenceData):
         root: str = "~/.cache/thresher/listops",
     ) -> None:
         super().__init__(batch_size=batch_size, workers=workers, seed=seed, limit_train=limit_train)
-        for name, value in {"train": train, "val": val, "test": test}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= min_length < max_length - 1 or max_depth < 2 or max_args < 2:
+        self.sizes = {"train": train, "val": val, "test": test}
+        for name, size in self.sizes.items():
+            check_integer(f"data.{name}", size, 1)
+        for name, value, least in (
+            ("min_length", min_length, 0),
+            ("max_length", max_length, 2),
+            ("max_depth", max_depth, 2),
+            ("max_args", max_args, 2),
+        ):
+            check_integer(f"data.{name}", value, least)
+        if min_length >= max_length - 1:
             raise ValueError(
-                "ListOps needs 0 <= min_length < max_length - 1, max_depth >= 2 and max_args >= 2; got "
-                f"{min_length}, {max_length}, {max_depth} and {max_args}"
+                f"sequences have more than data.min_length={min_length} tokens and fewer than "
+                f"data.max_length={max_length}: no length is left"
             )
         if limit_train is not None and limit_train > train:
-            raise ValueError(f"limit_train={limit_train} but there are {train} training sequences")
-        self.sizes = {"train": train, "val": val, "test": test}
+            raise ValueError(f"data.limit_train={limit_train} but there are {train} training sequences")
         self.trees = {
             "seed": seed,
             "min_length": min_length,

@@ -16,6 +16,10 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
+from thresher.attention.options import check_integer
+
+LARGEST_SEED = 2**63 - 1  # of PyTorch
+
 
 class EpochSampler(DistributedSampler[Any]):
     """The share of a process in all examples, in an order that depends on `seed` and the epoch alone.
@@ -92,6 +96,19 @@ class EpochLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         yield from super().__iter__()
+
+
+def check_loading(batch_size: int, workers: int, seed: int, limit_train: int | None) -> None:
+    """Check what all data are told of their loading.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    check_integer("data.batch_size", batch_size, 1)
+    check_integer("data.workers", workers, 0)
+    check_integer("data.seed", seed, 0, LARGEST_SEED)
+    if limit_train is not None:
+        check_integer("data.limit_train", limit_train, 1)
 
 
 def training_loader(examples: Any, batches: EpochBatches, **options: Any) -> EpochLoader:

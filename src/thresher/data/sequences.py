@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
-from thresher.data.loading import EpochBatches, EpochLoader, EpochSampler, training_loader
+from thresher.data.loading import EpochBatches, EpochLoader, EpochSampler, check_loading, training_loader
 
 POOL = 50  # batches among which sequences are sorted by length
 
@@ -104,13 +104,7 @@ class SequenceData(pl.LightningDataModule, ABC):
 
     def __init__(self, *, batch_size: int, workers: int, seed: int, limit_train: int | None) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("workers", workers, 0),
-            ("limit_train", 1 if limit_train is None else limit_train, 1),
-        ):
-            if value < least:
-                raise ValueError(f"data.{name} must be at least {least}, got {value}")
+        check_loading(batch_size, workers, seed, limit_train)
         self.batch_size, self.workers, self.seed, self.limit_train = batch_size, workers, seed, limit_train
         self.order_seed = seed
         self._parts: dict[str, Sequences] = {}
@@ -148,7 +142,7 @@ class SequenceData(pl.LightningDataModule, ABC):
         if self.limit_train is not None:
             train = parts["train"]
             if self.limit_train > len(train):
-                raise ValueError(f"limit_train={self.limit_train} but there are {len(train)} training sequences")
+                raise ValueError(f"data.limit_train={self.limit_train} but there are {len(train)} training sequences")
             stop = self.limit_train
             parts["train"] = Sequences(
                 train.tokens[: int(train.ends[stop - 1])], train.ends[:stop], train.labels[:stop]

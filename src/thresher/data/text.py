@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from thresher.attention.options import check_integer, check_number
 from thresher.data.sequences import SequenceData, Sequences
 from thresher.data.tokens import load_tokenizer
 
@@ -51,10 +52,8 @@ class TextClassificationData(SequenceData):
         tokenizer: str = "bytes",
     ) -> None:
         super().__init__(batch_size=batch_size, workers=workers, seed=seed, limit_train=limit_train)
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"data.val_fraction must lie between 0 and 1, both excluded, not {val_fraction!r}")
-        if length < 1:
-            raise ValueError(f"data.length counts tokens and must be at least 1, got {length}")
+        check_number("data.val_fraction", val_fraction, above=0.0, below=1.0)
+        check_integer("data.length", length, 1)
         self.val_fraction, self.length = val_fraction, length
         self.tokenizer = load_tokenizer(tokenizer)
         self.padding = self.tokenizer.padding

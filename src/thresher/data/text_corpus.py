@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from thresher.attention.options import check_number
 from thresher.data.corpus import CorpusData, Objective
 
 
@@ -48,8 +49,7 @@ class TextCorpus(CorpusData):
             limit_train=limit_train,
             tokenizer=tokenizer,
         )
-        if not 0 < held_out < 0.5:
-            raise ValueError(f"data.held_out must lie between 0 and 0.5, both excluded, not {held_out!r}")
+        check_number("data.held_out", held_out, above=0.0, below=0.5)
         self.root, self.held_out, self.seed = Path(root).expanduser(), held_out, seed
 
     def read_works(self) -> dict[str, list[str]]:

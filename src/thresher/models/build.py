@@ -7,8 +7,10 @@ from typing import Any
 from torch import nn
 
 from thresher.attention.base import MakeMechanism
-from thresher.attention.options import check_integer
+from thresher.attention.options import check_integer, check_number
 from thresher.hosts import inject
+
+SHARES = {f"{what}_rate" for what in ("drop", "drop_path", "attn_drop", "proj_drop", "pos_drop", "patch_drop")}
 
 
 def timm_classifier(
@@ -58,8 +60,10 @@ def timm_classifier(
             img_size=image_size,
             **architecture,
         )
-    except TypeError as error:
-        raise ValueError(f"timm's {name} refuses an option of model.*: {error}") from error
+    except (TypeError, AssertionError, RuntimeError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in architecture.items()) or "none"
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"timm's {name} refuses an option of model.* ({given}): {reason}") from error
     inject(net, attention, where=where)
     return net
 
@@ -172,6 +176,8 @@ def _check_architecture(architecture: Mapping[str, Any], image_size: int) -> Non
     for name in ("patch_size", "embed_dim", "depth", "num_heads"):
         if name in architecture:
             check_integer(f"model.{name}", architecture[name], 1)
+    for name in SHARES & architecture.keys():
+        check_number(f"model.{name}", architecture[name], least=0.0, below=1.0)
     dim, heads, patch = (architecture.get(name) for name in ("embed_dim", "num_heads", "patch_size"))
     if dim and heads and dim % heads:
         raise ValueError(f"model.embed_dim={dim} cannot be shared evenly by model.num_heads={heads}")
