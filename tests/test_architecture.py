@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "installed": set(),
     "tasks": {"attention", "budgets", "calibration", "compute"},
     "callbacks": {"attention", "calibration", "clock", "compute", "files", "interruption", "tasks"},
+    "trainers": {"attention", "tasks"},
     "overrides": set(),
     "clock": set(),
     "pareto": set(),
@@ -44,11 +45,11 @@ MAY_IMPORT = {
     "commands": {"cli", "dropin", "interruption", "overrides", "secrets"},
     "dropin": {
         *("attention", "calibration", "callbacks", "checkpoint", "cli", "compute", "data", "hosts", "overrides"),
-        "results",
+        *("results", "trainers"),
     },
     "cli": {
         *("__init__", "attention", "callbacks", "checkpoint", "explain", "interruption", "overrides", "results"),
-        *("resuming", "saving", "secrets", "tasks", "trust"),
+        *("resuming", "saving", "secrets", "tasks", "trainers", "trust"),
     },
 }
 # Libraries that only these parts may import, so that the rest stays light or free of them.
@@ -60,7 +61,10 @@ ONLY_IN = {
     },
     "datasets": {"data/hub.py"},
     "hydra": {"overrides.py", "commands.py", "cli.py", "resuming.py"},
-    "pytorch_lightning": {"tasks", "callbacks", "data", "bench/overhead.py", "dropin/run.py", "cli.py", "resuming.py"},
+    "pytorch_lightning": {
+        *("tasks", "callbacks", "data", "bench/overhead.py", "dropin/run.py"),
+        *("cli.py", "resuming.py", "trainers.py"),
+    },
     "reformer_pytorch": {"bench/peers.py"},
     "performer_pytorch": {"bench/peers.py"},
     "nystrom_attention": {"bench/peers.py"},

@@ -35,6 +35,7 @@ from thresher.resuming import NEWEST, PREVIOUS, Beginning, beginning, run_folder
 from thresher.saving import CheckpointFiles
 from thresher.secrets import redacted
 from thresher.tasks.base import Task
+from thresher.trainers import check_monitors, make_trainer
 from thresher.trust import run_config
 
 EVAL_KEYS = ("ckpt", "run.dir", "explain", "explain.example")
@@ -83,6 +84,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
             logger.log_hyperparams(config)
         if trainer.is_global_zero:
             save_config(config, folder)
+        check_monitors(trainer.callbacks, task)  # type: ignore[attr-defined]
         metrics, best = _fit_and_test(cfg, trainer, task, data, folder, start)
     if trainer.is_global_zero:
         print_results(f"{cfg.run.name}  →  {folder}", metrics, folder / "heads.json", _commands(cfg, best))
@@ -102,7 +104,8 @@ def _trainer(cfg: DictConfig, folder: Path, start: Beginning, signals: Signals) 
         if isinstance(callback, Snapshots):
             callback.signals = signals
     slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []  # signals have one owner
-    trainer: pl.Trainer = make(cfg.trainer)(
+    return make_trainer(
+        make(cfg.trainer),
         logger=loggers,
         callbacks=callbacks,
         default_root_dir=str(folder),
@@ -111,7 +114,6 @@ def _trainer(cfg: DictConfig, folder: Path, start: Beginning, signals: Signals) 
         enable_model_summary=False,
         plugins=[CheckpointFiles({NEWEST: PREVIOUS}), *slurm],
     )
-    return trainer
 
 
 def _fit_and_test(
@@ -265,7 +267,8 @@ def evaluate(arguments: Sequence[str], conf: Path) -> dict[str, float]:
     data = data_of(cfg, checkpoint[RECORD]["classes"])
     task = build_task(cfg, data)
     load_weights(task, checkpoint["state_dict"], other_attention=other)
-    trainer: pl.Trainer = make(cfg.trainer)(
+    trainer = make_trainer(
+        make(cfg.trainer),
         logger=False,
         callbacks=[HeadStatistics(str(folder / "heads.json")), progress()],
         enable_checkpointing=False,

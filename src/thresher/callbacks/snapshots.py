@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
 
+from thresher.attention.options import check_number
 from thresher.callbacks.csv_log import CsvLog
 from thresher.interruption import Interrupted, Signals
 
@@ -37,8 +38,8 @@ class Snapshots(pl.Callback):
 
     def __init__(self, path: str, every_n_steps: int | None = None, every_n_minutes: float | None = 10.0) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes)):
-            if value is not None and not value > 0:
-                raise ValueError(f"callbacks.last_checkpoint.{name} must be positive or null, got {value}")
+            if value is not None:  # which asks for none
+                check_number(f"callbacks.last_checkpoint.{name}", value, above=0.0)
         self.path = path
         self.signals = Signals()
         self.every_n_steps = every_n_steps

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from thresher.attention.options import check_integer
+from thresher.attention.options import check_integer, check_number
 from thresher.attention.thresholds import Thresholds
 from thresher.calibration import ThresholdProbe, calibrate
 from thresher.tasks.base import Task
@@ -43,10 +43,13 @@ class CalibrateThresholds(pl.Callback):
         initial: float | None = None,
         batches: int = 8,
     ) -> None:
-        if not 0 <= window <= 1:
-            raise ValueError(f"callbacks.calibrate.window is a share of the training steps in [0, 1], got {window}")
-        if initial is not None and not 0 < initial <= 1:
-            raise ValueError(f"callbacks.calibrate.initial is a share of the visible pairs in (0, 1], got {initial}")
+        check_number("callbacks.calibrate.window", window, least=0.0)
+        if window > 1:
+            raise ValueError(f"callbacks.calibrate.window is a share of the training steps, at most 1; got {window}")
+        if initial is not None:
+            check_number("callbacks.calibrate.initial", initial, above=0.0)
+            if initial > 1:
+                raise ValueError(f"callbacks.calibrate.initial is a share of the pairs, at most 1; got {initial}")
         for name, number in (("examples", examples), ("pairs", pairs), ("batches", batches)):
             check_integer(f"callbacks.calibrate.{name}", number, 1)
         self.window = window
@@ -125,8 +128,7 @@ class AnnealTemperature(pl.Callback):
     """
 
     def __init__(self, end: float = 1.0) -> None:
-        if not end > 0:
-            raise ValueError(f"callbacks.temperature.end is a positive share of tau, got {end}")
+        check_number("callbacks.temperature.end", end, above=0.0)
         self.end = end
         self._start: dict[str, torch.Tensor] = {}
 
@@ -161,6 +163,10 @@ class WatchThresholds(pl.Callback):
     """
 
     def __init__(self, moved: float = 1e-3, collapsed: float = 0.5) -> None:
+        check_number("callbacks.watch.moved", moved, least=0.0)
+        check_number("callbacks.watch.collapsed", collapsed, above=0.0)
+        if collapsed > 1:
+            raise ValueError(f"callbacks.watch.collapsed is a share of the heads, at most 1; got {collapsed}")
         self.moved = moved
         self.collapsed = collapsed
         self._start: dict[str, torch.Tensor] = {}

@@ -22,6 +22,7 @@ from thresher.dropin.report import draw_rows, print_rows, write_rows
 from thresher.dropin.settings import Setting, settings_of
 from thresher.hosts import densify, inject
 from thresher.results import evaluation_folder, new_folder
+from thresher.trainers import make_trainer
 
 OWN = ("experiment", "dropin", "run")  # overrides that are not for the network, its data and its trainer
 READ = ("model", "data", "trainer", "seed")  # what is read besides, where there is no checkpoint
@@ -154,8 +155,7 @@ def _of_test(cfg: DictConfig, checkpoint: Mapping[str, Any]) -> Trial:
 
 def _trainer(cfg: DictConfig) -> pl.Trainer:
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer: pl.Trainer = cli.make(cfg.trainer)(logger=False, **quiet)
-    return trainer
+    return make_trainer(cli.make(cfg.trainer), logger=False, **quiet)
 
 
 def _node(setting: Setting, conf: Path) -> DictConfig:

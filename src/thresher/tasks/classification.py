@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from thresher.attention.options import check_number
 from thresher.tasks.base import Step, Task
 
 TOP5_FROM = 20  # classes
@@ -29,8 +30,7 @@ class Classification(Task):
     def __init__(self, *args: Any, num_classes: int, label_smoothing: float = 0.0, **task: Any) -> None:
         if num_classes < 2:
             raise ValueError(f"classification needs at least two classes, got {num_classes}")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"task.label_smoothing must lie in [0, 1), got {label_smoothing}")
+        check_number("task.label_smoothing", label_smoothing, least=0.0, below=1.0)
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         super().__init__(*args, **task)
