@@ -17,7 +17,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    from thresher.commands import checked
+    from thresher.commands import checked, start
 
     checked(CONF, "train", sys.argv[1:])
-    main()
+    start(main)

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "bench": {
         *("attention", "calibration", "checkpoint", "cli", "commands", "compute", "hosts", "models", "overrides"),
     },
-    "commands": {"cli", "dropin", "interruption", "overrides", "secrets"},
+    "commands": {"cli", "dropin", "files", "interruption", "overrides", "secrets"},
     "dropin": {
         *("attention", "calibration", "callbacks", "checkpoint", "cli", "compute", "data", "hosts", "overrides"),
         *("results", "trainers"),

@@ -82,6 +82,13 @@ def test_a_sweep_gives_each_job_its_folder(tmp_path: Path) -> None:
         assert (tmp_path / "sweep" / job / "metrics.json").is_file()
 
 
+def test_a_sweep_without_a_folder_makes_one(tmp_path: Path) -> None:
+    result = call("train.py", "-m", "seed=-1,-2", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "seed must be a whole number, 0 .. 4294967295; got -1" in result.stderr
+    assert [path.name for path in sorted(tmp_path.glob("runs/multirun/*/*"))] == ["0", "1", "multirun.yaml"]
+
+
 def test_a_sweep_goes_on_after_a_job_that_failed(tmp_path: Path) -> None:
     tiny = [o for o in TINY if not o.startswith("trainer.max_epochs")]
     jobs = ["attention=dense,latte", "compute=target", "trainer.max_epochs=1", f"run.dir='{tmp_path}/sweep'"]

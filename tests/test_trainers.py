@@ -34,7 +34,6 @@ from thresher import cli
             "task.label_smoothing=null",
             r"task\.label_smoothing must be a finite number, at least 0 and below 1; got None",
         ),
-        ("resume=sometimes", r"resume=sometimes is neither auto nor never, and there is no checkpoint sometimes"),
     ],
 )
 def test_what_cannot_be_is_told_before_the_training(override: str, message: str, tmp_path: Path) -> None:

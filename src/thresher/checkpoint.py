@@ -54,7 +54,7 @@ def read(path: Path) -> Any:
         ValueError: It does not fit its checksum, or is not readable as weights.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}{_nearby(path)}")
+        raise files.no_checkpoint(path)
     if damage := files.damage(path):
         raise ValueError(f"{path} cannot be read: {damage}. The file is truncated or damaged; take another one")
     checked_archive(path)
@@ -115,9 +115,3 @@ def _spread_like(own: Tensor, value: Tensor) -> Tensor:
     if isinstance(own, DTensor):
         return distribute_tensor(value, own.device_mesh, own.placements)
     return value
-
-
-def _nearby(path: Path) -> str:
-    folder = next((p for p in path.parents if p.is_dir()), Path())
-    found = sorted(folder.rglob("*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True)[:5]
-    return f"; near it: {', '.join(map(str, found))}" if found else ", and none below the nearest folder that exists"

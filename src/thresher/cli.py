@@ -257,9 +257,7 @@ def evaluate(arguments: Sequence[str], conf: Path) -> dict[str, float]:
     quiet_lightning()
     given = overrides.parse(arguments)
     own = {o.key_or_group: o.value() for o in given if o.key_or_group in EVAL_KEYS}
-    if "ckpt" not in own:
-        raise ValueError("which checkpoint? python eval.py ckpt=runs/.../checkpoints/best.ckpt [overrides]")
-    path, examples = Path(str(own["ckpt"])), wanted_examples(own)
+    path, examples = overrides.checkpoint_in(given), wanted_examples(own)
     cfg, checkpoint, other = rebuilt(path, [o for o in given if o.key_or_group not in EVAL_KEYS], conf)
     folder = new_folder(str(own.get("run.dir") or evaluation_folder(path, "eval")))
     cfg.run.dir = str(folder)

@@ -4,18 +4,22 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from thresher import overrides
+from thresher import files, overrides
 from thresher.interruption import Interrupted
 from thresher.secrets import SECRET, without_secrets
+
+FULL = "HYDRA_FULL_ERROR"
+TRACEBACK = bool(os.environ.get(FULL))  # whether a person asks for it
 
 
 def checked(conf: Path, name: str, arguments: Sequence[str]) -> None:
@@ -70,12 +74,24 @@ def check_multirun(conf: Path, name: str, given: Sequence[str]) -> None:
             )
 
 
+def start(main: Callable[[], Any]) -> None:
+    """Run what `@hydra.main` made of a function: what it fails at before the function runs is one message, too."""
+    if not TRACEBACK:
+        os.environ[FULL] = "1"  # Hydra then raises what it would print with all its layers
+    if {"--multirun", "-m"} & set(sys.argv) and not any(a.lstrip("+").startswith("run.dir=") for a in sys.argv):
+        # Names of runs have the choices of a job in them, which are not known before there is one.
+        sys.argv.append(f"run.dir=runs/multirun/{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    told(main)
+
+
 def train(cfg: DictConfig) -> float | None:
     """Train as `cfg` says; return the metric that a sweep optimises."""
 
+    if not TRACEBACK:
+        os.environ.pop(FULL, None)
+
     def run() -> float | None:
-        if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
-            raise ValueError(f"seed must be a whole number, 0 .. {2**32 - 1}; got {cfg.seed!r}")
+        check_run(cfg)
         from thresher import cli
 
         metrics = cli.train(cfg)
@@ -89,15 +105,45 @@ def train(cfg: DictConfig) -> float | None:
     return told(run)
 
 
+def check_run(cfg: DictConfig) -> None:
+    """Check what a training is asked that can be told before anything heavy is imported.
+
+    Raises:
+        ValueError: A value cannot be.
+        FileNotFoundError: A checkpoint is not there.
+    """
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"{missing[0]} has no value of its own: give one by {missing[0]}=...")
+    if not str(cfg.run.dir).strip():
+        raise ValueError("run.dir is empty; leave it out for a new folder in runs/, or name one")
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+        raise ValueError(f"seed must be a whole number, 0 .. {2**32 - 1}; got {cfg.seed!r}")
+    for key in ("init_from", "ckpt_path"):
+        if cfg[key] is not None and not Path(str(cfg[key])).exists():
+            raise files.no_checkpoint(Path(str(cfg[key])))
+    if cfg.resume not in ("auto", "never") and not Path(str(cfg.resume)).exists():
+        raise FileNotFoundError(
+            f"resume={cfg.resume} is neither auto nor never, and {files.no_checkpoint(Path(str(cfg.resume)))}"
+        )
+
+
 def evaluate(arguments: Sequence[str], conf: Path) -> None:
     """Evaluate a checkpoint as the overrides say, or drop mechanisms in where an experiment asks for that."""
 
     def run() -> None:
-        if any(o.key_or_group == "experiment" for o in overrides.parse(arguments)):
+        given = overrides.parse(arguments)
+        for override in given:
+            if overrides.is_group(conf, override.key_or_group) and not override.is_sweep_override():
+                for choice in overrides.choices_of(conf, override):
+                    overrides.check_choice(conf, override.key_or_group, choice)
+        if any(o.key_or_group == "experiment" for o in given):
             from thresher import dropin
 
             dropin.evaluate(arguments, conf)
         else:
+            path = overrides.checkpoint_in(given)
+            if not path.exists():
+                raise files.no_checkpoint(path)
             from thresher import cli
 
             cli.evaluate(arguments, conf)
@@ -114,9 +160,9 @@ def told(run: Callable[[], Any]) -> Any:
         sys.exit(interruption.code)
     except Exception as error:
         # Lightning's own exception is known by name, so that a typo is answered without importing Lightning.
-        mendable = isinstance(error, (ValueError, OSError, OmegaConfBaseException, InstantiationException))
+        mendable = isinstance(error, (ValueError, OSError, OmegaConfBaseException, HydraException))
         mendable = mendable or type(error).__name__ == "MisconfigurationException"
-        if not mendable or os.environ.get("HYDRA_FULL_ERROR") or in_sweep():
+        if not mendable or TRACEBACK or in_sweep():
             raise
         print(f"error: {reason(error)}\n(HYDRA_FULL_ERROR=1 shows the traceback)", file=sys.stderr)
         sys.exit(1)
@@ -131,4 +177,7 @@ def reason(error: BaseException) -> str:
     """Return what was wrong, without the layers through which it was reported."""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, OmegaConfBaseException):
+        first, key = (str(error).splitlines() or [repr(error)])[0], error.full_key
+        return first if key is None or key in first else f"{key}: {first}"
     return str(error) or repr(error)

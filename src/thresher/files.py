@@ -9,11 +9,13 @@ import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
 PARTIAL = ".partial"
 CHECKSUM = ".sha256"
+FOLDERS = 1000  # that are searched for what is near a file that is not there
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -88,6 +90,15 @@ def remove_leftovers(folder: Path) -> list[str]:
             partial.unlink()
             removed.append(partial.name)
     return removed
+
+
+def no_checkpoint(path: Path) -> FileNotFoundError:
+    """Return the error that says that a checkpoint is not there, and which are near it, the newest first."""
+    folder = next((p for p in (path, *path.parents) if p.is_dir()), Path())
+    found = [p for base, _, names in islice(os.walk(folder), FOLDERS) for p in map(Path(base).joinpath, names)]
+    found = sorted((p for p in found if p.suffix == ".ckpt"), key=lambda p: p.stat().st_mtime, reverse=True)[:5]
+    near = f"; near it: {', '.join(map(str, found))}" if found else ", and none below the nearest folder that exists"
+    return FileNotFoundError(f"there is no checkpoint {path}{near}")
 
 
 def _keep(path: Path, previous: Path) -> None:

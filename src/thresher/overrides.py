@@ -63,6 +63,18 @@ def parse(arguments: Iterable[str]) -> list[Override]:
     return overrides
 
 
+def checkpoint_in(given: Iterable[Override]) -> Path:
+    """Return the checkpoint that overrides of an evaluation name.
+
+    Raises:
+        ValueError: They name none.
+    """
+    for override in given:
+        if override.key_or_group == "ckpt" and override.value():
+            return Path(str(override.value()))
+    raise ValueError("which checkpoint? python eval.py ckpt=runs/.../checkpoints/best.ckpt [overrides]")
+
+
 def compose_config(conf: Path, name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Compose a primary config of the folder `conf`."""
     GlobalHydra.instance().clear()

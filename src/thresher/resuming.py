@@ -63,10 +63,7 @@ def beginning(cfg: DictConfig, config: Mapping[str, Any], folder: Path) -> Begin
         return Beginning()
     if cfg.resume != "auto":
         path = Path(str(cfg.resume))
-        try:
-            loaded = checkpoint.load(path)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"resume={cfg.resume} is neither auto nor never, and {error}") from error
+        loaded = checkpoint.load(path)
         changes = changed(loaded[checkpoint.RECORD]["config"], config, ())
         if changes:
             rank_zero_warn(f"the training goes on with other settings than it began with: {', '.join(changes)}")
