@@ -104,6 +104,22 @@ def test_wandb_run_is_marked_failed_when_training_fails(tmp_path: Path, monkeypa
     assert exit_codes(folder) == [1]
 
 
+def test_without_a_network_wandb_logs_offline_and_the_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody listens
+    folder = tmp_path / "run"
+    with pytest.warns(UserWarning, match=r"This run is logged offline, into .*/run/wandb: .*`wandb sync` sends it"):
+        metrics = cli.train(tiny_config(folder, "logger=wandb", "logger.wandb.settings.init_timeout=5", *QUICK))
+    assert "train/loss" in metrics
+    assert exit_codes(folder) == [0]
+
+
+def test_a_mode_that_wandb_does_not_have_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"logger\.wandb\.mode must be one of online, offline, .*; got 'onlin'"):
+        cli.train(tiny_config(tmp_path / "run", "logger=wandb", "logger.wandb.mode=onlin", *QUICK))
+
+
 def test_wandb_disabled_trains(tmp_path: Path) -> None:
     metrics = cli.train(tiny_config(tmp_path / "run", "logger=wandb", "logger.wandb.mode=disabled", *QUICK))
     assert "train/loss" in metrics

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from thresher.callbacks.snapshots import Snapshots
 from thresher.checkpoint import RECORD, load, load_weights
 from thresher.explain.example import explain, wanted_examples
 from thresher.interruption import Interrupted, Signals
+from thresher.loggers import connected
 from thresher.results import attention_name, evaluation_folder, new_folder, print_results, write_metrics
 from thresher.resuming import NEWEST, PREVIOUS, Beginning, beginning, run_folder, save_config
 from thresher.saving import CheckpointFiles
@@ -95,7 +97,7 @@ def _trainer(cfg: DictConfig, folder: Path, start: Beginning, signals: Signals) 
     callbacks = [make(callback) for callback in (cfg.callbacks or {}).values()]
     if not cfg.logger:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-    loggers = [make(logger) for logger in (cfg.logger or {}).values()]
+    loggers = [connected(partial(make, logger)) for logger in (cfg.logger or {}).values()]
     tables = [logger for logger in loggers if isinstance(logger, CsvLog)]
     for table, rows in zip(tables, start.rows or [0] * len(tables), strict=True):
         table.go_on(rows)
