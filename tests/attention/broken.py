@@ -139,6 +139,15 @@ def shows_hidden_queries(s: Seen) -> Attended:
 
 
 @breaks_output
+def centres_queries(s: Seen) -> Tensor:
+    return s.dense(s.q - s.q.mean(2, keepdim=True), s.k, s.v, s.call).out
+
+
+class RanksNothing(Dense):
+    ranks_queries = True
+
+
+@breaks_output
 def shows_only_gradients_to_hidden_queries(s: Seen) -> Tensor:
     return s.out + (s.q - s.q.detach())
 

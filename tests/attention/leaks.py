@@ -119,6 +119,23 @@ def check_examples_are_independent(mechanism: Mechanism) -> None:
                     assert torch.equal(old[[0, 2]], new[[0, 2]]), "an example depends on its neighbour"
 
 
+def check_queries_are_independent(mechanism: Mechanism) -> None:
+    """Changing one query leaves the other rows alone, but for noncausal mechanisms that say that they rank queries."""
+    changed = False
+    for seed, spread in itertools.product(range(4), (MILD, SHARP)):
+        inputs = draw(mechanism, spread=spread, seed=seed)
+        (b, h, n, _), keys = inputs.q.shape, torch.zeros(inputs.k.shape[:3], dtype=torch.bool)
+        after = disturb(inputs, (torch.arange(n) == n // 2).expand(b, h, n), keys, 100.0)
+        others = torch.arange(n) != n // 2
+        for training in (True, False):
+            mechanism.train(training)
+            old, new = (attend(mechanism, x).out[:, :, others] for x in (inputs, after))
+            changed |= not torch.equal(old, new)
+    may = mechanism.ranks_queries and not mechanism.pattern.causal
+    assert may or not changed, "a row depends on the queries of others"
+    assert changed or not may, "queries are declared to be ranked, and are not"
+
+
 def check_content_is_ignored(mechanism: Mechanism) -> None:
     """A mechanism that declares itself not content based gives the same output and cost for any queries and keys."""
     assert not mechanism.content_based, "only mechanisms that ignore content promise this"

@@ -44,6 +44,8 @@ CASES = [
     Case(leaks.check_examples_are_independent, broken.centres_over_the_batch, "depends on its neighbour"),
     Case(leaks.check_examples_are_independent, broken.padding_in_batch_maximum, "depends on its neighbour"),
     Case(leaks.check_examples_are_independent, broken.shares_cost_over_the_batch, "depends on its neighbour"),
+    Case(leaks.check_queries_are_independent, broken.centres_queries, "depends on the queries of others"),
+    Case(leaks.check_queries_are_independent, broken.RanksNothing, "and are not"),
     Case(checks.check_gradients_arrive, broken_state.DeadThreshold, "theta is dead"),
     Case(checks.check_gradients_arrive, broken_state.UnusedThreshold, "theta gets no gradient"),
     Case(checks.check_gradients_arrive, broken_state.ThresholdDeadInOneHead, "theta is dead"),

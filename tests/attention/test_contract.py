@@ -69,6 +69,7 @@ def test_a_mechanism_without_heads_or_dimensions_is_refused(cell: Cell, size: di
         leaks.check_masks_hide_together,
         leaks.check_hidden_tokens_get_nothing,
         leaks.check_examples_are_independent,
+        leaks.check_queries_are_independent,
         checks.check_gradients_arrive,
         checks.check_parameters_can_be_sharded,
         leaks.check_randomness_is_declared,

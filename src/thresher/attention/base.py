@@ -139,6 +139,7 @@ class Mechanism(Metered, ABC):
         precise: For stochastic mechanisms, hyper-parameters that bring it near `expectation`.
         drops_weights: Whether it has attention weights that dropout can act on.
         redrawn: Buffers of random draws: where stored ones are of another number or size, its own are as good.
+        ranks_queries: Whether, where nothing is causal, a row depends on the other queries: padding among them leaks.
         dropout: Probability of dropping an attention weight in training; set by the host it is mounted in.
     """
 
@@ -147,6 +148,7 @@ class Mechanism(Metered, ABC):
     needs_source: ClassVar[bool] = False
     content_based: ClassVar[bool] = True
     drops_weights: ClassVar[bool] = True
+    ranks_queries: ClassVar[bool] = False
     dense_limit: ClassVar[Mapping[str, Any] | None] = None
     precise: ClassVar[Mapping[str, Any] | None] = None
     redrawn: ClassVar[frozenset[str]] = frozenset()

@@ -71,6 +71,7 @@ class Mca(Mechanism):
 
     supports = frozenset({Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS})
     stochastic = True
+    ranks_queries = True
     needs_source = True
     dense_limit = {"alpha": 0.0}
     precise = {"alpha": 0.05}

@@ -69,6 +69,7 @@ class Smyrf(Mechanism):
 
     stochastic = True
     redrawn = frozenset({"directions", "shifts"})
+    ranks_queries = True
     dense_limit = {"cluster": 10_000}
     precise = {"rounds": 16, "dedup": "count"}
 

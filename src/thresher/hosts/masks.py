@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from thresher.attention.base import Mechanism
+
 
 class Masked(NamedTuple):
     """Parts of a call: visible keys [b, m], visible pairs [#b, #h, n, m], additive bias [#b, #h, n, m]."""
@@ -32,6 +34,15 @@ def read_mask(mask: Tensor | None, b: int, n: int, m: int) -> Masked:
     if by_keys:
         return Masked(keys=mask[:, 0, 0].expand(b, m), bias=bias)
     return Masked(pairs=mask.expand(-1, -1, n, m), bias=bias)
+
+
+def seen_queries(mechanism: Mechanism, keys: Tensor | None, n: int) -> Tensor | None:
+    """Return which tokens a mechanism sees as queries, from a mask [b, m] that speaks of keys alone; None is all.
+
+    Padding asks, too, and its rows mean nothing; only a mechanism that ranks queries among each other must not see it.
+    """
+    own = keys is not None and keys.shape[1] == n and not mechanism.pattern.cross
+    return keys if own and mechanism.ranks_queries else None
 
 
 def add_biases(one: Tensor | None, other: Tensor | None) -> Tensor | None:

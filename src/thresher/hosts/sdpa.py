@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from thresher.attention.base import Call, MakeMechanism, Pattern
 from thresher.hosts.core import FINDERS, Build, Found, holder, known
-from thresher.hosts.masks import read_mask, rescale
+from thresher.hosts.masks import read_mask, rescale, seen_queries
 from thresher.hosts.recording import Recording, Seen, evaluating, hides_future, run
 from thresher.hosts.wrapper import Wrapper
 
@@ -61,7 +61,8 @@ class SdpaAttention(Wrapper):
         if self.training and self.mechanism.dropout != dropout_p:
             self.mechanism.dropout = dropout_p
         keys, pairs, bias = read_mask(attn_mask, b, n, m)
-        return self.mechanism(rescale(query, scale), key, value, Call(keys=keys, pairs=pairs, bias=bias)).out
+        call = Call(queries=seen_queries(self.mechanism, keys, n), keys=keys, pairs=pairs, bias=bias)
+        return self.mechanism(rescale(query, scale), key, value, call).out
 
 
 class _Route(TorchFunctionMode):

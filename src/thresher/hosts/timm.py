@@ -1,6 +1,5 @@
 """Host for timm: the attention of ViT, DeiT, DeiT-3, DINOv2 and their relatives, and timm's feed-forward layers."""
 
-import torch
 from timm.layers.attention import Attention
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 from thresher.attention.base import Call, MakeMechanism, Mechanism, Pattern, ValueSource
 from thresher.hosts.core import Host, mount
 from thresher.hosts.feedforward import FeedForwardHost, MakeFeedForward, mount_feed_forward
+from thresher.hosts.masks import read_mask, seen_queries
 
 
 class TimmAttention(Host):
@@ -37,7 +37,10 @@ class TimmAttention(Host):
         gate = None if self.gate is None else self.gate(x).sigmoid()
         q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        call = _call(attn_mask, n, self.source(x) if self.mechanism.needs_source else None)
+        keys, pairs, bias = read_mask(attn_mask, b, n, n)
+        queries = seen_queries(self.mechanism, keys, n)
+        source = self.source(x) if self.mechanism.needs_source else None
+        call = Call(queries=queries, keys=keys, pairs=pairs, bias=bias, source=source)
         x = self.mechanism(q, k, v, call).out.transpose(1, 2).reshape(b, n, -1)
         x = self.norm(x)
         if gate is not None:
@@ -62,16 +65,6 @@ def _(module: Attention, make: MakeMechanism) -> Host:
             f"{type(module).__name__} computes something of its own; timm's Attention is what this host knows"
         )
     return TimmAttention(module, make)
-
-
-def _call(attn_mask: Tensor | None, n: int, source: ValueSource | None) -> Call:
-    if attn_mask is None:
-        return Call(source=source)
-    mask = attn_mask[(None,) * (4 - attn_mask.ndim)].expand(-1, -1, n, n)
-    if mask.dtype == torch.bool:
-        return Call(pairs=mask, source=source)
-    visible = mask != float("-inf")
-    return Call(pairs=visible, bias=mask.masked_fill(~visible, 0), source=source)
 
 
 @mount_feed_forward.register
