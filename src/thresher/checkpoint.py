@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -26,6 +28,14 @@ UNREADABLE = (
     *(AssertionError, OverflowError, MemoryError),
 )
 
+PREFIXES = re.compile(r"(^|\.)(_orig_mod\.|module\.)+")  # of torch.compile and DDP
+HOLDERS = (
+    "state_dict_ema",
+    "model_ema",
+    "state_dict",
+    "model",
+)  # where other libraries' checkpoints keep their weights
+
 
 def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of this project, or the folder of an export, onto the CPU, executing nothing.
@@ -35,15 +45,17 @@ def load(path: str | Path) -> dict[str, Any]:
         ValueError: It does not fit its checksum, is not readable as weights, or is not one of ours.
     """
     path = Path(path)
-    if exported.is_export(path):
-        return exported.read(path)
-    checkpoint = read(path)
+    return exported.read(path) if exported.is_export(path) else _own(read(path), path)
+
+
+def _own(checkpoint: Any, path: Path) -> dict[str, Any]:
     record = checkpoint.get(RECORD) if isinstance(checkpoint, dict) else None
     if not isinstance(record, dict) or not {"config", "classes"} <= record.keys() or "state_dict" not in checkpoint:
         raise ValueError(f"{path} was not written by this project's train.py: it carries no config to rebuild from")
     checkpoint["state_dict"] = checked_state(checkpoint["state_dict"], path)
     checked_classes(record["classes"], path)
-    return checkpoint
+    whole: dict[str, Any] = checkpoint
+    return whole
 
 
 def read(path: Path) -> Any:
@@ -67,6 +79,50 @@ def read(path: Path) -> Any:
         ) from error
 
 
+def begin_from(task: nn.Module, path: str | Path, classes: int | None) -> list[str]:
+    """Load the weights that a training begins with.
+
+    Args:
+        task: The task to load into.
+        path: A checkpoint or an export of this project; or a file of the network's weights alone, under the names that
+            its library gives them, such as timm writes: .safetensors, or what torch.save made of a state dict, by
+            itself or in an entry of that name.
+        classes: Number of logits of a classifier.
+
+    Returns:
+        The weights of a file of weights alone that were for another number of classes and were left out.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, holds more than weights, or does not fit the network.
+    """
+    path = Path(path)
+    stored = exported.read(path) if exported.is_export(path) else _read_any(path)
+    if isinstance(stored, dict) and RECORD in stored:
+        load_weights(task, _own(stored, path)["state_dict"], other_attention=True)
+        return []
+    holder = next((name for name in HOLDERS if isinstance(stored, dict) and name in stored), None)
+    state = checked_state(stored if holder is None else stored[holder], path)
+    state = {exported.NETWORK + _bare(name): value for name, value in state.items()}
+    own = task.state_dict()
+    anew = [
+        name
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape == (classes, *value.shape[1:])
+    ]
+    load_weights(task, state | {name: own[name] for name in anew}, other_attention=True)
+    return anew
+
+
+def _read_any(path: Path) -> Any:
+    if path.suffix != ".safetensors" or not path.is_file():
+        return read(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, *UNREADABLE) as error:
+        raise ValueError(f"{path} cannot be read as weights: the file is damaged ({error})") from error
+
+
 def load_weights(task: nn.Module, state: Mapping[str, Tensor], other_attention: bool) -> None:
     """Load a stored state into a task, whatever wrapped the network when it was stored.
 
@@ -80,7 +136,7 @@ def load_weights(task: nn.Module, state: Mapping[str, Tensor], other_attention: 
     Raises:
         ValueError: Keys are missing or left over; the message shows which.
     """
-    plain = {re.sub(r"(^|\.)(_orig_mod\.|module\.)+", r"\1", key): value for key, value in state.items()}
+    plain = {_bare(key): value for key, value in state.items()}
     own = task.state_dict()
     # Metrics and the budget's state belong to the run that made them.
     run_state = ("evaluation.", "budget.")
@@ -108,6 +164,10 @@ def load_weights(task: nn.Module, state: Mapping[str, Tensor], other_attention: 
             )
         )
     task.load_state_dict({key: _spread_like(own[key], value) for key, value in plain.items()}, strict=False)
+
+
+def _bare(name: str) -> str:
+    return PREFIXES.sub(r"\1", name)
 
 
 def _spread_like(own: Tensor, value: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from thresher.callbacks.csv_log import CsvLog
 from thresher.callbacks.heads import HeadStatistics
 from thresher.callbacks.progress import progress
 from thresher.callbacks.snapshots import Snapshots
-from thresher.checkpoint import RECORD, load, load_weights
+from thresher.checkpoint import RECORD, begin_from, load, load_weights
 from thresher.explain.example import explain, wanted_examples
 from thresher.interruption import Interrupted, Signals
 from thresher.loggers import connected
@@ -68,8 +68,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     data = read_data(cfg)
     task = build_task(cfg, data)
     if cfg.init_from is not None and start.path is None:
-        load_weights(task, load(cfg.init_from)["state_dict"], other_attention=True)
+        anew = begin_from(task, cfg.init_from, data.model_arguments.get("num_classes"))
         rank_zero_info(f"weights of {cfg.init_from}")
+        if anew:
+            rank_zero_warn(f"{cfg.init_from} is for another number of classes: {', '.join(anew)} begin anew")
     rank_zero_info(describe(task))
     if cfg.compile:
         compile_network(task)

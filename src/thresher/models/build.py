@@ -44,7 +44,7 @@ def timm_classifier(
 
     if foreign := {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"} & architecture.keys():
         raise ValueError(
-            f"model.{min(foreign)} would load files that no checkpoint's config may name; train from init_from"
+            f"model.{min(foreign)} would load files that no checkpoint's config may name; init_from=PATH does"
         )
     _check_architecture(architecture, image_size)
     if not timm.is_model(name):
