@@ -142,6 +142,14 @@ def test_a_gpt_with_random_weights_models_language(tmp_path: Path) -> None:
     assert metrics["test/kept"] < 1
 
 
+def test_what_follows_from_an_entry_of_a_configuration_follows() -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
+    size = {"vocabulary": 19, "length": 40, "padding": 0, "objective": "causal"}
+    net = huggingface_model(attention=partial(Dense), name_or_path="llama", config=small, **size)
+    assert [m.head_dim for m in net.modules() if isinstance(m, Dense)] == [8]  # not a Llama's 128
+    assert net(torch.tensor([[1, 2, 3]])).shape == (1, 3, 19)
+
+
 def test_weights_of_a_folder_are_loaded_and_their_tokenizer_must_fit(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     config = transformers.BertConfig(

@@ -155,8 +155,9 @@ def _model(
 
 
 def _config(name: str, pretrained: bool, settings: dict[str, Any]) -> PreTrainedConfig:
-    if not pretrained and name in CONFIG_MAPPING:
-        built: PreTrainedConfig = CONFIG_MAPPING[name]()
+    kind = CONFIG_MAPPING[name] if not pretrained and name in CONFIG_MAPPING else None
+    if kind is not None:
+        built: PreTrainedConfig = kind()
     else:
         try:
             built = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir(), trust_remote_code=False)
@@ -170,8 +171,11 @@ def _config(name: str, pretrained: bool, settings: dict[str, Any]) -> PreTrained
         raise ValueError(f"{type(built).__name__} has no entry {', '.join(unknown)}, which model.config sets")
     if code := [key for key in settings if key.startswith("_") or key in NAMES_CODE]:
         raise ValueError(f"model.config.{code[0]} would name code to load, which no config may")
-    for key, value in settings.items():
-        setattr(built, key, value)
+    if kind is not None:
+        built = kind(**settings)  # so that what follows from them, such as the size of a head, does
+    else:
+        for key, value in settings.items():
+            setattr(built, key, value)
     if "/" in str(built._attn_implementation):
         raise ValueError(f"{name} asks for attention code from the hub, {built._attn_implementation!r}: refused")
     return built
