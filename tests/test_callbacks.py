@@ -40,6 +40,13 @@ def test_without_calibration_thresholds_keep_their_base(tmp_path: Path) -> None:
         assert (base == 2.5).all()
 
 
+def test_lines_of_progress_show_what_a_step_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.train(tiny_config(tmp_path / "run", "trainer.max_epochs=1", "test=false", "callbacks.watch.moved=0"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("100%"))
+    for name in ("loss", "acc", "kept", "gap", "val_acc", "left"):
+        assert f"  {name} " in line
+
+
 def test_initial_calibration_is_done_once_where_there_is_no_target(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     cfg = tiny_config(

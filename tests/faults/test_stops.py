@@ -175,5 +175,5 @@ def test_a_batch_that_is_not_finite_is_told(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_to_do_with_such_steps_is_one_of_two(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"task\.nonfinite must be one of stop, skip, got 'ignore'"):
+    with pytest.raises(Exception, match=r"task\.nonfinite must be one of stop, skip, null, got 'ignore'"):
         cli.train(tiny_config(tmp_path / "run", "task.nonfinite=ignore"))

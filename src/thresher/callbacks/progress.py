@@ -35,7 +35,7 @@ class TimeLeft:
 
 def shown_metrics(trainer: pl.Trainer) -> dict[str, str]:
     """Return the metrics worth a place in a line, under short names."""
-    metrics = trainer.callback_metrics | trainer.progress_bar_metrics
+    metrics = trainer.callback_metrics
     return {short: f"{float(metrics[name]):.3f}" for name, short in SHOWN.items() if name in metrics}
 
 
@@ -45,11 +45,18 @@ def share_done(trainer: pl.Trainer) -> float:
 
 
 class TerminalProgress(RichProgressBar):
-    """Rich's moving bar, with the time left of the whole training."""
+    """Rich's moving bar, with the time left of the whole training; values are read from the device now and then only.
 
-    def __init__(self) -> None:
+    Args:
+        every: Seconds between two readings.
+    """
+
+    def __init__(self, every: float = 0.5) -> None:
         super().__init__(leave=False, refresh_rate=5)
+        self.every = every
         self._left = TimeLeft()
+        self._next = 0.0
+        self._shown: dict[str, str] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -58,10 +65,10 @@ class TerminalProgress(RichProgressBar):
             self.on_train_epoch_start(trainer, pl_module)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        shown: dict[str, Any] = shown_metrics(trainer)
-        if trainer.training:
-            shown["left"] = self._left.text(share_done(trainer))
-        return shown
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + self.every
+            self._shown = shown_metrics(trainer)
+        return self._shown | ({"left": self._left.text(share_done(trainer))} if trainer.training else {})
 
 
 class PlainProgress(ProgressBar):

@@ -19,7 +19,7 @@ from thresher.attention.options import check_number
 from thresher.attention.thresholds import Thresholds
 from thresher.budgets import Budget
 from thresher.compute import ComputeMeter, ComputeRatio
-from thresher.tasks.finite import NonFiniteError, bad_gradients, first_bad_layer, is_finite, tensors
+from thresher.tasks.finite import NonFiniteError, all_finite, bad_gradients, first_bad_layer, tensors
 from thresher.tasks.optimizer import threshold_parameters
 
 NonFinite = Literal["stop", "skip"]
@@ -46,7 +46,8 @@ class Task(pl.LightningModule, ABC):
         clip: Largest gradient norm of the weights; thresholds are clipped by a norm of their own, so that
             neither can shrink the other. None does not clip.
         nonfinite: What to do in a step whose loss or gradient is NaN or infinite: "stop" the training, or "skip" the
-            step, which then changes nothing but the schedules.
+            step, which then changes nothing but the schedules. Either reads one value from the device in each
+            optimiser step, for which the host waits; None looks at nothing, and then a step waits for nothing.
 
     Attributes:
         metric: Name of the metric that says how good the network is, for example "acc".
@@ -66,11 +67,11 @@ class Task(pl.LightningModule, ABC):
         scheduler: Callable[..., Any],
         budget: Budget,
         clip: float | None = 1.0,
-        nonfinite: NonFinite = "stop",
+        nonfinite: NonFinite | None = "stop",
     ) -> None:
         super().__init__()
-        if nonfinite not in get_args(NonFinite):
-            raise ValueError(f"task.nonfinite must be one of {', '.join(get_args(NonFinite))}, got {nonfinite!r}")
+        if nonfinite not in (None, *get_args(NonFinite)):
+            raise ValueError(f"task.nonfinite must be one of {', '.join(get_args(NonFinite))}, null, got {nonfinite!r}")
         if clip is not None:  # which does not clip
             check_number("task.clip", clip, above=0.0)
         self.net = net
@@ -85,9 +86,10 @@ class Task(pl.LightningModule, ABC):
         self._clip = clip
         self._nonfinite = nonfinite
         self._skipped = False
+        self._losses: list[tuple[Tensor, Any, int]] = []  # since the last optimiser step: loss, batch and its number
         self._settled = False
         self._compute_gradient: list[Tensor] = []
-        self._pulls: dict[str, float] = {}
+        self._pulls: dict[str, float | Tensor] = {}
         self.evaluation = nn.ModuleDict({stage: self._metrics_of(stage) for stage in ("val", "test")})
 
     @abstractmethod
@@ -165,19 +167,19 @@ class Task(pl.LightningModule, ABC):
         self._last_ratio = ratio.detach()
         self._keep_compute_gradient(compute_loss)
         aim = self.budget.aim(progress)
-        self.log("train/loss", step.loss.detach(), prog_bar=True, batch_size=step.size)
+        # None of these is for Lightning's progress bar: it reads each such value from the device in every step.
+        self.log("train/loss", step.loss.detach(), batch_size=step.size)
         self.log("train/compute_loss", compute_loss.detach(), batch_size=step.size)
-        self.log("train/kept", self.meter.kept().detach(), prog_bar=True, batch_size=step.size)
+        self.log("train/kept", self.meter.kept().detach(), batch_size=step.size)
         self.log("train/compute", self.meter.ratio("macs").detach(), batch_size=step.size)
         if aim is not None:
             self.log("train/aim", aim, batch_size=step.size)
-            self.log("train/gap", ratio.detach() - aim, prog_bar=True, batch_size=step.size)
+            self.log("train/gap", ratio.detach() - aim, batch_size=step.size)
         with torch.no_grad():
             for name, value in self.training_metrics(step).items():
-                self.log(f"train/{name}", value, prog_bar=name == self.metric, batch_size=step.size)
+                self.log(f"train/{name}", value, batch_size=step.size)
         loss = step.loss + compute_loss
-        if not is_finite(loss.detach()):
-            self._tell(self._reason(loss, batch, batch_idx))
+        self._losses.append((loss.detach(), batch, batch_idx))
         return loss
 
     def _reason(self, loss: Tensor, batch: Any, batch_idx: int) -> str:
@@ -185,9 +187,9 @@ class Task(pl.LightningModule, ABC):
         self._seed(self._key(batch_idx))
         layer = first_bad_layer(self.net, lambda: self.step(batch))
         where = f"first in the output of {layer}" if layer else "while all layers were finite"
-        if not all(map(is_finite, tensors(batch))):
+        if not all(map(all_finite, tensors(batch))):
             where += "; the batch itself holds values that are not"
-        return f"the loss is {float(loss.detach())} in batch {batch_idx} of epoch {self.current_epoch}, {where}"
+        return f"the loss is {float(loss)} in batch {batch_idx} of epoch {self.current_epoch}, {where}"
 
     def _tell(self, reason: str) -> None:
         step = f"step {self.global_step}"
@@ -247,14 +249,14 @@ class Task(pl.LightningModule, ABC):
         for name, norm in self._pulls.items():
             self.log(f"thresholds/{name}_gradient", norm)
 
-    def _measure_pulls(self, thresholds: list[nn.Parameter]) -> dict[str, float]:
+    def _measure_pulls(self, thresholds: list[nn.Parameter]) -> dict[str, float | Tensor]:
         total = torch.cat([torch.zeros_like(t) if t.grad is None else t.grad for t in thresholds])
         compute = sum(self._compute_gradient, torch.zeros_like(total))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(compute)
             compute = compute / torch.distributed.get_world_size()
         self._compute_gradient = []
-        return {"task": float((total - compute).norm()), "compute": float(compute.norm())}
+        return {"task": (total - compute).norm(), "compute": compute.norm()}
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -265,15 +267,29 @@ class Task(pl.LightningModule, ABC):
             [p for g in optimizer.param_groups if g["name"] in names for p in g["params"] if p.grad is not None]
             for names in (("decay", "no_decay"), ("thresholds",))
         ]
+        groups = [group for group in groups if group]
         norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
-        scaler = getattr(self._trainer and self._trainer.precision_plugin, "scaler", None)
-        # A scaler of fp16 meets infinities as a matter of course, and leaves out such steps itself.
-        self._skipped = scaler is None and not all(map(is_finite, norms))
-        if self._skipped:
-            self._leave_out(optimizer)
-        elif self._clip is not None:
+        self._skipped = False
+        if self._nonfinite is not None:
+            self._look(optimizer, norms)
+        self._losses = []
+        if self._clip is not None and not self._skipped:
             for group, norm in zip(groups, norms, strict=True):
                 nn.utils.clip_grads_with_norm_(group, self._clip, norm)
+
+    def _look(self, optimizer: Optimizer, norms: list[Tensor]) -> None:
+        """Find out whether the losses of this step and its gradients are finite; the step is left out if not."""
+        finite = torch.stack([all_finite(x) for x in (*(loss for loss, _, _ in self._losses), *norms)])
+        if finite.all():  # the only value that a training step reads from its device
+            return
+        for loss, batch, batch_idx in self._losses:
+            if not all_finite(loss):
+                self._tell(self._reason(loss, batch, batch_idx))
+        scaler = getattr(self._trainer and self._trainer.precision_plugin, "scaler", None)
+        # A scaler of fp16 meets infinities as a matter of course, and leaves out such steps itself.
+        self._skipped = scaler is None and not all(map(all_finite, norms))
+        if self._skipped:
+            self._leave_out(optimizer)
 
     def _leave_out(self, optimizer: Optimizer) -> None:
         bad = bad_gradients(self.net.named_parameters())
@@ -303,7 +319,7 @@ class Task(pl.LightningModule, ABC):
                 metric.update(self.meter.costs())
             else:
                 metric.update(step.predictions, step.targets)
-            self.log(f"{stage}/{name}", metric, prog_bar=name in (self.metric, "kept"), batch_size=step.size)
+            self.log(f"{stage}/{name}", metric, batch_size=step.size)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("val", batch)
@@ -332,7 +348,7 @@ class Task(pl.LightningModule, ABC):
             "done": self._settled,
             "fixed_ratio": self.fixed_ratio,
             "bounded": self.budget.bound is not None,
-            "pulls": self._pulls,
+            "pulls": {name: float(norm) for name, norm in self._pulls.items()},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -13,10 +13,10 @@ class NonFiniteError(ValueError):
     """A loss or a gradient was NaN or infinite."""
 
 
-def is_finite(x: Tensor) -> bool:
-    """Say whether all values are finite, those that other processes hold included."""
+def all_finite(x: Tensor) -> Tensor:
+    """Say, in a tensor on the device of `x`, whether all values are finite, those of other processes included."""
     whole = x.full_tensor() if isinstance(x, DTensor) else x
-    return bool(torch.isfinite(whole).all())
+    return torch.isfinite(whole).all()
 
 
 def first_bad_layer(net: nn.Module, forward: Callable[[], Any]) -> str | None:
@@ -29,7 +29,7 @@ def first_bad_layer(net: nn.Module, forward: Callable[[], Any]) -> str | None:
     found: list[str] = []
 
     def see(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if not found and not all(is_finite(x) for x in tensors(output)):
+        if not found and not all(all_finite(x) for x in tensors(output)):
             found.append(name)
 
     handles = [m.register_forward_hook(partial(see, name or type(m).__name__)) for name, m in net.named_modules()]
@@ -44,7 +44,7 @@ def first_bad_layer(net: nn.Module, forward: Callable[[], Any]) -> str | None:
 
 def bad_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
     """Return the names of the parameters whose gradient is not finite."""
-    return [name for name, p in parameters if p.grad is not None and not is_finite(p.grad)]
+    return [name for name, p in parameters if p.grad is not None and not all_finite(p.grad)]
 
 
 def tensors(x: Any) -> Iterator[Tensor]:
