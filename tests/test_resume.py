@@ -151,5 +151,5 @@ def test_resume_names_a_file_that_is_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["every_n_steps", "every_n_minutes"])
 def test_snapshots_come_at_positive_distances(option: str) -> None:
-    with pytest.raises(ValueError, match=f"{option} must be positive"):
+    with pytest.raises(ValueError, match=f"{option} must be a finite number above 0"):
         Snapshots("last.ckpt", **{option: 0})
