@@ -180,4 +180,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OmegaConfBaseException):
         first, key = (str(error).splitlines() or [repr(error)])[0], error.full_key
         return first if key is None or key in first else f"{key}: {first}"
-    return str(error) or repr(error)
+    text, name = str(error), f"\n{type(error).__name__}: "
+    if text.startswith("Caught ") and name in text:  # in a process that loads data, whose traceback PyTorch quotes
+        text = text.rpartition(name)[2].rstrip()
+    return text or repr(error)

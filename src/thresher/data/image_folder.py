@@ -204,5 +204,5 @@ def _read_rgb(path: Path) -> Image.Image:
             if image.mode[0] in "IF":
                 raise ValueError(f"{path} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable image ({error}); repair or remove it") from error

@@ -9,10 +9,12 @@ model that learns nothing reaches.
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from rich.progress import track
@@ -176,8 +178,11 @@ class ListOps(SequenceData):
 
     def read(self) -> dict[str, Sequences]:
         """Read the sequences from the cache."""
-        with np.load(self.path, allow_pickle=False) as file:
-            tokens, ends, labels = file["tokens"], file["ends"], file["labels"]
+        try:
+            with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                tokens, ends, labels = file["tokens"], file["ends"], file["labels"]
+        except (BadZipFile, EOFError, OSError, ValueError, KeyError, zlib.error) as error:
+            raise ValueError(f"{self.path} is damaged ({error}); delete it, and it is generated again") from error
         parts, first = {}, 0
         for part, size in self.sizes.items():
             start = int(ends[first - 1]) if first else 0

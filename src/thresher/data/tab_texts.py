@@ -71,8 +71,11 @@ class TabTexts(TextClassificationData):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there; {_HOW}")
         csv.field_size_limit(sys.maxsize)
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file, delimiter="\t"))[HEADER_ROWS:]
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = list(csv.reader(file, delimiter="\t"))[HEADER_ROWS:]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} is damaged ({error}); {_HOW}") from error
         return [(row[0].strip(), row[1]) for row in rows if len(row) > 1 and row[0].strip() and row[1].strip()]
 
     def _folder(self) -> Path:

@@ -74,7 +74,8 @@ class TextClassificationData(SequenceData):
         """
         self._classes, parts = self.read_texts()
         if len(self._classes) < 2:
-            raise ValueError(f"{type(self).__name__} has texts of one class only: {', '.join(self._classes)}")
+            found = f"of one class only: {self._classes[0]}" if self._classes else "of no class at all"
+            raise ValueError(f"{type(self).__name__} has texts {found}")
         sequences = {name: self._shuffled(self._encode(name, part)) for name, part in parts.items()}
         if "val" not in sequences:
             train = sequences["train"]

@@ -1,6 +1,7 @@
 """Labelled texts in files of one's own: CSV, TSV or JSON lines with a text and a label column."""
 
 import csv
+import io
 import json
 import sys
 from pathlib import Path
@@ -94,22 +95,37 @@ def read_rows(path: Path, text: str, label: str) -> list[tuple[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; data.train, data.val and data.test each name one file")
     if path.suffix in DELIMITERS:
-        csv.field_size_limit(sys.maxsize)
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=DELIMITERS[path.suffix])
-            rows = [(reader.line_num, row) for row in reader]
-            found = list(reader.fieldnames or [])
+        rows, found = _table(path)
         if missing := [name for name in (text, label) if name not in found]:
             raise ValueError(
-                f"{path} has no column {', '.join(missing)}, only {', '.join(found)}; "
+                f"{path} has no column {', '.join(missing)}, only {', '.join(found) or 'none at all'}; "
                 "name yours by data.text and data.label"
             )
     elif path.suffix in JSON_LINES:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _text(path).split("\n")
         rows = [(number, _parsed(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
     else:
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; readable are .csv, .tsv, .jsonl and .ndjson")
+    if not rows:
+        raise ValueError(f"{path} holds no texts")
     return [_row(path, number, row, text, label) for number, row in rows]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it, for example with iconv") from error
+
+
+def _table(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
+    """Return the rows of a file with the lines that they end at, and the names of its columns."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=DELIMITERS[path.suffix])
+    try:
+        return [(reader.line_num, row) for row in reader], list(reader.fieldnames or [])
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
 def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
