@@ -11,7 +11,14 @@ from tests.attention.helpers import first, noise_like
 from thresher import sparsify
 from thresher.attention import Call, Mechanism, Pattern, find
 from thresher.attention.thresholds import Differences, Thresholds
-from thresher.calibration import ThresholdProbe, calibrate, difference_quantile, some_queries
+from thresher.calibration import (
+    ThresholdProbe,
+    calibrate,
+    difference_quantile,
+    evaluating,
+    is_noisy,
+    some_queries,
+)
 
 
 def differences(*shape: int) -> Tensor:
@@ -260,3 +267,22 @@ def test_no_batches_are_an_error() -> None:
 def test_a_model_without_thresholds_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"Linear has no thresholds.*sparsify"):
         calibrate(nn.Linear(2, 2), batches(), 0.5)
+
+
+def test_noise_is_dropout_that_is_on() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", embed_dim=32, depth=1, num_heads=2)
+    assert not is_noisy(model.train())
+    for noise in ("proj_drop_rate", "attn_drop_rate", "drop_path_rate", "pos_drop_rate"):
+        model = timm.create_model("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2, **{noise: 0.1})
+        assert is_noisy(model.train()), noise
+        assert not is_noisy(model.eval())
+
+
+def test_evaluating_gives_every_module_its_mode_back() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2))).train()
+    model[1].eval()
+    modes = [m.training for m in model.modules()]
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
+        assert not is_noisy(model)
+    assert [m.training for m in model.modules()] == modes

@@ -8,9 +8,10 @@ import torch
 
 from tests.running import tiny_config
 from thresher import cli
+from thresher.calibration import ThresholdProbe
 from thresher.callbacks.progress import PlainProgress, TimeLeft, progress
 from thresher.callbacks.thresholds import AnnealTemperature, CalibrateThresholds
-from thresher.checkpoint import load
+from thresher.checkpoint import load, load_weights
 
 
 def state_of(folder: Path, name: str) -> list[torch.Tensor]:
@@ -31,6 +32,31 @@ def test_the_base_follows_the_aim_and_stops_moving_when_the_probe_is_gone(tmp_pa
     cfg = tiny_config(tmp_path / "run", "compute.target=0.3", "trainer.max_epochs=4")
     metrics = cli.train(cfg)
     assert metrics["val/kept"] == pytest.approx(0.3, abs=0.08)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_with_dropout_evaluation_has_a_base_of_its_own(rate: float, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    one_batch = (
+        "data.limit_train=16",
+        "data.augment=none",
+        "compute.target=0.3",
+        "compute.end=0.5",
+        "callbacks.calibrate.window=0",
+    )
+    cfg = tiny_config(folder, *one_batch, f"+model.pos_drop_rate={rate}", "test=false", "trainer.max_epochs=4")
+    cli.train(cfg)
+    pairs = zip(state_of(folder, "base"), state_of(folder, "eval_base"), strict=True)
+    assert all(torch.equal(base, eval_base) == (rate == 0) for base, eval_base in pairs)
+    # The last step read its batch with the weights that it left behind, deeper layers behind the base before.
+    task = cli.build_task(cfg, data := cli.read_data(cfg))
+    load_weights(task, load(folder / "checkpoints" / "last.ckpt")["state_dict"], other_attention=False)
+    data.setup("fit")
+    probe = ThresholdProbe(task.net.eval())
+    probe.level = cfg.compute.target * (1 - cfg.compute.margin)
+    task.step(next(iter(data.train_dataloader())))
+    if rate:
+        torch.testing.assert_close(next(iter(probe.collect().values())), state_of(folder, "eval_base")[0])
 
 
 def test_without_calibration_thresholds_keep_their_base(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Thresholds from data: the theta at which a head keeps a given share of its visible pairs."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from thresher.attention.base import Call, Pattern
 from thresher.attention.thresholds import Thresholded
@@ -118,12 +120,39 @@ class ThresholdProbe:
             handle.remove()
 
 
+def is_noisy(model: nn.Module) -> bool:
+    """Say whether the model drops anything in the mode that it is in, by what its modules call dropout or drop path."""
+    return any(
+        m.training
+        and any(
+            isinstance(rate, float) and rate > 0
+            for name, rate in vars(m).items()
+            if "drop" in name or (name == "p" and isinstance(m, _DropoutNd))
+        )
+        for m in model.modules()
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and afterwards back into its own."""
+    training = [m for m in model.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
 @torch.no_grad()
 def calibrate(
     model: nn.Module, batches: Iterable[Any], kept: float, forward: Callable[[Any], Any] | None = None
 ) -> dict[str, Float[Tensor, " h"]]:
     """Set every head's threshold so that it keeps a share `kept` of its visible pairs on these batches.
 
+    They hold in training and in evaluation: where dropout makes the two differ, those of the mode that the model is in.
     Layers are read in one pass, with the thresholds that the model has: for an aggressive `kept` call it
     twice, so that deep layers are read behind sparse ones.
 
@@ -156,7 +185,6 @@ def calibrate(
         probe.remove()
     for name, base in found.items():
         thresholds = probe.thresholds[name]
-        seen = ~base.isnan()
-        thresholds.base[seen] = base[seen].to(thresholds.base)
-        thresholds.offset[seen] = 0
+        thresholds.set_base(base)
+        thresholds.offset[~base.isnan()] = 0
     return {name: thresholds.values() for name, thresholds in probe.thresholds.items()}

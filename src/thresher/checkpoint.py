@@ -137,6 +137,8 @@ def load_weights(task: nn.Module, state: Mapping[str, Tensor], other_attention: 
         ValueError: Keys are missing or left over; the message shows which.
     """
     plain = {_bare(key): value for key, value in state.items()}
+    earlier = {f"{k[:-4]}eval_base": v for k, v in plain.items() if k.endswith(".thresholds.base")}
+    plain = earlier | plain  # there was one base once
     own = task.state_dict()
     # Metrics and the budget's state belong to the run that made them.
     run_state = ("evaluation.", "budget.")

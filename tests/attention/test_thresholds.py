@@ -206,3 +206,20 @@ def test_a_threshold_below_zero_or_without_a_value_is_refused(init: float) -> No
 def test_a_surrogate_without_width_is_refused(tau: float) -> None:
     with pytest.raises(ValueError, match=f"above 0; got {tau}"):
         Thresholds(2, init=1.0, tau=tau, trainable=True)
+
+
+def test_evaluation_has_a_base_of_its_own() -> None:
+    made = Thresholds(2, init=1.0, tau=0.5, trainable=True)
+    made.set_base(torch.tensor([2.0, math.nan]))
+    assert made.values().tolist() == made.eval().values().tolist() == [2.0, 1.0]
+    made.eval_base.fill_(3.0)
+    assert made.values().tolist() == [3.0, 3.0]
+    assert made.train().values().tolist() == [2.0, 1.0]
+
+
+def test_states_with_one_base_hold_it_for_evaluation_too() -> None:
+    made = Thresholds(2, init=1.0, tau=0.5, trainable=True)
+    state = Thresholds(2, init=4.0, tau=0.5, trainable=True).state_dict()
+    del state["eval_base"]
+    made.load_state_dict(state)
+    assert made.eval_base.tolist() == made.base.tolist() == [4.0, 4.0]

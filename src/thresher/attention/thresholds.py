@@ -7,6 +7,8 @@ A key of a row is kept iff its difference, how far its score lies below the row'
 The difference of the best key is 0, so no row with a visible key is ever emptied. `base` is calibrated, and may
 follow an annealed budget (`thresher.calibration`); `offset` is trained. Started from its own quantile each
 head can be moved in either direction, where a threshold trained from scratch tends to run to zero and stay there.
+In evaluation `eval_base` takes the place of `base`: without dropout scores spread otherwise, and the theta that keeps
+15 % of the pairs of a training step may keep 33 % of the same pairs in evaluation.
 
 The surrogate gradient is that of a smooth step g in place of the step function. With x = theta - difference,
 
@@ -19,7 +21,7 @@ no gradient at all, exactly, and need not be looked at.
 """
 
 import math
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -89,6 +91,7 @@ class Thresholds(nn.Module):
     """
 
     base: Tensor
+    eval_base: Tensor
     tau: Tensor
 
     def __init__(
@@ -106,14 +109,27 @@ class Thresholds(nn.Module):
             check_number("theta", init, least=0.0)
         check_number("tau", tau, above=0.0)
         self.register_buffer("base", torch.full((num_heads,), float(init)))
+        self.register_buffer("eval_base", self.base.clone())
         self.register_buffer("tau", torch.tensor(float(tau)))
         self.offset = nn.Parameter(torch.zeros(num_heads), requires_grad=trainable)
         self.unit = unit
         self.surrogate = surrogate
 
     def values(self) -> Float[Tensor, " h"]:
-        """Return theta, differentiable towards `offset`."""
-        return bounded_below(self.base + self.offset, 0.0)
+        """Return theta, that of training or that of evaluation, differentiable towards `offset`."""
+        return bounded_below((self.base if self.training else self.eval_base) + self.offset, 0.0)
+
+    @torch.no_grad()
+    def set_base(self, base: Float[Tensor, " h"] | float) -> None:
+        """Set the base of training and of evaluation; heads whose value is nan keep theirs."""
+        for own in (self.base, self.eval_base):
+            new = torch.as_tensor(base).to(own).expand_as(own)
+            own.copy_(torch.where(new.isnan(), own, new))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}base" in state_dict:  # earlier files have one base
+            state_dict.setdefault(f"{prefix}eval_base", state_dict[f"{prefix}base"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self,
@@ -171,6 +187,7 @@ class Thresholds(nn.Module):
         if old < 1 or new < 1:
             raise ValueError(f"lengths must be at least 1, got {old} and {new}")
         self.base += math.log(new / old)
+        self.eval_base += math.log(new / old)
 
     def extra_repr(self) -> str:
         return f"heads={len(self.base)}, trainable={self.offset.requires_grad}"

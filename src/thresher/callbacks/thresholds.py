@@ -9,7 +9,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from thresher.attention.options import check_integer, check_number
 from thresher.attention.thresholds import Thresholds
-from thresher.calibration import ThresholdProbe, calibrate
+from thresher.calibration import ThresholdProbe, calibrate, evaluating, is_noisy
 from thresher.tasks.base import Task
 from thresher.tasks.optimizer import threshold_parameters
 
@@ -24,8 +24,9 @@ class CalibrateThresholds(pl.Callback):
     With a budget that has a target, the base follows it: after each training step it moves towards the
     quantile that keeps the share which the budget aims at, so each head starts from its own scale, the annealing
     cannot run away, and the trained offsets are left with what calibration cannot know, which head deserves
-    more. Without a target, `initial` sets the base once, before training; leave it null for a network that is trained
-    from scratch, whose scores do not differ yet.
+    more. Where the network has dropout, the base of evaluation follows the aim in passes without it, one of them in
+    each window. Without a target, `initial` sets the base once, before training; leave it null for a network that is
+    trained from scratch, whose scores do not differ yet.
 
     Args:
         window: Share of the training steps over which quantiles are averaged.
@@ -85,6 +86,12 @@ class CalibrateThresholds(pl.Callback):
         ]
         with trainer.precision_plugin.forward_context():
             calibrate(pl_module.net, batches, self.initial, forward=pl_module.step)
+            if is_noisy(pl_module.net):
+                bases = {name: t.base.clone() for name, t in thresholds_of(pl_module).items()}
+                with evaluating(pl_module.net):
+                    calibrate(pl_module.net, batches, self.initial, forward=pl_module.step)
+                for name, thresholds in thresholds_of(pl_module).items():
+                    thresholds.base.copy_(bases[name])
         rank_zero_info(f"thresholds calibrated on {len(batches)} batches to keep {self.initial:g} of the visible pairs")
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -93,18 +100,35 @@ class CalibrateThresholds(pl.Callback):
             self._probe.level = self._level(pl_module)
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(pl_module, Task)
         if self._probe is None:
             return
-        self._probe.level = None
-        if pl_module.finished_step():
-            share = 1 / max(self.window * pl_module.total_steps, 1.0)
-            for name, quantile in self._probe.collect().items():
-                base = self._probe.thresholds[name].base
-                seen = torch.where(quantile.isfinite(), quantile, base)
-                base.copy_(base.lerp(seen, share) if self._begun else seen)
-            self._begun = True
+        level, self._probe.level = self._probe.level, None
+        if not pl_module.finished_step():
+            return
+        window = max(self.window * pl_module.total_steps, 1.0)
+        self._move("base", 1 / window)
+        if not is_noisy(pl_module.net):
+            for thresholds in self._probe.thresholds.values():
+                thresholds.eval_base.copy_(thresholds.base)
+        elif not self._begun or trainer.global_step % round(window) == 0:
+            self._probe.level = level
+            with evaluating(pl_module.net), trainer.precision_plugin.forward_context():
+                pl_module.step(batch)
+            self._probe.level = None
+            self._move("eval_base", 1.0)
+        self._begun = True
+
+    def _move(self, name: str, share: float) -> None:
+        """Move a base by this share of the way towards what was read; at once where nothing was read before."""
+        assert self._probe is not None
+        for owner, quantile in self._probe.collect().items():
+            base: torch.Tensor = getattr(self._probe.thresholds[owner], name)
+            seen = torch.where(quantile.isfinite(), quantile, base)
+            base.copy_(base.lerp(seen, share) if self._begun else seen)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._probe:

@@ -150,7 +150,8 @@ def _model(
         built.vocab_size = vocabulary
     _check_size(built, name, vocabulary, length)
     if pretrained:
-        return auto.from_pretrained(name, config=built, use_safetensors=True, trust_remote_code=False)
+        model = auto.from_pretrained(name, config=built, use_safetensors=True, trust_remote_code=False)
+        return model.train()  # it comes in evaluation mode, in which its dropout would stay off in training
     return auto.from_config(built, trust_remote_code=False)
 
 
