@@ -38,7 +38,7 @@ def write_text(path: Path, text: str) -> None:
 def write_checked(path: Path, write: Callable[[IO[bytes]], object], previous: Path | None = None) -> None:
     """Let `write` fill a file with a checksum beside it; keep what it replaces under another name, if one is given.
 
-    At every moment one of the two names holds a whole file that its checksum fits.
+    At every moment each of the two names that is taken holds a whole file that its checksum fits.
 
     Raises:
         OSError: It could not be written; what stood in its place still does.
@@ -102,12 +102,19 @@ def no_checkpoint(path: Path) -> FileNotFoundError:
 
 
 def _keep(path: Path, previous: Path) -> None:
-    """Give a file and its checksum a second name, which then survives the replacement of the first."""
-    for old, new in ((path, previous), (_beside(path, CHECKSUM), _beside(previous, CHECKSUM))):
+    """Give a file and its checksum a second name, which then survives the replacement of the first.
+
+    The checksum's link comes first: as a pending one it is believed from the moment when the file has its new name.
+    """
+    names = ((_beside(path, CHECKSUM), _beside(previous, CHECKSUM)), (path, previous))
+    for old, new in names:
         partial = _beside(new, PARTIAL)
         partial.unlink(missing_ok=True)
         if old.is_file():
             _link(old, partial)
+    for _, new in reversed(names):
+        partial = _beside(new, PARTIAL)
+        if partial.is_file():
             os.replace(partial, new)
             # Of a link to the same file, a rename removes nothing.
             partial.unlink(missing_ok=True)
