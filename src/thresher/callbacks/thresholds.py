@@ -13,6 +13,8 @@ from thresher.calibration import ThresholdProbe, calibrate, evaluating, is_noisy
 from thresher.tasks.base import Task
 from thresher.tasks.optimizer import threshold_parameters
 
+QUIET_PASSES = 4  # without dropout, in each window of calibration
+
 
 def thresholds_of(task: Task) -> dict[str, Thresholds]:
     return {name: m for name, m in task.net.named_modules() if isinstance(m, Thresholds)}
@@ -24,7 +26,7 @@ class CalibrateThresholds(pl.Callback):
     With a budget that has a target, the base follows it: after each training step it moves towards the
     quantile that keeps the share which the budget aims at, so each head starts from its own scale, the annealing
     cannot run away, and the trained offsets are left with what calibration cannot know, which head deserves
-    more. Where the network has dropout, the base of evaluation follows the aim in passes without it, one of them in
+    more. Where the network has dropout, the base of evaluation follows the aim in passes without it, four of them in
     each window. Without a target, `initial` sets the base once, before training; leave it null for a network that is
     trained from scratch, whose scores do not differ yet.
 
@@ -110,16 +112,17 @@ class CalibrateThresholds(pl.Callback):
         if not pl_module.finished_step():
             return
         window = max(self.window * pl_module.total_steps, 1.0)
+        every = max(round(window / QUIET_PASSES), 1)
         self._move("base", 1 / window)
         if not is_noisy(pl_module.net):
             for thresholds in self._probe.thresholds.values():
                 thresholds.eval_base.copy_(thresholds.base)
-        elif not self._begun or trainer.global_step % round(window) == 0:
+        elif not self._begun or trainer.global_step % every == 0:
             self._probe.level = level
             with evaluating(pl_module.net), trainer.precision_plugin.forward_context():
                 pl_module.step(batch)
             self._probe.level = None
-            self._move("eval_base", 1.0)
+            self._move("eval_base", every / window)
         self._begun = True
 
     def _move(self, name: str, share: float) -> None:
