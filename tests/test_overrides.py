@@ -72,6 +72,8 @@ def test_another_type_than_the_configs_is_refused(override: str, message: str) -
         ["seed=${trainer.max_epochs}", "attention.tau=${attention.theta}", "seed=${oc.env:HOME}"],
         ["~attention.theta", "~callbacks", "+attention.new=word", "hydra.job.chdir=word"],
         ["seed=int(3.0)", "attention.theta=float(3)", "run.name=5", "optimizer.betas=[0.5,0.9]"],
+        ["experiment=dropin_vit", "dropin.mechanisms.latte.kept=0.2", "dropin.mechanisms.smyrf.rounds=[2]"],
+        ["experiment=dropin_minilm", "dropin.mechanisms.yoso.bits=8", "dropin.mechanisms.yoso.hashes=[32,128]"],
     ],
     ids=str,
 )
@@ -82,6 +84,19 @@ def test_what_may_be_meant_is_let_through(arguments: list[str]) -> None:
 @pytest.mark.parametrize("override", ["bench.what=train_step", "bench.train_step.vit.n=197", "bench.n=[16,32]"])
 def test_where_one_or_several_may_be_meant_both_are(override: str) -> None:
     check(CONF, "bench", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("latte.kept=[0.5,abc]", "latte.kept must be a number, like 0.5, not 'abc'"),
+        ("yoso.hashes=[8,true]", "yoso.hashes must be a whole number, like 128, not True"),
+        ("yoso.bits=2.5", "yoso.bits must be a whole number, like 4, not 2.5"),
+    ],
+)
+def test_each_setting_to_drop_in_is_checked(override: str, message: str) -> None:
+    refusal = refused("train", "experiment=dropin_minilm", f"dropin.mechanisms.{override}")
+    assert refusal == f"dropin.mechanisms.{message}"
 
 
 def test_names_of_several_types_exist() -> None:

@@ -24,6 +24,7 @@ OF_SEVERAL_TYPES = (
     "trainer.fast_dev_run",
     "trainer.strategy",
 )
+KNOB = re.compile(r"dropin\.mechanisms\.\w+\.\w+")  # one value or a list of them
 PLAIN = re.compile(r"[A-Za-z0-9_./+@%-]+(?: [A-Za-z0-9_./+@%-]+)*")
 
 
@@ -177,6 +178,15 @@ def check_type(config: DictConfig, key: str, value: Any) -> None:
         known = known[part]
     if value is None or key in OF_SEVERAL_TYPES or (isinstance(value, str) and "${" in value):
         return
+    if KNOB.fullmatch(key):
+        like = known[0] if isinstance(known, list) else known
+        for each in value if isinstance(value, list) else [value]:
+            _check_value(key, each, like)
+    else:
+        _check_value(key, value, known)
+
+
+def _check_value(key: str, value: Any, known: Any) -> None:
     if isinstance(known, dict) and not isinstance(value, dict):
         has = f"; set one of {', '.join(known)}" if known else ""
         raise ValueError(f"{key} holds entries by name, and cannot be {value!r}{has}")
