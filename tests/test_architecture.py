@@ -43,6 +43,9 @@ MAY_IMPORT = {
     "bench": {
         *("attention", "calibration", "checkpoint", "cli", "commands", "compute", "hosts", "models", "overrides"),
     },
+    "doctor": {
+        *("attention", "commands", "compute", "exported", "hosts", "kernels", "loading", "models", "overrides"),
+    },
     "commands": {"cli", "dropin", "files", "interruption", "overrides", "secrets"},
     "dropin": {
         *("attention", "calibration", "callbacks", "checkpoint", "cli", "compute", "data", "hosts", "overrides"),
@@ -55,7 +58,7 @@ MAY_IMPORT = {
 }
 # Libraries that only these parts may import, so that the rest stays light or free of them.
 ONLY_IN = {
-    "timm": {"bench/plain.py", "hosts/timm.py", "hosts/__main__.py", "models/build.py"},
+    "timm": {"bench/plain.py", "doctor/subjects.py", "hosts/timm.py", "hosts/__main__.py", "models/build.py"},
     "transformers": {
         *("bench/peers.py", "bench/plain.py", "data/tokens.py"),
         *("hosts/huggingface.py", "hosts/__main__.py", "models/huggingface.py"),

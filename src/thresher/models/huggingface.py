@@ -141,6 +141,16 @@ def sentence_encoder(
     return net
 
 
+def bare_model(name: str) -> Any:
+    """Build a model of transformers without a head from its configuration alone, with random weights.
+
+    Raises:
+        FileNotFoundError: See `huggingface_model`, whose `name_or_path` this is.
+        ValueError: Its configuration names code to load.
+    """
+    return AutoModel.from_config(_config(located(name), False, {}), trust_remote_code=False)
+
+
 def _model(
     auto: Any, name: str, pretrained: bool, settings: dict[str, Any], *, vocabulary: int, length: int, padding: int
 ) -> Any:
