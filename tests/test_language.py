@@ -142,6 +142,32 @@ def test_a_gpt_with_random_weights_models_language(tmp_path: Path) -> None:
     assert metrics["test/kept"] < 1
 
 
+T5 = "{d_model: 16, d_kv: 8, d_ff: 24, num_layers: 1, num_heads: 2}"
+SIDES = ("encoder", "decoder")
+BART = ", ".join(f"{side}_layers: 1, {side}_attention_heads: 2, {side}_ffn_dim: 24" for side in SIDES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "names"),
+    [
+        ("t5", T5, ["encoder", "SelfAttention", "EncDecAttention"]),
+        ("bart", f"{{d_model: 16, {BART}}}", ["encoder", "self_attn", "encoder_attn"]),
+    ],
+)
+def test_an_encoder_decoder_of_transformers_restores_text(
+    tmp_path: Path, kind: str, config: str, names: list[str]
+) -> None:
+    model = ("model=hf", f"model.name_or_path={kind}", "model.pretrained=false", f"+model.config={config}")
+    restoring = (*CORPUS, "data.objective=denoising", *model)
+    metrics = train(tmp_path / "all", *restoring)
+    assert metrics["test/perplexity"] == pytest.approx(math.exp(metrics["test/loss"]), rel=1e-4)
+    layers = [layer["name"] for layer in json.loads((tmp_path / "all" / "heads.json").read_text())["layers"]]
+    assert all(name in layer for name, layer in zip(names, layers, strict=True))
+    train(tmp_path / "cross", *restoring, f"model.where={names[2]}")
+    sparse = [layer["name"] for layer in json.loads((tmp_path / "cross" / "heads.json").read_text())["layers"]]
+    assert sparse == layers[2:]
+
+
 def test_what_follows_from_an_entry_of_a_configuration_follows() -> None:
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
     size = {"vocabulary": 19, "length": 40, "padding": 0, "objective": "causal"}
