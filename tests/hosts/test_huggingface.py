@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,6 +181,17 @@ def test_a_model_that_does_not_ask_the_registry_is_refused_by_name(
         sparsify(built, "latte")
 
 
+def test_the_models_that_the_docs_call_out_of_reach_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text()
+    listed = re.findall(r"`([\w-]+)`", page[page.index("cannot be reached") : page.index("and some others")])
+    assert len(listed) > 20
+    if f"In transformers {'.'.join(transformers.__version__.split('.')[:2])} these" not in page:
+        pytest.skip("the list is that of another version of transformers")
+    models = {kind: transformers.MODEL_MAPPING[transformers.CONFIG_MAPPING[kind]] for kind in listed}
+    classes = {kind: found[0] if isinstance(found, tuple) else found for kind, found in models.items()}
+    assert not [kind for kind, found in classes.items() if found._can_set_attn_implementation()]
+
+
 def test_attention_of_another_kind_is_refused_by_name() -> None:
     """GPT-OSS adds a learned sink to every row, Gemma 2 caps its scores."""
     size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
@@ -227,6 +240,21 @@ def test_a_model_that_takes_something_else_asks_for_example_inputs() -> None:
         Pattern.NONCAUSAL_SELF,
     ]
     assert_close(model(**inputs).logits_per_text, wanted)
+
+
+def test_a_model_that_does_not_say_how_large_its_images_are_asks_for_them() -> None:
+    of_two_stages = {"depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "num_attention_heads": [1, 2]}
+    patches = {"num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]}
+    torch.manual_seed(0)
+    plain = transformers.SegformerModel(transformers.SegformerConfig(**of_two_stages, **patches)).eval()
+    hosted = copy.deepcopy(plain)
+    with pytest.raises(ValueError, match=r"SegformerModel takes pixel_values; give example_inputs, say"):
+        sparsify(hosted, "dense")
+    inputs = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    assert len(sparsify(hosted, "dense", example_inputs=inputs)) == 2
+    patterns = [m.pattern for m in hosted.modules() if isinstance(m, Mechanism)]
+    assert patterns == [Pattern.NONCAUSAL_CROSS, Pattern.NONCAUSAL_SELF]  # the first reads every other token
+    assert_close(hosted(**inputs)[0], plain(**inputs)[0], atol=1e-5, rtol=1e-5)
 
 
 class Classifier(nn.Module):
