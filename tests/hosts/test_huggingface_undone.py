@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from tests.hosts.language_models import FIRST, SECOND, TEXT
@@ -34,6 +35,25 @@ def test_a_saved_model_comes_back_with_its_thresholds(name: str, tmp_path: Path)
     assert torch.equal(run(loaded, MODELS[name].inputs)[0], wanted)
     loaded.save_pretrained(tmp_path)
     assert mounted(from_pretrained(str(tmp_path))) == mounted(model)
+
+
+def test_a_file_with_one_base_holds_it_for_evaluation_too(tmp_path: Path) -> None:
+    model = build("BERT")
+    sparsify(model, "latte", theta=0.5)
+    for name, base in model.named_buffers():
+        if name.endswith("base"):
+            base += torch.arange(4.0)
+    wanted = run(model, MODELS["BERT"].inputs)[0]
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    saved = load_file(file)
+    save_file({key: x for key, x in saved.items() if not key.endswith("eval_base")}, file, {"format": "pt"})
+    loaded = from_pretrained(str(tmp_path))
+    assert same_state(loaded, model)
+    assert torch.equal(run(loaded, MODELS["BERT"].inputs)[0], wanted)
+    save_file({key: x for key, x in saved.items() if "thresholds" not in key}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks their parameters: .*mechanism\.thresholds\.base"):
+        from_pretrained(str(tmp_path))
 
 
 def test_a_file_without_mechanisms_or_of_unknown_ones_is_refused(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from thresher.hosts.decoding import decodes
 from thresher.hosts.examples import example_inputs_of
 from thresher.hosts.masks import add_biases, read_mask, rescale
 from thresher.hosts.projections import Projection, Projections
-from thresher.hosts.recipes import make_of, recipe_of, seen_of
+from thresher.hosts.recipes import complete, make_of, recipe_of, seen_of
 from thresher.hosts.recording import Recording, Seen, evaluating, hides_future, run
 
 require_version("transformers>=5.20", "pip install 'thresher[hf]'")  # masks are asked for by length since then
@@ -392,7 +392,7 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
 
     sparse: Any = type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
     model, info = sparse.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
-    if missing := sorted(key for key in info["missing_keys"] if ".mechanism." in key):
+    if missing := complete(model, info["missing_keys"]):
         raise ValueError(f"{path} says that it holds mechanisms, and lacks their parameters: {', '.join(missing)}")
     return model
 

@@ -1,10 +1,15 @@
 """How a mechanism was made, in words that a configuration file can hold."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import torch
+from torch import nn
+
 from thresher import attention as mechanisms
 from thresher.attention.base import MakeMechanism, Mechanism, Pattern
+from thresher.attention.thresholds import Thresholds
 from thresher.hosts.recording import Seen
 
 
@@ -30,3 +35,17 @@ def make_of(recipe: dict[str, Any]) -> MakeMechanism:
 def seen_of(recipe: dict[str, Any]) -> Seen:
     """Return where it stood."""
     return Seen(recipe["num_heads"], recipe["head_dim"], Pattern[recipe["pattern"]])
+
+
+@torch.no_grad()
+def complete(model: nn.Module, missing: Iterable[str]) -> list[str]:
+    """Fill in what files of earlier versions do not hold; return what mechanisms lack still."""
+    lacking = []
+    for key in sorted(key for key in missing if ".mechanism." in key):
+        owner, _, name = key.rpartition(".")
+        thresholds = model.get_submodule(owner)
+        if name == "eval_base" and isinstance(thresholds, Thresholds):  # there was one base once
+            thresholds.eval_base.copy_(thresholds.base)
+        else:
+            lacking.append(key)
+    return lacking
