@@ -138,7 +138,8 @@ class Driver:
         stopped = self._settings.max_failures is not None and failed > self._settings.max_failures
         while not stopped and not self._signals and len(self._jobs) < self._settings.workers and self._start():
             pass
-        view = self._ledger.view()
+        # What comes next is created while trials run, not between two of them.
+        view = self._ledger.view() if stopped or self._signals else self._ledger.refilled()
         self._report(view, len(self._jobs))
         if self._jobs or (not stopped and view.of(State.LEFT, State.RUNNING)):
             return None

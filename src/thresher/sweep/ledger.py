@@ -205,7 +205,7 @@ class Ledger:
     def claim(self) -> Claim | None:
         """Take the next attempt, and the overrides it is to run with; None if nothing waits."""
         while True:
-            view = self._refilled()
+            view = self.refilled()
             if not any(self.waits(view, slot) for slot in view.states):
                 return None
             self.study.sampler = make_sampler(self.plan.sampler, self._seed(view), self._workers)
@@ -232,7 +232,7 @@ class Ledger:
         """Say whether somebody can take a slot at once."""
         return slot in view.latest and view.latest[slot].state == TrialState.WAITING
 
-    def _refilled(self) -> View:
+    def refilled(self) -> View:
         """Read the study, and create attempts where few are waiting and more are left."""
         while True:
             view = self.view()
