@@ -1,24 +1,7 @@
 """A report opened in a real browser: Debian's chromium, driven by Playwright."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
-
-import pytest
-
-VARIABLE = "THRESHER_BROWSER"  # "required" in CI, which would otherwise pass with these tests skipped
-
-
-def chromium() -> str:
-    """Return the program; skip the test where there is none, or fail it where a browser is required."""
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if path := shutil.which(name):
-            return path
-    reason = "no chromium is installed to open the page in: apt-get install chromium"
-    if os.environ.get(VARIABLE) == "required":
-        pytest.fail(f"{reason} ({VARIABLE}=required)", pytrace=False)
-    pytest.skip(reason)
 
 
 class Opened:

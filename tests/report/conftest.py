@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.report.browsing import Opened, chromium
+from tests.programs import chromium
+from tests.report.browsing import Opened
 from tests.running import CONF, tiny_config
 from thresher import cli
 from thresher.report.__main__ import main

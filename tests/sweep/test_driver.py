@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
+from tests.programs import postgresql
 from tests.sweep.driving import POINTS, ROOT, finished, run, seeds, started, trials
 
 
@@ -135,12 +136,8 @@ def test_drivers_share_a_journal(tmp_path: Path) -> None:
 @pytest.fixture
 def postgres() -> Iterator[str]:
     """Start a server of Debian's package in a folder of its own; yield its URL."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not programs:
-        pytest.skip("PostgreSQL's server programs are not in /usr/lib/postgresql")
-    root = os.geteuid() == 0  # the server refuses to run as root
-    if root and not shutil.which("runuser"):
-        pytest.skip("as root, PostgreSQL needs runuser to run as somebody else")
+    programs = postgresql()
+    root = os.geteuid() == 0
     someone = ["runuser", "-u", "postgres", "--"] if root else []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -150,7 +147,7 @@ def postgres() -> Iterator[str]:
         shutil.chown(folder, "postgres")
 
     def call(program: str, *arguments: str) -> None:
-        command = [*someone, str(programs[-1] / program), "-D", str(folder / "data"), *arguments]
+        command = [*someone, str(programs / program), "-D", str(folder / "data"), *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder)
 
     call("initdb", "--username=sweeps", "--auth=trust", "--no-sync")
