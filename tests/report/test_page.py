@@ -106,7 +106,11 @@ def test_nothing_overflows(browser: Any, report: Path, width: int, scheme: str) 
     opened = Opened(browser, report, width, scheme)
     for part in ("#heat", "#curves", "#clock-plot"):
         opened.seen(part)
+    opened.page.locator("#runs").scroll_into_view_if_needed()
+    opened.page.wait_for_selector("#run-table tbody tr")
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    rows = opened.page.locator("#run-table tbody tr")
+    assert all(rows.nth(i).bounding_box()["height"] < 60 for i in range(rows.count()))  # each name on one line
     assert opened.complaints == []
     opened.page.close()
 

@@ -134,7 +134,7 @@ async function copy(button, code) {
 
 function drawFrontTable(front, x, y) {
   const head = ['Setting', 'Runs', short(y), 'Kept', 'Compute (MACs)', 'Wall clock, s'];
-  byId('front-table').tHead.replaceChildren(element('tr', head.map((h, i) => element('th', h, { scope: 'col', class: i ? null : 'text' }))));
+  byId('front-table').tHead.replaceChildren(element('tr', head.map((h, i) => element('th', h, { scope: 'col', class: i ? null : 'words' }))));
   byId('front-table').tBodies[0].replaceChildren(...front.slice(0, 50).map((i) => {
     const s = data.settings[i];
     const link = element('button', s.label, { type: 'button', onclick: () => { look(i); byId('card').scrollIntoView({ block: 'nearest' }); } });

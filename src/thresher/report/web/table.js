@@ -50,18 +50,18 @@ function heading(column) {
     drawTable();
     [...byId('run-table').tHead.querySelectorAll('button')].find((b) => b.textContent === column.label)?.focus();
   } });
-  return element('th', button, { scope: 'col', 'aria-sort': sort, class: column.text ? 'text' : null });
+  return element('th', button, { scope: 'col', 'aria-sort': sort, class: column.text ? 'words' : null });
 }
 
 function cell(column, run, s, place, onFront) {
   const v = column.get(run, s);
   if (column.key === 'run') {
     const star = onFront ? element('span', '★ ', { class: 'star', title: 'its setting is on the front' }) : '';
-    return element('td', [star, element('button', run.name, { type: 'button', title: run.command || null, onclick: () => openRun(place) })], { class: 'text' });
+    return element('td', [star, element('button', run.name, { type: 'button', title: run.command || null, onclick: () => openRun(place) })], { class: 'words' });
   }
   const shownValue = typeof v === 'number' ? (column.key === 'seed' ? String(v) : column.key === 'seconds' ? number(v, 1) : number(v)) : (v ?? '');
   const odd = column.common !== undefined && v !== null && v !== column.common;
-  return element('td', odd ? element('span', shownValue, { class: 'odd' }) : shownValue, { class: column.text ? 'text' : null });
+  return element('td', odd ? element('span', shownValue, { class: 'odd' }) : shownValue, { class: column.text ? 'words' : null });
 }
 
 function openRun(place) {
