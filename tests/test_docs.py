@@ -10,6 +10,7 @@ import torch
 from tests.running import CONF
 from thresher import overrides
 from thresher.hosts.__main__ import TOKENS, build
+from thresher.sweep.space import read_spaces
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {page.name: page.read_text() for page in sorted(DOCS.glob("*.md"))}
@@ -20,8 +21,10 @@ COMMANDS = sorted({c.strip(" `") for c in re.findall(r"python (?:train|eval)\.py
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_compose(command: str) -> None:
     _, program, *arguments = shlex.split(command)
-    given = [a for a in arguments if not (program == "eval.py" and a.startswith("ckpt="))]
+    given = [a for a in arguments if a != "-m" and not (program == "eval.py" and a.startswith("ckpt="))]
     overrides.check(CONF, "train", given)
+    if "-m" in arguments:
+        given = list(read_spaces(given, {}).grid()[0])
     overrides.compose_config(CONF, "train", ["run.name=x", *given])
 
 
