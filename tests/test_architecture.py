@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "interruption": set(),
     "secrets": set(),
     "trust": set(),
-    "exported": {"trust"},
+    "exported": {"__init__", "trust"},
     "checkpoint": {"attention", "exported", "files", "trust"},
     "saving": {"checkpoint", "files"},
     "loading": {"checkpoint", "exported", "trust"},

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from tests.running import CONF
+from thresher import __version__, exported
+from thresher.attention.thresholds import Thresholds
 from thresher.checkpoint import load, load_weights
 from thresher.secrets import redacted
 from thresher.trust import checked_config
@@ -38,6 +40,35 @@ def test_a_truncated_file_is_one_clear_error(size: int, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=r"cut\.ckpt cannot be read"):
         load(path)
+
+
+@pytest.mark.parametrize("version", ["99.0", "0.1.1.dev1"])
+def test_what_a_later_version_wrote_is_refused_by_both_names(version: str, tmp_path: Path) -> None:
+    record = {"version": version, "config": {}, "classes": []}
+    path = tmp_path / "later.ckpt"
+    torch.save({"state_dict": {}, "thresher": record}, path)
+    folder = tmp_path / "later"
+    folder.mkdir()
+    exported.write(folder, {}, record)
+    for source in (path, folder):
+        with pytest.raises(
+            ValueError, match=rf"{source.name} was written by thresher {version}, and this is {__version__}"
+        ):
+            load(source)
+
+
+@pytest.mark.parametrize("version", [None, "0.0.1", "nonsense", 7])
+def test_what_an_earlier_version_wrote_loads(version: Any, tmp_path: Path) -> None:
+    path = tmp_path / "earlier.ckpt"
+    torch.save({"state_dict": {}, "thresher": {"version": version, "config": {}, "classes": []}}, path)
+    assert load(path)["state_dict"] == {}
+
+
+def test_thresholds_with_one_base_hold_it_for_evaluation_too() -> None:
+    net = nn.ModuleDict({"thresholds": Thresholds(2, init=1.0, tau=0.5, trainable=True)})
+    state = {f"net.{name}": value + 1 for name, value in net.state_dict().items() if "eval_base" not in name}
+    load_weights(nn.ModuleDict({"net": net}), state, other_attention=False)
+    assert net["thresholds"].eval_base.tolist() == net["thresholds"].base.tolist() == [2.0, 2.0]
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def load(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file; the message names those nearby.
-        ValueError: It does not fit its checksum, is not readable as weights, or is not one of ours.
+        ValueError: It does not fit its checksum, is not readable as weights, is not one of ours, or is of a later
+            version.
     """
     path = Path(path)
     return exported.read(path) if exported.is_export(path) else _own(read(path), path)
@@ -52,6 +53,7 @@ def _own(checkpoint: Any, path: Path) -> dict[str, Any]:
     record = checkpoint.get(RECORD) if isinstance(checkpoint, dict) else None
     if not isinstance(record, dict) or not {"config", "classes"} <= record.keys() or "state_dict" not in checkpoint:
         raise ValueError(f"{path} was not written by this project's train.py: it carries no config to rebuild from")
+    exported.check_version(record, path)
     checkpoint["state_dict"] = checked_state(checkpoint["state_dict"], path)
     checked_classes(record["classes"], path)
     whole: dict[str, Any] = checkpoint

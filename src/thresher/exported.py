@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from thresher import __version__
 from thresher.trust import checked_classes
 
 RECORD = "thresher"
@@ -42,9 +44,27 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / DESCRIPTION} cannot be read: {error}") from error
     if not isinstance(record, dict) or not {"config", "classes"} <= record.keys():
         raise ValueError(f"{folder / DESCRIPTION} was not written by thresher.export: it says nothing of a network")
+    check_version(record, folder)
     checked_classes(record["classes"], folder)
     try:
         state = load_file(folder / WEIGHTS)
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder / WEIGHTS} cannot be read: the file is damaged ({error})") from error
     return {"state_dict": {f"{NETWORK}{name}": value for name, value in state.items()}, RECORD: record}
+
+
+def check_version(record: Mapping[str, Any], source: Path) -> None:
+    """Refuse what a later version wrote, which may mean other things by the same names.
+
+    Raises:
+        ValueError: It was; the message names both versions.
+    """
+    written = record.get("version")
+    try:
+        later = isinstance(written, str) and Version(written) > Version(__version__)
+    except InvalidVersion:
+        later = False
+    if later:
+        raise ValueError(
+            f"{source} was written by thresher {written}, and this is {__version__}: install the later one"
+        )
