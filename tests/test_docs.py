@@ -38,6 +38,13 @@ def test_linked_files_exist(page: str) -> None:
         assert (DOCS / link).exists(), link
 
 
+def test_trials_name_tests_that_exist() -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", PAGES["faults.md"])
+    assert len(set(re.findall(r"^\| (\d+) \|", PAGES["faults.md"], flags=re.MULTILINE))) == 25
+    tests = DOCS.parent / "tests"
+    assert not [f"{file}::{test}" for file, test in named if f"def {test}(" not in (tests / file).read_text()]
+
+
 def test_the_example_on_a_language_model_works(tmp_path: Path) -> None:
     (source,) = re.findall(r"```python\n(import transformers.*?)```", PAGES["language.md"], flags=re.DOTALL)
     plain = build("Llama")
