@@ -65,7 +65,7 @@ def test_a_training_that_was_killed_ends_as_one_that_was_not(kills: int, tmp_pat
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_kill_while_a_checkpoint_is_written_leaves_a_good_one(kills: int, tmp_path: Path) -> None:
     chance = random.Random(kills)
     halfway = 0
