@@ -61,7 +61,7 @@ def machine() -> dict[str, Any]:
     except KernelError as error:
         kernels = f"nowhere: {error}"
     return {
-        "system": f"{platform.system()} {platform.release()}",
+        "system": "{0.system} {0.release}".format(platform.uname()),
         "processor": model,
         "architecture": platform.machine(),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
