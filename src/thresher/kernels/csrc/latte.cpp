@@ -10,27 +10,26 @@
 #include "latte_select.h"
 #include "matrix.h"
 #include "parallel.h"
+#include "shares.h"
 
 using namespace thresher;
 
 namespace {
 
 constexpr int64_t QUERIES = 128;         // of a task
-constexpr int64_t CACHE = 256 * 1024;    // bytes of keys and values that a task looks at again and again
+constexpr int64_t CACHE = 128 * 1024;    // bytes of keys and values that a task looks at again and again
 constexpr int64_t SPLITS = 16;           // tasks that backward makes at least, if there are queries enough
 constexpr double MAX_EXCESS = 30;        // nats by which a dropped key may outweigh the best kept one
 
 // Keys that the queries of a task need, ascending; those that are dropped, but near the threshold, as ~key.
 template <class T>
 struct Lists {
-    std::vector<int32_t> key;
+    std::vector<int32_t> key;   // with room to grow behind those of the last query
     std::vector<T> slope;       // of the gate, if asked for
     std::vector<int64_t> start, kept;
     std::vector<T> unit;
 
     void clear() {
-        key.clear();
-        slope.clear();
         unit.clear();
         kept.clear();
         start.assign(1, 0);
@@ -43,39 +42,37 @@ inline void list_row(const Call<T>& s, int64_t g, const std::vector<uint32_t>& s
     const T theta = s.theta[g];
     const bool banded = width > 0 && !row.broken && std::isfinite(theta);
     const E cut = row.broken ? top : row.cut(top, theta), low = banded ? row.cut(top, theta + width) : cut;
-    int64_t at = lists.key.size(), kept = 0;
-    lists.key.resize(at + stop + KEYS);
-    int32_t* to = lists.key.data();
+    const int64_t begin = lists.start.back();
+    const size_t room = begin + stop + KEYS;
+    if (lists.key.size() < room) lists.key.resize(2 * room);
+    int32_t* to = lists.key.data() + begin;
     for (int64_t j = 0; j < stop; j += KEYS) {
         const uint32_t within = stop - j < KEYS ? (1u << (stop - j)) - 1 : ~0u;
         const int64_t left = s.always - j;
         const uint32_t always = left <= 0 ? 0 : left < KEYS ? (1u << left) - 1 : ~0u;
-        const uint32_t there = seen[j / KEYS] & within;
-        uint32_t chosen = there & (always | (row.broken ? 0 : reach(row.estimate + j, low)));
-        if (!banded) {
-            for (; chosen; chosen &= chosen - 1) to[at++] = int32_t(j + __builtin_ctz(chosen));
-            continue;
-        }
-        const uint32_t stays = there & (always | reach(row.estimate + j, cut));
-        for (; chosen; chosen &= chosen - 1) {
-            const int bit = __builtin_ctz(chosen);
-            const bool keep = stays >> bit & 1;
-            kept += keep;
-            to[at++] = keep ? int32_t(j + bit) : ~int32_t(j + bit);
-        }
+        to = write_places(seen[j / KEYS] & within & (always | (row.broken ? 0 : reach(row.estimate + j, low))), j, to);
     }
-    const int64_t begin = lists.start.back();
-    lists.key.resize(at);
-    if (width > 0) {
-        lists.slope.resize(at, T(0));
-        for (int64_t x = begin; banded && x < at; ++x) {
-            const int64_t j = lists.key[x] < 0 ? ~lists.key[x] : lists.key[x];
-            const T u = (theta - row.difference(row.estimate[j])) / width;
-            lists.slope[x] = j >= s.always && u * u < 1 ? T(0.75) * (1 - u * u) / width : T(0);
+    const int64_t at = to - lists.key.data();
+    int64_t kept = at - begin;
+    if (width > 0 && lists.slope.size() < lists.key.size()) lists.slope.resize(lists.key.size());
+    if (width > 0 && !banded) std::fill(lists.slope.begin() + begin, lists.slope.begin() + at, T(0));
+    if (banded) {
+        const T a_step = row.step_of_difference(), narrower = 1 / width;
+        int32_t* key = lists.key.data();
+        T* slope = lists.slope.data();
+        kept = 0;
+        for (int64_t x = begin; x < at; ++x) {
+            const int32_t j = key[x];
+            const E e = row.estimate[j];
+            const bool keep = e >= cut || j < s.always;
+            const T u = (theta - T(top - e) * a_step) * narrower, steep = T(0.75) * (1 - u * u) * narrower;
+            slope[x] = j >= s.always && steep > 0 ? steep : T(0);
+            key[x] = keep ? j : ~j;
+            kept += keep;
         }
     }
     lists.start.push_back(at);
-    lists.kept.push_back(banded ? kept : at - begin);
+    lists.kept.push_back(kept);
     lists.unit.push_back(row.unit);
 }
 
@@ -165,25 +162,17 @@ inline void add_rows(T* to, T factor, const T* share, const T* y, int64_t d, int
 }
 
 template <class T>
-inline void add_row(T* to, T share, const T* x, int64_t d) {
-    constexpr int64_t LANES = Wide<T>::LANES;
-    int64_t c = 0;
-    for (; c + LANES <= d; c += LANES) store(to + c, load(to + c) + share * load(x + c));
-    for (; c < d; ++c) to[c] += share * x[c];
-}
-
-template <class T>
 int64_t block_of_keys(const Call<T>& s, int64_t copies) {
     const int64_t bytes = (s.d + s.dv) * copies * int64_t(sizeof(T));
     return std::max<int64_t>(CACHE / bytes / KEYS, 1) * KEYS;
 }
 
-// Call look(i, begin, end) with the keys of each list that lie in a block, block after block.
-template <class T, class Look>
-void by_blocks(const Call<T>& s, const Lists<T>& lists, int64_t block, Look&& look) {
+// Call look(i, begin, end) with the keys of each list that lie in a block, and then done(block), block after block.
+template <class T, class Look, class Done>
+void by_blocks(const Call<T>& s, const Lists<T>& lists, int64_t block, Look&& look, Done&& done) {
     const int64_t rows = lists.start.size() - 1;
     std::vector<int64_t> at(lists.start.begin(), lists.start.end() - 1);
-    for (int64_t stop = block; stop - block < s.m; stop += block)
+    for (int64_t stop = block; stop - block < s.m; stop += block) {
         for (int64_t i = 0; i < rows; ++i) {
             const auto before = [](int32_t key, int64_t bound) { return (key < 0 ? ~key : key) < bound; };
             const auto from = lists.key.begin();
@@ -191,6 +180,8 @@ void by_blocks(const Call<T>& s, const Lists<T>& lists, int64_t block, Look&& lo
             if (end > at[i]) look(i, at[i], end);
             at[i] = end;
         }
+        done(stop - block);
+    }
 }
 
 template <class T, bool NARROW>
@@ -251,7 +242,7 @@ void attend(const Call<T>& s, const T* q, const T* k, const T* v, T* out, int32_
             top[row] = best;
             mass[row] = mass[row] * factor + total<T>(sum);
             add_rows(out + row * s.dv, factor, w.data(), values, s.dv, number, at);
-        });
+        }, [](int64_t) {});
         for (int64_t row = g * s.n + first; row < g * s.n + last; ++row)
             for (int64_t c = 0; kept[row] && c < s.dv; ++c) out[row * s.dv + c] /= mass[row];
     });
@@ -275,6 +266,7 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const
         T *to_k = &parts_k[task * size_k], *to_v = &parts_v[task * size_v];
         Lists<T> lists;
         std::vector<T> w(block + LANES), through(block + LANES);
+        Shares<T> shares;
         // Blocks are dealt out in turn: in causal attention the last ones are the longest.
         for (int64_t part = task % splits; part < blocks; part += splits) {
             const int64_t first = part * QUERIES, last = std::min(s.n, first + QUERIES);
@@ -285,7 +277,8 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const
                 const int64_t row = g * s.n + i;
                 dots(grad + row * s.dv, out + row * s.dv, s.dv, 1, [](int64_t) { return 0; }, &constant[i - first]);
             }
-            for (const T slope : lists.slope) parts_theta[task] += double(grad_kept[g]) * slope;
+            for (int64_t x = 0; width > 0 && x < lists.start.back(); ++x)
+                parts_theta[task] += double(grad_kept[g]) * lists.slope[x];
             by_blocks(s, lists, block, [&](int64_t i, int64_t begin, int64_t end) {
                 const int64_t row = g * s.n + first + i, number = end - begin;
                 const int32_t* key = &lists.key[begin];
@@ -308,11 +301,16 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const
                     const T gate = width > 0 ? lists.slope[begin + x] * benefit : T(0);
                     task_theta += gate;
                     through[x] = (key[x] < 0 ? T(0) : benefit) + worth * gate;
-                    add_row(to_k + at(x) * s.d, through[x], q + row * s.d, s.d);
-                    if (key[x] >= 0) add_row(to_v + at(x) * s.dv, w[x], grad + row * s.dv, s.dv);
+                    shares.add(at(x), row, through[x], key[x] < 0 ? T(0) : w[x]);
                 }
                 parts_theta[task] += task_theta;
                 add_rows(to_q, T(1), through.data(), keys, s.d, number, at);
+            }, [&](int64_t start) {
+                shares.deal(start, block, [&](int64_t j, int64_t number, const int32_t* rows, const T* key, const T* val) {
+                    const auto at = [&](int64_t x) { return int64_t(rows[x]); };
+                    add_rows(to_k + j * s.d, T(1), key, q, s.d, number, at);
+                    add_rows(to_v + j * s.dv, T(1), val, grad, s.dv, number, at);
+                });
             });
         }
     });

@@ -201,6 +201,32 @@ inline uint32_t reach(const float* x, float cut) {
 }
 #endif
 
+#if defined(__AVX2__)
+struct Places {
+    uint64_t of[256];  // of the set bits of a byte, a byte each, the lowest first
+    constexpr Places() : of{} {
+        for (int byte = 0; byte < 256; ++byte)
+            for (int bit = 7; bit >= 0; --bit)
+                if (byte >> bit & 1) of[byte] = of[byte] << 8 | uint64_t(bit);
+    }
+};
+constexpr Places PLACES;
+#endif
+
+// Write j plus the place of each set bit, ascending; return the end. There must be room for KEYS numbers.
+inline int32_t* write_places(uint32_t bits, int64_t j, int32_t* to) {
+#if defined(__AVX2__)
+    for (int64_t from = j; bits; bits >>= 8, from += 8) {
+        const __m256i places = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(PLACES.of[bits & 255])));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_add_epi32(places, _mm256_set1_epi32(int32_t(from))));
+        to += __builtin_popcount(bits & 255);
+    }
+#else
+    for (; bits; bits &= bits - 1) *to++ = int32_t(j + __builtin_ctz(bits));
+#endif
+    return to;
+}
+
 // How a row is judged.
 template <class T, class E>
 struct Row {
@@ -219,6 +245,8 @@ struct Row {
         const T below = best - value(e);
         return spread ? below / unit : below;
     }
+    // What a difference of 1 between estimates is worth.
+    T step_of_difference() const { return (std::is_integral_v<E> ? step * scale : T(1)) / (spread ? unit : T(1)); }
     // The least estimate whose difference is at most `limit`; that of the best, 0, is.
     E cut(E top, T limit) const {
         const auto keeps = [&](int64_t order) { return difference(from_order<E>(order)) <= limit; };
