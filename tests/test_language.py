@@ -63,7 +63,7 @@ def test_language_modelling_of_each_objective(tmp_path: Path, objective: str) ->
 
 
 def test_each_place_of_an_encoder_decoder_can_have_a_mechanism_of_its_own(tmp_path: Path) -> None:
-    places = ("+attention@model.cross=dense", "+attention@model.encoder=smyrf", "attention=topk", "compute=free")
+    places = ("attention@model.cross=dense", "attention@model.encoder=smyrf", "attention=topk", "compute=free")
     train(tmp_path, *OURS, "data.objective=denoising", *places)
     layers = json.loads((tmp_path / "heads.json").read_text())["layers"]
     kept = {layer["name"]: layer["heads"][0]["kept"] for layer in layers}
@@ -76,7 +76,20 @@ def test_a_mechanism_for_a_place_that_is_not_there_is_refused(tmp_path: Path) ->
     with pytest.raises(
         InstantiationException, match=r"model\.cross would have no effect: data\.objective=causal builds decoder"
     ):
-        train(tmp_path, *OURS, "+attention@model.cross=dense")
+        train(tmp_path, *OURS, "attention@model.cross=dense")
+
+
+def test_an_evaluation_replaces_the_mechanisms_of_all_places(tmp_path: Path) -> None:
+    places = ("attention@model.cross=latte", "model.cross.tau=0.7", "attention=topk", "compute=free")
+    train(tmp_path / "run", *OURS, "data.objective=denoising", *places)
+    asked = [f"ckpt={tmp_path}/run/checkpoints/best.ckpt", f"run.dir={tmp_path}/eval"]
+    for override, message in (
+        ("attention@model.cross=dense", r"eval\.py replaces attention as a whole"),
+        ("model.cross.theta=3", r"model\.cross\.theta is a starting value"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cli.evaluate([*asked, override], CONF)
+    assert cli.evaluate([*asked, "attention=dense"], CONF)["test/kept"] == 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.running import CONF
-from thresher.overrides import OF_SEVERAL_TYPES, check, check_key, choices_of, compose_config, parse, quoted
+from thresher.overrides import OF_SEVERAL_TYPES, check, check_key, choices_of, compose_config, parse, places, quoted
 
 
 def read(text: str) -> object:
@@ -125,6 +125,50 @@ def test_each_value_of_a_sweep_is_checked(override: str, message: str) -> None:
 )
 def test_ranges_of_the_right_type_are_let_through(override: str) -> None:
     check(CONF, "train", [override])
+
+
+OURS = ("model=transformer", "data=shakespeare", "task=language_modeling")
+
+
+def test_a_mechanism_for_a_place_is_a_choice_with_keys_of_its_own() -> None:
+    given = [*OURS, "attention@model.cross=topk", "model.cross.keys=8"]
+    check(CONF, "train", given)
+    config = compose_config(CONF, "train", given)
+    assert config.model.cross._target_.endswith("TopK")
+    assert config.model.cross["keys"] == 8
+    assert config.attention._target_.endswith("Latte")
+    assert config.model.encoder is None
+    check(CONF, "train", [*OURS, "attention@model.encoder=latte,dense", "model.encoder.tau=1"])
+    check(CONF, "train", ["experiment=shakespeare_denoising", "attention@model.decoder=dense", "model.cross=null"])
+
+
+def test_every_place_of_the_configs_can_be_chosen_for() -> None:
+    found = places(CONF)
+    assert {"attention@model.encoder", "attention@model.decoder", "attention@model.cross"} <= found.keys()
+    for place, choice in found.items():
+        node = compose_config(CONF, "train", [choice, f"{place}=dense"])
+        assert node.model[place.rpartition(".")[2]]._target_.endswith("Dense")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attention.cross=topk"], "attention.cross is no choice of attention; write attention@model.cross=topk"),
+        ([*OURS, "model.cross=topk"], "model.cross is no choice of attention; write attention@model.cross=topk"),
+        (["attention.encoder.tau=2"], "attention.encoder.tau is no key; write attention@model.encoder=... model.enc"),
+        ([*OURS, "+attention@model.cross=topk"], "attention@model.cross needs no +: attention@model.cross=topk"),
+        ([*OURS, "attention@model.cross=topkk"], "there is no attention=topkk; did you mean topk?"),
+        ([*OURS, "attention@model.cros=topk"], "has no place attention@model.cros; did you mean attention@model.cross"),
+        (
+            ["attention@model.cross=topk"],
+            "model=vit has no place attention@model.cross. Available: attention@model.enc",
+        ),
+        ([*OURS, "attention@model.cross=topk", "model.cross.key=8"], "model.cross has no key 'key'; did you mean keys"),
+    ],
+    ids=str,
+)
+def test_another_way_to_choose_for_a_place_is_refused_with_the_right_one(arguments: list[str], message: str) -> None:
+    assert message in refused("train", *arguments)
 
 
 def test_choices_by_pattern_are_those_that_hydra_takes() -> None:

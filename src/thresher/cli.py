@@ -43,7 +43,7 @@ from thresher.trust import run_config
 EVAL_KEYS = ("ckpt", "run.dir", "explain", "explain.example")
 REPLACEABLE = ("attention", "data", "trainer")  # groups that another choice can stand in for
 USED = (*REPLACEABLE, "model", "task")  # groups that an evaluation reads
-INITIAL = ("attention.theta", "attention.tau", "attention.trainable")
+INITIAL = ("theta", "tau", "trainable")  # of a mechanism: what training begins with
 
 
 # Training
@@ -237,7 +237,12 @@ def _commands(cfg: DictConfig, best: str) -> dict[str, str]:
     named = {o.partition("=")[0].lstrip("+~"): o for o in HydraConfig.get().overrides.task}
     own = ("attention", "compute", "run", "ckpt_path", "train", "optimized_metric", "logger")
     if "experiment" not in named:
-        kept = [shlex.quote(o) for key, o in named.items() if key.partition(".")[0] not in own]
+        places = tuple(f"{key.partition('@')[2]}." for key in named if "@" in key)
+        kept = [
+            shlex.quote(o)
+            for key, o in named.items()
+            if key.replace("@", ".").partition(".")[0] not in own and not key.startswith(places)
+        ]
         commands["train the dense baseline of the same schedule"] = " ".join(
             ["python train.py attention=dense compute=free", *kept]
         )
@@ -304,8 +309,13 @@ def rebuilt(path: Path, given: Sequence[Any], conf: Path) -> tuple[DictConfig, d
     for override in sorted(given, key=lambda o: not overrides.is_group(conf, o.key_or_group)):
         _apply(cfg, override, conf)
     other: bool = cfg.attention["_target_"] != was
+    nodes = [place.partition("@")[2] for place in overrides.places(conf)]
+    for node in nodes if other else ():  # another mechanism is one for all places
+        if OmegaConf.select(cfg, node) is not None:
+            OmegaConf.update(cfg, node, None)
+    initial = {f"{node}.{key}" for node in ("attention", *nodes) for key in INITIAL}
     for override in given:
-        if override.key_or_group in INITIAL and not other:
+        if override.key_or_group in initial and not other:
             raise ValueError(f"{override.key_or_group} is a starting value: the checkpoint's own thresholds are used")
     if "pretrained" in cfg.model:
         cfg.model.pretrained = False
@@ -331,6 +341,10 @@ def _apply(cfg: DictConfig, override: Any, conf: Path) -> None:
     if override.is_delete():
         raise ValueError(f"eval.py cannot delete {key}: a checkpoint is rebuilt as a whole")
     if overrides.is_group(conf, key):
+        if override.package:
+            raise ValueError(
+                f"eval.py replaces {key} as a whole, by {key}=...; {override.get_key_element()} is trained"
+            )
         if key not in REPLACEABLE:
             raise ValueError(f"eval.py can replace {', '.join(REPLACEABLE)}; {key} is part of what was trained")
         cfg[key] = overrides.chosen(conf, key, str(override.value()))

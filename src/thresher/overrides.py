@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ OF_SEVERAL_TYPES = (
     "trainer.strategy",
 )
 KNOB = re.compile(r"dropin\.mechanisms\.\w+\.\w+")  # one value or a list of them
+PLACE = re.compile(r"^  - /(\w+)@(\w+):", re.MULTILINE)  # in the defaults of a choice
 PLAIN = re.compile(r"[A-Za-z0-9_./+@%-]+(?: [A-Za-z0-9_./+@%-]+)*")
 
 
@@ -86,21 +87,28 @@ def compose_config(conf: Path, name: str, overrides: Sequence[str] = ()) -> Dict
 def check(conf: Path, name: str, arguments: Sequence[str]) -> None:
     """Check the groups, choices and keys that overrides of the primary config `name` speak of.
 
-    Additions (`+key`) and Hydra's own settings are left to Hydra.
+    Additions (`+key`) and Hydra's own settings are left to Hydra, unless they add a place that is there.
 
     Raises:
-        ValueError: A group has no such choice, or the config has no such key; the message says what is near.
+        ValueError: A group has no such choice or place, or the config has no such key; the message says what is near.
     """
-    overrides = [o for o in parse(arguments) if not o.is_add() and not (o.key_or_group + ".").startswith("hydra.")]
+    given = [o for o in parse(arguments) if not (o.key_or_group + ".").startswith("hydra.")]
+    overrides = [o for o in given if not o.is_add()]
     groups = [o for o in overrides if is_group(conf, o.key_or_group)]
     for override in groups:
         for choice in choices_of(conf, override):
             check_choice(conf, override.key_or_group, choice)
+    placed = [o for o in given if o.package and is_group(conf, o.key_or_group)]
+    if placed:
+        whole = [_first(conf, o) for o in groups if o not in placed]
+        check_places(conf, name, [choice for choice in whole if choice], placed)
     values = [o for o in overrides if o not in groups]
     if values:
-        first = [(o.key_or_group, choices_of(conf, o)[:1]) for o in groups]
-        config = compose_config(conf, name, [f"{group}={choice}" for group, choices in first for choice in choices])
+        first = [_first(conf, o) for o in sorted(groups, key=lambda o: o in placed)]
+        config = compose_config(conf, name, [choice for choice in first if choice])
+        known = places(conf)
         for override in values:
+            check_meaning(known, override)
             check_key(config, override.key_or_group)
             for value in values_of(override):
                 check_type(config, override.key_or_group, value)
@@ -121,6 +129,63 @@ def choices_of(conf: Path, override: Override) -> list[Any]:
         return [str(choice) for choice in override.sweep_string_iterator()]
     value = override.value()
     return [choice for choice in (value if isinstance(value, list) else [value]) if choice is not None]
+
+
+def _first(conf: Path, override: Override) -> str:
+    """Return an override of a group with the first of its choices, or nothing for a deletion."""
+    choices = choices_of(conf, override)
+    return f"{override.get_key_element()}={choices[0]}" if choices else ""
+
+
+def places(conf: Path) -> dict[str, str]:
+    """Return where groups may be chosen once more, as `GROUP@PLACE`, and the choice of a group that has the place."""
+    found = {}
+    for path in sorted(conf.glob("*/*.yaml")):
+        group = path.parent.name
+        for again, name in PLACE.findall(path.read_text(encoding="utf-8")):
+            found[f"{again}@{group}.{name}"] = f"{group}={path.stem}"
+    return found
+
+
+def check_places(conf: Path, name: str, choices: Sequence[str], placed: Iterable[Override]) -> None:
+    """Check the places, such as `attention@model.cross`, that overrides choose something for.
+
+    Args:
+        conf: The folder of the configs.
+        name: The primary config.
+        choices: Overrides of the other groups, with one choice each.
+        placed: Overrides of groups with a place.
+
+    Raises:
+        ValueError: The config has no such place, or is to get one that it has.
+    """
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        runtime = compose(name, overrides=list(choices), return_hydra_config=True).hydra.runtime
+    for override in placed:
+        key = override.get_key_element().lstrip("+~")
+        known = {p: choice for p, choice in places(conf).items() if p.startswith(f"{override.key_or_group}@")}
+        if override.is_add():
+            if key in runtime.choices:
+                raise ValueError(f"{key} needs no +: {str(override.input_line).lstrip('+')}")
+        elif key not in runtime.choices:
+            here = [place for place in known if place in runtime.choices]
+            parent = str(override.package).partition(".")[0]
+            has = f"{parent}={runtime.choices[parent]}" if parent in runtime.choices else "the config"
+            near = here or [f"{place} with {choice}" for place, choice in known.items()]
+            raise ValueError(f"{has} has no place {key}{_nearest(key, here)} Available: {', '.join(near)}")
+
+
+def check_meaning(known: Mapping[str, str], override: Override) -> None:
+    """Raise a ValueError for `attention.cross=topk` and the like, where `attention@model.cross=topk` is meant."""
+    key, value = override.key_or_group, str(override.input_line).partition("=")[2]
+    for place, choice in known.items():
+        group, _, node = place.partition("@")
+        inside = f"{group}.{node.rpartition('.')[2]}"
+        if key == inside or (key == node and any(isinstance(v, str) for v in values_of(override))):
+            raise ValueError(f"{key} is no choice of {group}; write {place}={value} (with {choice})")
+        if key.startswith(f"{inside}."):
+            raise ValueError(f"{key} is no key; write {place}=... {node}{key.removeprefix(inside)}={value}")
 
 
 def chosen(conf: Path, group: str, choice: str) -> DictConfig:

@@ -190,7 +190,7 @@ def test_the_command_composes_to_the_config_of_the_run(runs: Path, summary: Summ
         ["trainer=ddp", "trainer.devices=2", "callbacks=ema", "compute=lagrangian", "compute.quantity=macs"],
         ["attention.theta=.inf", "callbacks=none", "logger=none", "optimizer.betas=[0.8,0.9]", "data.augment='a, b=c'"],
         ["model=timm", "model.name=deit3_small_patch16_224", "attention=dense", "compute=free", "+model.extra={a: 1}"],
-        ["model=transformer", "+attention@model.cross=dense", "data=shakespeare", "task=language_modeling"],
+        ["model=transformer", "attention@model.cross=dense", "data=shakespeare", "task=language_modeling"],
         ["experiment=vit_fashion_mnist_latte", "+data.note=null", "~model.global_pool", "data.limit_train=64"],
     ],
     ids=lambda value: value[0],
