@@ -201,6 +201,38 @@ def test_attention_of_another_kind_is_refused_by_name() -> None:
         sparsify(model, "dense")
 
 
+SIDES = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))}
+SEQ2SEQ = SIDES | {"vocab_size": 64, "d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+
+
+@pytest.mark.parametrize("where", [None, "encoder_attn"])
+def test_a_model_that_adds_some_masks_by_itself_is_refused(where: str | None) -> None:
+    """BigBirdPegasus' encoder does not ask the registry, its decoder does: one kind of mask cannot serve both."""
+    config = transformers.BigBirdPegasusConfig(**SEQ2SEQ, attention_type="original_full")
+    model = transformers.BigBirdPegasusModel(config).eval()
+    tokens = torch.arange(3, 17).view(2, 7)
+    padded = {"input_ids": tokens, "attention_mask": tokens < 14, "decoder_input_ids": tokens[:, :5]}
+    before = model(**padded)[0]
+    with pytest.raises(ValueError, match=r"BigBirdPegasusModel attends in part without asking .* would see padding"):
+        sparsify(model, "dense", where=where)
+    assert torch.equal(model(**padded)[0], before)
+
+
+def test_attention_that_denies_that_it_is_causal_is_refused_with_what_helps() -> None:
+    plain = transformers.NllbMoeModel(transformers.NllbMoeConfig(**SEQ2SEQ)).eval()
+    model = copy.deepcopy(plain)
+    with pytest.raises(ValueError, match=r"NllbMoeAttention is given masks that hide the future and has is_causal=Fal"):
+        sparsify(model, "dense")
+    for name, module in model.named_modules():
+        if name.endswith("self_attn") and name.startswith("decoder"):
+            module.is_causal = True
+    assert len(sparsify(model, "dense")) == 3
+    tokens = torch.arange(3, 17).view(2, 7)
+    for inputs in ({}, {"attention_mask": tokens < 14}):
+        inputs |= {"input_ids": tokens, "decoder_input_ids": tokens[:, :5]}
+        assert_close(model(**inputs)[0], plain(**inputs)[0], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("model", "config"),
     [

@@ -25,10 +25,11 @@ from transformers.masking_utils import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.versions import require_version
 
-from thresher.attention.base import Call, MakeMechanism, Mechanism, Pattern
+from thresher.attention.base import Call, MakeMechanism, Pattern
 from thresher.hosts.core import FINDERS, Build, Found, Guest
 from thresher.hosts.decoding import decodes
 from thresher.hosts.examples import example_inputs_of
+from thresher.hosts.huggingface_switch import NAME, Switch
 from thresher.hosts.masks import add_biases, read_mask, rescale
 from thresher.hosts.projections import Projection, Projections
 from thresher.hosts.recipes import complete, make_of, recipe_of, seen_of
@@ -36,63 +37,12 @@ from thresher.hosts.recording import Recording, Seen, evaluating, hides_future, 
 
 require_version("transformers>=5.20", "pip install 'thresher[hf]'")  # masks are asked for by length since then
 
-NAME = "thresher"
 _UNSUPPORTED = ("softcap", "s_aux")
 _recorder: "_Recorder | None" = None
 
 
 class _Refused(ValueError):
     """Attention of a kind that no mechanism knows."""
-
-
-class Switch:
-    """Has a model ask for our functions as long as any mechanism is in it, and tells its configuration what is.
-
-    Args:
-        root: The model.
-    """
-
-    def __init__(self, root: PreTrainedModel) -> None:
-        self.models = [module for module in root.modules() if isinstance(module, PreTrainedModel)]
-        configs = (getattr(module, "config", None) for module in root.modules())
-        read = {id(config): config for config in configs if isinstance(config, Config)}
-        self.before = [(config, config._attn_implementation_internal) for config in read.values()]
-        self.inside = 0
-        self.hooks: list[Any] = []
-
-    def turn_on(self) -> None:
-        self.inside += 1
-        if self.inside == 1:
-            self.hooks = [m.register_forward_pre_hook(_refuse_weights, with_kwargs=True) for m in self.models]
-            self.describe({})  # it may have been loaded with what another model held
-        for config, _ in self.before:
-            config._attn_implementation_internal = NAME
-
-    def turn_off(self) -> None:
-        self.inside -= 1
-        if not self.inside:
-            for hook in self.hooks:
-                hook.remove()
-            for config, before in self.before:
-                config._attn_implementation_internal = before
-
-    def note(self, name: str, recipe: dict[str, Any] | None) -> None:
-        """Write into the configuration, which is saved with the model, what stands in a module; None is nothing."""
-        others = {other: kept for other, kept in getattr(self.models[0].config, NAME, {}).items() if other != name}
-        self.describe(others if recipe is None else others | {name: recipe})
-
-    def describe(self, recipes: dict[str, dict[str, Any]]) -> None:
-        config = self.models[0].config
-        if recipes:
-            setattr(config, NAME, recipes)
-        elif hasattr(config, NAME):
-            delattr(config, NAME)
-
-
-def _refuse_weights(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
-    asked = kwargs.get("output_attentions")
-    if asked or (asked is None and getattr(model.config, "output_attentions", False)):
-        raise ValueError("a mechanism has no matrix of attention weights to return; leave output_attentions out")
 
 
 class HuggingFaceAttention(Guest):
@@ -158,7 +108,7 @@ class HuggingFaceAttention(Guest):
         """Attend with masks as `make_mask` makes them, or four-dimensional ones of the user's."""
         mechanism, pattern, (b, _, n, _), m = self.mechanism, self.mechanism.pattern, query.shape, key.shape[2]
         by_rule = mask is None or mask.ndim == 2
-        _check_pattern(mechanism, by_rule, is_causal, n, m, mask)
+        _check_pattern(self.module, pattern, by_rule, is_causal, n, m, mask)
         if pattern is Pattern.CAUSAL_SELF and n < m and not self.decodes:
             raise ValueError(
                 f"{type(mechanism).__name__} cannot go on from cached keys: its last rows depend on earlier queries; "
@@ -180,14 +130,21 @@ class HuggingFaceAttention(Guest):
         return mechanism(rescale(query, scaling), key, value, call).out
 
 
-def _check_pattern(mechanism: Mechanism, by_rule: bool, is_causal: bool, n: int, m: int, mask: Tensor | None) -> None:
-    pattern = mechanism.pattern
+def _check_pattern(
+    module: nn.Module, pattern: Pattern, by_rule: bool, is_causal: bool, n: int, m: int, mask: Tensor | None
+) -> None:
     where = pattern.name.lower()
     if not pattern.cross and n != m and not (pattern.causal and n < m):
         raise ValueError(f"this attention was mounted as {where} and is called with {n} queries and {m} keys")
     if n == 1:
         return
     if by_rule and is_causal != (pattern.causal and not pattern.cross):
+        if pattern.causal and getattr(module, "is_causal", None) is False:
+            raise ValueError(
+                f"{type(module).__name__} is given masks that hide the future and has is_causal=False, so a call "
+                "without a mask could mean either; where it is always causal, set is_causal=True on these modules, or "
+                "leave them out by `where`"
+            )
         kind = "causal" if is_causal else "not causal"
         raise ValueError(f"this attention was mounted as {where} and is called as {kind}; give such example inputs")
     if pattern is Pattern.CAUSAL_SELF and not by_rule and mask is not None and mask.stride(2) == 0:
@@ -213,6 +170,7 @@ def attend(
         raise _Refused(f"{type(module).__name__} attends with {', '.join(given)}, which no mechanism knows")
     if guest is None:
         if _recorder is not None:
+            _recorder.arrived.append(attention_mask)
             _recorder.note(module, query, key, value, attention_mask, causal)
         mask = _as_pairs(attention_mask, query, key, causal)
         return sdpa_attention_forward(
@@ -249,9 +207,12 @@ def make_mask(
         if mask_function is bidirectional_mask_function:
             return None if padding is None else padding[:, None, None].expand(-1, -1, q_length, -1)
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(
+    mask = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask=attention_mask, **kwargs
     )
+    if _recorder is not None:
+        _recorder.made.append(mask)
+    return mask
 
 
 AttentionInterface.register(NAME, attend)
@@ -276,12 +237,22 @@ class _Recorder:
         self.recording = Recording()
         self.projections = Projections(Conv1D)
         self.of_values: dict[nn.Module, Projection | None] = {}
+        self.made: list[Tensor | None] = []
+        self.arrived: list[Tensor | None] = []
 
     def note(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> None:
         (_, h, n, d), m = q.shape, k.shape[2]
         causal = causal if mask is None else hides_future(mask)
         self.recording.add(module, h, d, n, m, causal=causal)
         self.of_values[module] = self.projections.behind(v, module)
+
+    def strayed(self) -> bool:
+        """Say whether a mask was made that reached no attention function, nor did a view of it."""
+        made, arrived = (
+            {mask.untyped_storage().data_ptr() for mask in masks if mask is not None}
+            for masks in (self.made, self.arrived)
+        )
+        return bool(made - arrived)
 
 
 @contextmanager
@@ -317,6 +288,11 @@ def find(model: nn.Module, example_inputs: Any) -> Found:
                     f"{type(root).__name__} could not be run to see where it attends; give example_inputs ({error})"
                 ) from error
         seen = recorder.recording.seen
+        if recorder.strayed() and not all(m._supports_sdpa for m in switch.models):
+            raise ValueError(
+                f"{type(root).__name__} attends in part without asking transformers' AttentionInterface, and adds "
+                "masks to its scores there: with boolean masks, as mechanisms need them, that part would see padding"
+            )
         if differing := [n for n, m in root.named_modules() if m in recorder.recording.differing]:
             raise ValueError(f"{', '.join(differing)} is called in more than one pattern; example_inputs may avoid it")
         for name, module in root.named_modules(remove_duplicate=False):
