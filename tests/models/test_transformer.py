@@ -11,7 +11,7 @@ from tests.attention.helpers import configured
 from thresher.attention import Mechanism, Pattern
 from thresher.attention.dense import Dense
 from thresher.compute import ComputeMeter
-from thresher.models.transformer import Block, Classifier, EncoderDecoder, LanguageModel, Stack
+from thresher.models.transformer import Block, Classifier, EncoderDecoder, LanguageModel, Stack, after_first
 
 SIZE = {"vocabulary": 12, "length": 20, "dim": 16, "depth": 2, "num_heads": 2, "ffn_dim": 24}
 MAKERS = configured()
@@ -115,3 +115,16 @@ def test_sizes_that_do_not_fit_are_named() -> None:
         Stack(Dense, **(SIZE | {"num_heads": 3}))
     with pytest.raises(ValueError, match="21 tokens, but positions for 20"):
         Stack(Dense, **SIZE)(tokens(n=21))
+
+
+def test_tokens_after_the_first_separator_have_an_embedding_more() -> None:
+    torch.manual_seed(0)
+    stack = Stack(Dense, **SIZE, separator=5).eval()
+    x = torch.tensor([[1, 5, 2, 5, 3, 0], [5, 1, 2, 3, 4, 0], [1, 2, 3, 4, 6, 0]])
+    assert after_first(5, x).long().tolist() == [[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [0] * 6]
+    before = stack(x)
+    with torch.no_grad():
+        stack.second += 1
+    assert not torch.allclose(stack(x)[:2], before[:2])
+    assert torch.equal(stack(x)[2, :5], before[2, :5])
+    assert "second" not in dict(Stack(Dense, **SIZE).named_parameters())

@@ -14,11 +14,12 @@ COLUMNS = {
     "wnli": ("sentence1", "sentence2"),
 }
 HELD_OUT = {"mnli": "validation_matched"}  # otherwise `validation`: the labels of GLUE's test sets are not public
-BETWEEN = "\n"  # sentences of a pair
 
 
 class Glue(TextClassificationData):
     """A task of GLUE. Its validation set serves as the test set; validation texts are held out from training.
+
+    Pairs of sentences are joined as the tokenizer joins pairs; bytes by a line break.
 
     Args:
         task: cola, sst2, mrpc, qqp, mnli, qnli, rte or wnli.
@@ -68,7 +69,6 @@ class Glue(TextClassificationData):
         held_out = HELD_OUT.get(self.task, "validation")
         parts = {}
         for part, split in (("train", "train"), ("test", held_out)):
-            columns = [splits[split][name] for name in COLUMNS[self.task]]
-            texts = [BETWEEN.join(sentences) for sentences in zip(*columns, strict=True)]
-            parts[part] = Texts(texts, [int(label) for label in splits[split]["label"]])
+            first, *second = (list(splits[split][name]) for name in COLUMNS[self.task])
+            parts[part] = Texts(first, [int(label) for label in splits[split]["label"]], *second)
         return names, parts

@@ -13,15 +13,17 @@ from thresher.data.tokens import load_tokenizer
 
 
 class Texts(NamedTuple):
-    """Texts with their labels.
+    """Texts, or pairs of texts, with their labels.
 
     Attributes:
         texts: One string for each example.
         labels: The place of its class among the names of the classes.
+        second: The other string of each example, where they are pairs.
     """
 
     texts: list[str]
     labels: list[int]
+    second: list[str] | None = None
 
 
 class TextClassificationData(SequenceData):
@@ -58,6 +60,7 @@ class TextClassificationData(SequenceData):
         self.tokenizer = load_tokenizer(tokenizer)
         self.padding = self.tokenizer.padding
         self._classes: list[str] = []
+        self._separator: int | None = None
 
     @abstractmethod
     def read_texts(self) -> tuple[list[str], dict[str, Texts]]:
@@ -88,7 +91,10 @@ class TextClassificationData(SequenceData):
         return part.select(torch.randperm(len(part), generator=torch.Generator().manual_seed(self.seed)).tolist())
 
     def _encode(self, name: str, part: Texts) -> Sequences:
-        ids = self.tokenizer.encode(part.texts, whole=True, limit=self.length)
+        if part.second is None:
+            ids = self.tokenizer.encode(part.texts, whole=True, limit=self.length)
+        else:
+            ids, self._separator = self.tokenizer.encode_pairs(part.texts, part.second, limit=self.length)
         if blank := sum(not each for each in ids):
             raise ValueError(f"{blank} of the {name} texts of {type(self).__name__} are empty")
         return Sequences.of(ids, part.labels)
@@ -105,13 +111,14 @@ class TextClassificationData(SequenceData):
 
     @property
     def model_arguments(self) -> Mapping[str, Any]:
-        """What a model must know of the data."""
-        return {
+        """What a model must know of the data; of pairs of texts, also what separates them."""
+        arguments = {
             "num_classes": len(self.class_names),
             "vocabulary": self.tokenizer.vocabulary,
             "length": self.length,
             "padding": self.padding,
         }
+        return arguments if self._separator is None else arguments | {"separator": self._separator}
 
     @property
     def task_arguments(self) -> Mapping[str, Any]:

@@ -2,9 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from thresher.installed import located
+
+
+class Pairs(NamedTuple):
+    """Pairs of texts as tokens.
+
+    Attributes:
+        ids: Of each pair.
+        separator: The id whose first occurrence ends the first text, where the tokenizer tells the tokens of the second
+            one apart (`token_type_ids`); else None.
+    """
+
+    ids: list[list[int]]
+    separator: int | None
 
 
 class Tokenizer(Protocol):
@@ -28,6 +41,10 @@ class Tokenizer(Protocol):
         """Return the ids of each text, the first `limit` of them; as a `whole` one, it gets its special tokens."""
         ...
 
+    def encode_pairs(self, first: Sequence[str], second: Sequence[str], *, limit: int) -> Pairs:
+        """Return the ids of pairs of texts, of which the longer one is cut until there are at most `limit`."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special ones left out."""
         ...
@@ -48,6 +65,16 @@ class ByteTokenizer:
 
     def encode(self, texts: Sequence[str], *, whole: bool, limit: int | None = None) -> list[list[int]]:
         return [[byte + 1 for byte in text.encode()[:limit]] for text in texts]
+
+    def encode_pairs(self, first: Sequence[str], second: Sequence[str], *, limit: int) -> Pairs:
+        """Return the ids of pairs of texts, with a line break between them."""
+        (between,), room = self.encode(["\n"], whole=False)[0], limit - 1
+        ids = []
+        for a, b in zip(self.encode(first, whole=True), self.encode(second, whole=True), strict=True):
+            of_a = max(room - len(b), room - room // 2)
+            of_b = max(room - len(a), room // 2)
+            ids.append([*a[:of_a], between, *b[:of_b]])
+        return Pairs(ids, None)
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i - 1 for i in ids if 0 < i <= 256).decode(errors="replace")
@@ -108,7 +135,27 @@ class HuggingFaceTokenizer:
         ids: list[list[int]] = self._inner(
             list(texts), add_special_tokens=whole, truncation=limit is not None, max_length=limit, verbose=False
         )["input_ids"]
+        _check_room(ids, limit)
         return ids
+
+    def encode_pairs(self, first: Sequence[str], second: Sequence[str], *, limit: int) -> Pairs:
+        """Return the ids of pairs of texts as the tokenizer joins them; a line break joins them where it would not."""
+        if not first:
+            return Pairs([], None)
+        if self._inner.num_special_tokens_to_add(pair=True) <= self._inner.num_special_tokens_to_add(pair=False):
+            joined = [f"{a}\n{b}" for a, b in zip(first, second, strict=True)]
+            return Pairs(self.encode(joined, whole=True, limit=limit), None)
+        found = self._inner(
+            list(first),
+            list(second),
+            truncation="longest_first",
+            max_length=limit,
+            return_token_type_ids=True,
+            split_special_tokens=True,  # what looks like a separator inside a text is text
+            verbose=False,
+        )
+        _check_room(found["input_ids"], limit)
+        return Pairs(found["input_ids"], _separator(found["input_ids"], found["token_type_ids"]))
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._inner.decode(list(ids), skip_special_tokens=True)
@@ -117,6 +164,34 @@ class HuggingFaceTokenizer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         pieces: list[str] = self._inner.convert_ids_to_tokens(list(ids))
         return pieces
+
+
+def _check_room(ids: Sequence[Sequence[int]], limit: int | None) -> None:
+    if limit is not None and (longest := max(map(len, ids))) > limit:
+        raise ValueError(
+            f"data.length={limit} has no room for the special tokens of this tokenizer, let alone text: its shortest "
+            f"cut has {longest} tokens"
+        )
+
+
+def _separator(ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> int | None:
+    """Return the id after whose first occurrence all types are 1 and before which all are 0; None if all are 0.
+
+    Raises:
+        ValueError: Types are of another kind.
+    """
+    row = next((i for i, kinds in enumerate(types) if any(kinds)), None)
+    if row is None:
+        return None
+    separator = ids[row][types[row].index(1) - 1] if 1 in types[row][1:] else None
+    for own, kinds in zip(ids, types, strict=True):
+        end = own.index(separator) + 1 if separator in own else len(own)
+        if any(kinds[:end]) or any(kind != 1 for kind in kinds[end:]):
+            raise ValueError(
+                "this tokenizer tells the two texts of a pair apart by more than what stands between them; set "
+                "data.tokenizer to another one"
+            )
+    return separator
 
 
 def load_tokenizer(name: str) -> Tokenizer:

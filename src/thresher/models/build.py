@@ -80,6 +80,7 @@ def token_classifier(
     ffn_dim: int = 128,
     dropout: float = 0.1,
     padding: int = 0,
+    separator: int | None = None,
 ) -> nn.Module:
     """Build our own encoder with a classification head (see `transformer.py`).
 
@@ -94,6 +95,7 @@ def token_classifier(
         ffn_dim: Width of the feed-forward layers.
         dropout: Of embeddings and of each sublayer.
         padding: The token id that stands for nothing.
+        separator: Of pairs of texts, the token id between the two; the second text's tokens get an embedding more.
     """
     from thresher.models.transformer import Classifier
 
@@ -108,6 +110,7 @@ def token_classifier(
         ffn_dim=ffn_dim,
         dropout=dropout,
         padding=padding,
+        separator=separator,
     )
 
 

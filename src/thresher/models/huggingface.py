@@ -1,5 +1,6 @@
 """Models of transformers as networks to train: token ids in, logits out, with another attention inside."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import (
 from thresher.attention.base import MakeMechanism
 from thresher.hosts import inject
 from thresher.installed import located
+from thresher.models.transformer import after_first
 
 HEADS: Mapping[str, Any] = {
     "classification": AutoModelForSequenceClassification,
@@ -37,18 +39,33 @@ class HuggingFaceNet(nn.Module):
     Args:
         model: Any model with logits.
         padding: The token id that stands for nothing.
+        separator: The token id after whose first occurrence tokens are of the second text of a pair; a model that has
+            an embedding for those (`token_type_ids`) is told.
     """
 
-    def __init__(self, model: nn.Module, padding: int) -> None:
+    def __init__(self, model: nn.Module, padding: int, separator: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.padding = padding
+        self.separator = separator if _has_types(model) else None
 
     def forward(self, tokens: Int64[Tensor, "b n"], target: Int64[Tensor, "b m"] | None = None) -> Tensor:
         """Return logits; an encoder-decoder takes the tokens before each target, too."""
         decoder = {} if target is None else {"decoder_input_ids": target}
-        logits: Tensor = self.model(input_ids=tokens, attention_mask=tokens != self.padding, **decoder).logits
+        types = _types(tokens, self.padding, self.separator)
+        logits: Tensor = self.model(input_ids=tokens, attention_mask=tokens != self.padding, **types, **decoder).logits
         return logits
+
+
+def _has_types(model: nn.Module) -> bool:
+    taken = "token_type_ids" in inspect.signature(model.forward).parameters
+    return taken and getattr(model.config, "type_vocab_size", 0) > 1
+
+
+def _types(tokens: Tensor, padding: int, separator: int | None) -> dict[str, Tensor]:
+    if separator is None:
+        return {}
+    return {"token_type_ids": (after_first(separator, tokens) & (tokens != padding)).long()}
 
 
 def huggingface_model(
@@ -58,6 +75,7 @@ def huggingface_model(
     length: int,
     padding: int,
     num_classes: int | None = None,
+    separator: int | None = None,
     objective: str | None = None,
     name_or_path: str = "bert",
     pretrained: bool = False,
@@ -72,6 +90,7 @@ def huggingface_model(
         length: Largest number of tokens.
         padding: The token id that stands for nothing.
         num_classes: Number of logits of a classifier.
+        separator: Of pairs of texts, the token id between the two, for models that tell their tokens apart.
         objective: Of a language model: "causal", "masked" or "denoising".
         name_or_path: A folder with a model's files, `package:NAME/FOLDER` for one inside an installed package, a name
             on the hub, or for random weights a kind of model: "bert".
@@ -88,7 +107,7 @@ def huggingface_model(
         settings["num_labels"] = num_classes
     auto = HEADS[objective or "classification"]
     size = {"vocabulary": vocabulary, "length": length, "padding": padding}
-    net = HuggingFaceNet(_model(auto, name_or_path, pretrained, settings, **size), padding)
+    net = HuggingFaceNet(_model(auto, name_or_path, pretrained, settings, **size), padding, separator)
     inject(net, attention, where=where)
     return net
 
@@ -100,17 +119,20 @@ class SentenceEncoder(nn.Module):
         model: Any model with a last hidden state.
         padding: The token id that stands for nothing.
         num_classes: Number of logits of a linear head on the mean; None returns the mean, scaled to length 1.
+        separator: See `HuggingFaceNet`.
     """
 
-    def __init__(self, model: Any, padding: int, num_classes: int | None = None) -> None:
+    def __init__(self, model: Any, padding: int, num_classes: int | None = None, separator: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.padding = padding
+        self.separator = separator if _has_types(model) else None
         self.head = None if num_classes is None else nn.Linear(model.config.hidden_size, num_classes)
 
     def forward(self, tokens: Int64[Tensor, "b n"]) -> Float[Tensor, "b c"]:
         visible = tokens != self.padding
-        states = self.model(input_ids=tokens, attention_mask=visible).last_hidden_state
+        types = _types(tokens, self.padding, self.separator)
+        states = self.model(input_ids=tokens, attention_mask=visible, **types).last_hidden_state
         mean = states.masked_fill(~visible[..., None], 0).sum(1) / visible.sum(1, keepdim=True).clamp_min(1)
         result: Tensor = F.normalize(mean, dim=-1) if self.head is None else self.head(mean)
         return result
@@ -123,6 +145,7 @@ def sentence_encoder(
     length: int,
     padding: int,
     num_classes: int | None = None,
+    separator: int | None = None,
     name_or_path: str = "sentence-transformers/all-MiniLM-L6-v2",
     pretrained: bool = True,
     where: str | None = None,
@@ -136,7 +159,7 @@ def sentence_encoder(
     model = _model(AutoModel, name_or_path, pretrained, dict(config or {}), **size)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # reads the first token alone, and nothing reads it here
-    net = SentenceEncoder(model, padding, num_classes)
+    net = SentenceEncoder(model, padding, num_classes, separator)
     inject(net, attention, where=where)
     return net
 

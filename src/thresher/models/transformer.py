@@ -104,6 +104,12 @@ class Block(nn.Module):
         return out
 
 
+def after_first(separator: int, tokens: Int64[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
+    """Say which tokens come after the first `separator` of their row."""
+    found = tokens == separator
+    return found.cumsum(1) > found
+
+
 class Stack(nn.Module):
     """Embedding, positions, blocks and a last norm: an encoder, or with `causal` and `cross` a decoder.
 
@@ -119,6 +125,8 @@ class Stack(nn.Module):
         cross: Builds the mechanism of each attention to a memory; None builds no such attention.
         dropout: Of embeddings and of each sublayer.
         padding: The token id that stands for nothing.
+        separator: The token id after whose first occurrence tokens are of the second text of a pair, which is then an
+            embedding of its own; None where there are no pairs.
     """
 
     def __init__(
@@ -135,6 +143,7 @@ class Stack(nn.Module):
         cross: MakeMechanism | None = None,
         dropout: float = 0.0,
         padding: int = 0,
+        separator: int | None = None,
     ) -> None:
         super().__init__()
         sizes = {"dim": dim, "depth": depth, "num_heads": num_heads, "ffn_dim": ffn_dim}
@@ -144,6 +153,9 @@ class Stack(nn.Module):
         self.padding = padding
         self.embedding = nn.Embedding(vocabulary, dim, padding_idx=padding)
         self.positions = nn.Parameter(torch.empty(length, dim))
+        self.separator = separator
+        if separator is not None:
+            self.second = nn.Parameter(torch.zeros(dim))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, ffn_dim, make, causal=causal, cross=cross, dropout=dropout) for _ in range(depth)
@@ -167,7 +179,10 @@ class Stack(nn.Module):
         if n > len(self.positions):
             raise ValueError(f"{n} tokens, but positions for {len(self.positions)}: raise the length of the model")
         visible = tokens != self.padding
-        x = self.dropout(self.embedding(tokens) + self.positions[:n])
+        x = self.embedding(tokens) + self.positions[:n]
+        if self.separator is not None:
+            x = x + after_first(self.separator, tokens)[..., None] * self.second
+        x = self.dropout(x)
         for block in self.blocks:
             x = block(x, visible, memory, memory_visible)
         states: Tensor = self.norm(x)
