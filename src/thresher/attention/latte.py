@@ -174,19 +174,21 @@ class Latte(Mechanism):
         return self.mode != "hard" and (self.thresholds.offset.requires_grad or self.gate_grad_to_scores)
 
     def attend_on_kernel(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
-        """Attend on the CPU's kernel; codes and their scales are made here, as they are for PyTorch."""
+        """Attend on the CPU's kernel; codes and their scales are made as they are for PyTorch."""
         assert isinstance(self.est_bits, int)
         (b, h, n, d), m, dtype = q.shape, k.shape[2], v.dtype
         k, v = expand_heads(k, h), expand_heads(v, h)
         q, k, v = (at_least_fp32(x) for x in hide_tokens(q, k, v, call, self.pattern))
-        (q_codes, q_scale), (k_codes, k_scale) = quantise(q, True), quantise(k, self.pattern.causal)
-        q_half, k_half = (split_codes(x, self.est_bits, self.split) for x in (q_codes, k_codes))
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        truncate, step = self.split == "truncate", 2 ** (8 - self.est_bits)
+        q_codes, q_unit = kernel.encode(q.detach(), True, self.est_bits, truncate)
+        k_codes, k_unit = kernel.encode(k.detach(), self.pattern.causal, self.est_bits, truncate)
         shown = [x if x is None else x[:, None].expand(-1, h, -1).flatten(0, 1) for x in (call.queries, call.keys)]
         gate = kernel.Gate(
-            q_codes=q_half.high.nan_to_num().to(torch.int8).flatten(0, 1),
-            k_codes=k_half.high.nan_to_num().to(torch.int8).flatten(0, 1),
-            q_unit=(q_scale * d**-0.5).flatten(0, 1)[..., 0],
-            k_unit=k_scale.flatten(0, 1)[..., 0],
+            q_codes=q_codes,
+            k_codes=k_codes,
+            q_unit=q_unit * d**-0.5,
+            k_unit=k_unit,
             shown_q=shown[0],
             shown_k=shown[1],
             theta=self.thresholds.values().to(q.dtype).expand(b, h).flatten(),
@@ -194,10 +196,10 @@ class Latte(Mechanism):
             shift=m - n if self.pattern is Pattern.CAUSAL_SELF and n > 1 else None,
             spread=self.unit == "spread",
             always_keep=self.always_keep,
-            step=float(q_half.step * k_half.step),
+            step=float(step * step),
             into_scores=self.gate_grad_to_scores,
         )
-        out, kept, _, _ = kernel.attend(*(x.flatten(0, 1) for x in (q * d**-0.5, k, v)), *gate)
+        out, kept, _, _ = kernel.attend(q * d**-0.5, k, v, *gate)
         if not self.thresholds.offset.requires_grad:
             kept = kept.detach()
         visible = visible_keys_of(call, self.pattern, n, m, q.device).sum(-1).float().expand(b, h)

@@ -42,6 +42,30 @@ class Gate(NamedTuple):
     into_scores: bool
 
 
+@torch.library.custom_op("thresher::latte_encode", mutates_args=())
+def encode(x: Tensor, per_token: bool, bits: int, truncate: bool) -> tuple[Tensor, Tensor]:
+    """Return the high bits of 8-bit codes, int8 [g, n, d], and what a code stands for, [g, n] or [g, 1].
+
+    As `attention.quantise` does; what is no number has the code 0.
+
+    Args:
+        x: Queries or keys [g, n, d].
+        per_token: One scale for each token instead of one for each group.
+        bits: Bits of the codes that are kept.
+        truncate: Take the top bits of two's complement instead of rounding.
+    """
+    x = x.contiguous()
+    g, n, d = x.shape
+    codes, unit = torch.empty_like(x, dtype=torch.int8), x.new_empty(g, n if per_token else 1)
+    call("latte", "encode", x.dtype, x, g, n, d, int(per_token), bits, int(truncate), codes, unit)
+    return codes, unit
+
+
+@encode.register_fake
+def _(x: Tensor, per_token: bool, bits: int, truncate: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], x.shape[1] if per_token else 1)
+
+
 @torch.library.custom_op("thresher::latte_attend", mutates_args=())
 def attend(
     q: Tensor,

@@ -6,6 +6,10 @@
 
 #include "matrix.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace thresher {
 
 inline Vector<float> exponential(Vector<float> x) {
@@ -43,6 +47,9 @@ inline T largest(Vector<T> x) {
 
 template <class T>
 inline T total(Vector<T> x) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps(x);
+#endif
     T sum = x[0];
     for (int i = 1; i < Wide<T>::LANES; ++i) sum += x[i];
     return sum;

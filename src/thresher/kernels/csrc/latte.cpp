@@ -1,78 +1,118 @@
 // LATTE: scores estimated from integer codes, a threshold below the best of each row, attention over what is left.
 //
 // A task takes some queries. It first lists the keys that each of them needs, then goes through the keys block by block,
-// so that keys and values stay in cache while all its queries look at them. Backward estimates anew instead of keeping
-// lists: memory is linear in the number of tokens. Work is divided by sizes only, never by the number of threads.
+// so that a block stays in cache while all its queries look at it: once for scores, once more for what follows from
+// them. Backward estimates anew instead of keeping lists: memory is linear in the number of tokens. Work is divided by
+// sizes only, never by the number of threads.
 
 #include <memory>
 
 #include "exponential.h"
+#include "gathered.h"
 #include "latte_select.h"
 #include "matrix.h"
 #include "parallel.h"
-#include "shares.h"
 
 using namespace thresher;
 
 namespace {
 
 constexpr int64_t QUERIES = 128;         // of a task
-constexpr int64_t CACHE = 128 * 1024;    // bytes of keys and values that a task looks at again and again
+constexpr int64_t CACHE = 64 * 1024;     // bytes of keys, or of values, that a task looks at again and again
 constexpr int64_t SPLITS = 16;           // tasks that backward makes at least, if there are queries enough
 constexpr double MAX_EXCESS = 30;        // nats by which a dropped key may outweigh the best kept one
+
+template <class T>
+int64_t block_of_keys(const Call<T>& s) {
+    const int64_t bytes = std::max<int64_t>(std::max(s.d, s.dv) * int64_t(sizeof(T)), 1);
+    return std::max<int64_t>(CACHE / bytes / KEYS, 1) * KEYS;
+}
 
 // Keys that the queries of a task need, ascending; those that are dropped, but near the threshold, as ~key.
 template <class T>
 struct Lists {
-    std::vector<int32_t> key;   // with room to grow behind those of the last query
-    std::vector<T> slope;       // of the gate, if asked for
-    std::vector<int64_t> start, kept;
+    const int64_t block, blocks;  // of keys: their size and number
+    std::vector<int32_t> key;     // with room to grow behind those of the last query
+    std::vector<T> slope;         // of the gate, if asked for
+    std::vector<int64_t> start;   // of the keys of each query in each block, and the end of those in its last
+    std::vector<int64_t> kept;
     std::vector<T> unit;
+    std::vector<T> score, through;  // room for what is calculated of each listed pair
 
+    explicit Lists(const Call<T>& s) : block(block_of_keys(s)), blocks((s.m + block - 1) / block) {}
     void clear() {
         unit.clear();
         kept.clear();
-        start.assign(1, 0);
+        start.clear();
+    }
+    void make_room(std::vector<T>& x) const {
+        if (int64_t(x.size()) < total()) x.resize(2 * total());
+    }
+    int64_t queries() const { return kept.size(); }
+    int64_t begin(int64_t i) const { return start[i * (blocks + 1)]; }
+    int64_t end(int64_t i) const { return start[i * (blocks + 1) + blocks]; }
+    int64_t total() const { return start.empty() ? 0 : start.back(); }
+    int64_t place(int64_t x) const { return key[x] ^ (key[x] >> 31); }
+
+    // Call look(i, begin, end) for the keys of each query in each block.
+    template <class Look>
+    void by_blocks(Look&& look) const {
+        for (int64_t part = 0; part < blocks; ++part)
+            for (int64_t i = 0; i < queries(); ++i) {
+                const int64_t* at = &start[i * (blocks + 1) + part];
+                if (at[0] < at[1]) look(i, at[0], at[1]);
+            }
     }
 };
 
+// Give the listed keys [begin, end) of a row their slopes; mark and count those that are kept.
 template <class T, class E>
-inline void list_row(const Call<T>& s, int64_t g, const std::vector<uint32_t>& seen, const Row<T, E>& row, E top,
-                     int64_t stop, T width, Lists<T>& lists) {
+inline int64_t slope_row(const Row<T, E>& row, E top, E cut, T theta, T width, int64_t always, int64_t begin,
+                         int64_t end, std::vector<E>& estimate, Lists<T>& lists) {
+    const T a_step = row.step_of_difference(), narrower = 1 / width;
+    const int64_t number = end - begin;
+    if (int64_t(estimate.size()) < number) estimate.resize(2 * number);
+    int32_t* key = lists.key.data() + begin;
+    T* slope = lists.slope.data() + begin;
+    E* e = estimate.data();
+    for (int64_t x = 0; x < number; ++x) e[x] = row.estimate[key[x]];
+    int64_t first = 0, kept = 0;
+    for (; first < number && key[first] < always; ++first) slope[first] = T(0);
+    for (int64_t x = first; x < number; ++x) {
+        const T u = (theta - T(top - e[x]) * a_step) * narrower, steep = T(0.75) * (1 - u * u) * narrower;
+        slope[x] = steep > 0 ? steep : T(0);
+    }
+    for (int64_t x = first; x < number; ++x) kept += e[x] >= cut;
+    for (int64_t x = first; x < number; ++x) key[x] = e[x] >= cut ? key[x] : ~key[x];
+    return first + kept;
+}
+
+template <class T, class E>
+inline void list_row(const Call<T>& s, int64_t g, const std::vector<Bits>& seen, const Row<T, E>& row, E top,
+                     int64_t stop, T width, std::vector<E>& estimate, Lists<T>& lists) {
     const T theta = s.theta[g];
     const bool banded = width > 0 && !row.broken && std::isfinite(theta);
     const E cut = row.broken ? top : row.cut(top, theta), low = banded ? row.cut(top, theta + width) : cut;
-    const int64_t begin = lists.start.back();
+    const int64_t begin = lists.total();
     const size_t room = begin + stop + KEYS;
     if (lists.key.size() < room) lists.key.resize(2 * room);
     int32_t* to = lists.key.data() + begin;
-    for (int64_t j = 0; j < stop; j += KEYS) {
-        const uint32_t within = stop - j < KEYS ? (1u << (stop - j)) - 1 : ~0u;
-        const int64_t left = s.always - j;
-        const uint32_t always = left <= 0 ? 0 : left < KEYS ? (1u << left) - 1 : ~0u;
-        to = write_places(seen[j / KEYS] & within & (always | (row.broken ? 0 : reach(row.estimate + j, low))), j, to);
-    }
-    const int64_t at = to - lists.key.data();
-    int64_t kept = at - begin;
-    if (width > 0 && lists.slope.size() < lists.key.size()) lists.slope.resize(lists.key.size());
-    if (width > 0 && !banded) std::fill(lists.slope.begin() + begin, lists.slope.begin() + at, T(0));
-    if (banded) {
-        const T a_step = row.step_of_difference(), narrower = 1 / width;
-        int32_t* key = lists.key.data();
-        T* slope = lists.slope.data();
-        kept = 0;
-        for (int64_t x = begin; x < at; ++x) {
-            const int32_t j = key[x];
-            const E e = row.estimate[j];
-            const bool keep = e >= cut || j < s.always;
-            const T u = (theta - T(top - e) * a_step) * narrower, steep = T(0.75) * (1 - u * u) * narrower;
-            slope[x] = j >= s.always && steep > 0 ? steep : T(0);
-            key[x] = keep ? j : ~j;
-            kept += keep;
+    for (int64_t part = 0; part < lists.blocks; ++part) {
+        lists.start.push_back(to - lists.key.data());
+        const int64_t end = std::min(stop, (part + 1) * lists.block);
+        for (int64_t j = part * lists.block; j < end; j += KEYS) {
+            const Bits within = stop - j < KEYS ? (Bits(1) << (stop - j)) - 1 : ~Bits(0);
+            const int64_t left = s.always - j;
+            const Bits always = left <= 0 ? 0 : left < KEYS ? (Bits(1) << left) - 1 : ~Bits(0);
+            to = write_places(seen[j / KEYS] & within & (always | (row.broken ? 0 : reach(row.estimate + j, low))), j, to);
         }
     }
-    lists.start.push_back(at);
-    lists.kept.push_back(kept);
+    const int64_t end = to - lists.key.data();
+    if (width > 0 && lists.slope.size() < lists.key.size()) lists.slope.resize(lists.key.size());
+    if (width > 0 && !banded) std::fill(lists.slope.begin() + begin, lists.slope.begin() + end, T(0));
+    lists.kept.push_back(banded ? slope_row(row, top, cut, theta, width, s.always, begin, end, estimate, lists)
+                                : end - begin);
+    lists.start.push_back(end);
     lists.unit.push_back(row.unit);
 }
 
@@ -80,108 +120,11 @@ template <bool NARROW, class E, class T>
 void list_rows(const Call<T>& s, int64_t g, const Packed<T, NARROW>& keys, const Sums<T>& sums, int64_t first,
                int64_t last, T width, Lists<T>& lists) {
     lists.clear();
+    std::vector<E> estimate;
     judge_rows<NARROW, E>(s, g, keys, sums, first, last, [&](int64_t i, const Row<T, E>& row, E top, int64_t stop) {
         const bool shown = !s.shown_q || s.shown_q[g * s.n + i];
-        list_row(s, g, keys.seen, row, top, shown ? stop : 0, width, lists);
+        list_row(s, g, keys.seen, row, top, shown ? stop : 0, width, estimate, lists);
     });
-}
-
-// The totals of four vectors.
-template <class T>
-inline void totals(const Vector<T> (&sum)[4], T* to) {
-    for (int z = 0; z < 4; ++z) to[z] = total<T>(sum[z]);
-}
-#if defined(__AVX__) && !defined(__AVX512F__)
-template <>
-inline void totals<float>(const Vector<float> (&sum)[4], float* to) {
-    const __m256 two = _mm256_hadd_ps((__m256)sum[0], (__m256)sum[1]), more = _mm256_hadd_ps((__m256)sum[2], (__m256)sum[3]);
-    const __m256 all = _mm256_hadd_ps(two, more);
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
-}
-#endif
-
-// Dot products of x with rows of y.
-template <class T, class At>
-inline void dots(const T* x, const T* y, int64_t d, int64_t number, const At& at, T* to) {
-    constexpr int64_t LANES = Wide<T>::LANES;
-    int64_t i = 0;
-    for (; i + 4 <= number; i += 4) {
-        const T *a = y + at(i) * d, *b = y + at(i + 1) * d, *e = y + at(i + 2) * d, *f = y + at(i + 3) * d;
-        Vector<T> sum[4] = {};
-        int64_t c = 0;
-        for (; c + LANES <= d; c += LANES) {
-            const Vector<T> z = load(x + c);
-            sum[0] += z * load(a + c);
-            sum[1] += z * load(b + c);
-            sum[2] += z * load(e + c);
-            sum[3] += z * load(f + c);
-        }
-        totals<T>(sum, to + i);
-        for (; c < d; ++c) {
-            to[i] += x[c] * a[c];
-            to[i + 1] += x[c] * b[c];
-            to[i + 2] += x[c] * e[c];
-            to[i + 3] += x[c] * f[c];
-        }
-    }
-    for (; i < number; ++i) {
-        const T* a = y + at(i) * d;
-        Vector<T> sum{};
-        int64_t c = 0;
-        for (; c + LANES <= d; c += LANES) sum += load(x + c) * load(a + c);
-        T rest = 0;
-        for (; c < d; ++c) rest += x[c] * a[c];
-        to[i] = total<T>(sum) + rest;
-    }
-}
-
-// to = factor * to + the sum of rows of y times their share.
-template <class T, class At>
-inline void add_rows(T* to, T factor, const T* share, const T* y, int64_t d, int64_t number, const At& at) {
-    constexpr int64_t LANES = Wide<T>::LANES, MANY = 8;
-    int64_t c = 0;
-    for (; c + MANY * LANES <= d; c += MANY * LANES) {
-        Vector<T> sum[MANY];
-        for (int64_t z = 0; z < MANY; ++z) sum[z] = factor * load(to + c + z * LANES);
-        for (int64_t i = 0; i < number; ++i) {
-            const T* row = y + at(i) * d + c;
-            for (int64_t z = 0; z < MANY; ++z) sum[z] += share[i] * load(row + z * LANES);
-        }
-        for (int64_t z = 0; z < MANY; ++z) store(to + c + z * LANES, sum[z]);
-    }
-    for (; c + LANES <= d; c += LANES) {
-        Vector<T> sum = factor * load(to + c);
-        for (int64_t i = 0; i < number; ++i) sum += share[i] * load(y + at(i) * d + c);
-        store(to + c, sum);
-    }
-    for (; c < d; ++c) {
-        T sum = factor * to[c];
-        for (int64_t i = 0; i < number; ++i) sum += share[i] * y[at(i) * d + c];
-        to[c] = sum;
-    }
-}
-
-template <class T>
-int64_t block_of_keys(const Call<T>& s, int64_t copies) {
-    const int64_t bytes = (s.d + s.dv) * copies * int64_t(sizeof(T));
-    return std::max<int64_t>(CACHE / bytes / KEYS, 1) * KEYS;
-}
-
-// Call look(i, begin, end) with the keys of each list that lie in a block, and then done(block), block after block.
-template <class T, class Look, class Done>
-void by_blocks(const Call<T>& s, const Lists<T>& lists, int64_t block, Look&& look, Done&& done) {
-    const int64_t rows = lists.start.size() - 1;
-    std::vector<int64_t> at(lists.start.begin(), lists.start.end() - 1);
-    for (int64_t stop = block; stop - block < s.m; stop += block) {
-        for (int64_t i = 0; i < rows; ++i) {
-            const auto before = [](int32_t key, int64_t bound) { return (key < 0 ? ~key : key) < bound; };
-            const auto from = lists.key.begin();
-            const int64_t end = std::lower_bound(from + at[i], from + lists.start[i + 1], stop, before) - from;
-            if (end > at[i]) look(i, at[i], end);
-            at[i] = end;
-        }
-        done(stop - block);
-    }
 }
 
 template <class T, bool NARROW>
@@ -205,46 +148,93 @@ std::vector<std::unique_ptr<Prepared<T, NARROW>>> prepare(const Call<T>& s, int6
     return all;
 }
 
+// Turn scores into weights: exponentials below the best score, divided by their sum.
+template <class T>
+void soften(T* score, int64_t number, T& top, T& mass) {
+    constexpr int64_t LANES = Wide<T>::LANES;
+    const int64_t whole = number / LANES * LANES;
+    T rest[LANES];
+    std::fill_n(rest, LANES, -std::numeric_limits<T>::infinity());
+    std::copy_n(score + whole, number - whole, rest);
+    Vector<T> most = load(rest), sum{};
+    for (int64_t x = 0; x < whole; x += LANES) most = load(score + x) > most ? load(score + x) : most;
+    top = largest<T>(most);
+    for (int64_t x = 0; x < whole; x += LANES) {
+        const Vector<T> e = exponential(load(score + x) - top);
+        store(score + x, e);
+        sum += e;
+    }
+    const Vector<T> e = exponential(load(rest) - top);
+    mass = total<T>(sum + e);
+    store(rest, e);
+    std::copy_n(rest, number - whole, score + whole);
+    for (int64_t x = 0; x < number; ++x) score[x] *= 1 / mass;
+}
+
+template <class T>
+T sum_of(const T* x, int64_t number) {
+    constexpr int64_t LANES = Wide<T>::LANES;
+    Vector<T> sum{};
+    int64_t i = 0;
+    for (; i + LANES <= number; i += LANES) sum += load(x + i);
+    T rest = 0;
+    for (; i < number; ++i) rest += x[i];
+    return total<T>(sum) + rest;
+}
+
+// Turn the scores of a row's pairs, and the products of its gradient with values, into what each pair adds to its value
+// and to its score, and slopes into what it adds to the threshold.
+template <class T>
+void shares_of(const int32_t* key, int64_t number, T top, T mass, T constant, T worth, T* score, T* through, T* slope) {
+    constexpr int64_t LANES = Wide<T>::LANES;
+    const Vector<T> excess = Vector<T>{} + T(MAX_EXCESS);
+    const T one = mass == 0 ? T(0) : 1 / mass;  // a row that keeps nothing has no gradient
+    for (int64_t x = 0; x < number; x += LANES) {
+        T some[LANES] = {};
+        const int64_t there = std::min(LANES, number - x);
+        std::copy_n(score + x, there, some);
+        Vector<T> over = load(some) - (mass == 0 ? T(0) : top);
+        over = over > excess ? excess : over;
+        store(some, exponential(over) * one);
+        std::copy_n(some, there, score + x);
+    }
+    if (slope)
+        for (int64_t x = 0; x < number; ++x) slope[x] *= score[x] * (through[x] - constant);
+    for (int64_t x = 0; x < number; ++x) {
+        const T benefit = key[x] < 0 ? T(0) : score[x] * (through[x] - constant);
+        through[x] = benefit + (slope ? worth * slope[x] : T(0));
+        score[x] = key[x] < 0 ? T(0) : score[x];
+    }
+}
+
 template <bool NARROW, class E, class T>
 void attend(const Call<T>& s, const T* q, const T* k, const T* v, T* out, int32_t* kept, T* top, T* mass,
             int64_t threads) {
     const auto prepared = prepare<T, NARROW>(s, threads);
-    const int64_t tasks = (s.n + QUERIES - 1) / QUERIES, block = block_of_keys(s, 1);
-    parallel_for(s.groups * tasks, threads, [&](int64_t task) {
-        constexpr int64_t LANES = Wide<T>::LANES;
-        const int64_t g = task / tasks, part = task % tasks, first = part * QUERIES;
-        const int64_t last = std::min(s.n, first + QUERIES);
-        Lists<T> lists;
-        list_rows<NARROW, E>(s, g, prepared[g]->keys, prepared[g]->sums[part], first, last, T(0), lists);
+    const int64_t tasks = (s.n + QUERIES - 1) / QUERIES;
+    parallel_for(s.groups * tasks, threads, [&] { return Lists<T>(s); }, [&](int64_t task, Lists<T>& lists) {
+        const int64_t g = task / tasks, part = task % tasks, first = part * QUERIES, row = g * s.n + first;
+        list_rows<NARROW, E>(s, g, prepared[g]->keys, prepared[g]->sums[part], first, std::min(s.n, first + QUERIES),
+                             T(0), lists);
         const T *keys = k + g * s.m * s.d, *values = v + g * s.m * s.dv;
-        for (int64_t i = first; i < last; ++i) {
-            const int64_t row = g * s.n + i;
-            kept[row] = int32_t(lists.kept[i - first]);
-            top[row] = -std::numeric_limits<T>::infinity();
-            mass[row] = 0;
-            std::fill_n(out + row * s.dv, s.dv, T(0));
-        }
-        std::vector<T> w(block + LANES);
-        by_blocks(s, lists, block, [&](int64_t i, int64_t begin, int64_t end) {
-            const int64_t row = g * s.n + first + i, number = end - begin;
+        lists.make_room(lists.score);
+        std::vector<T>& weight = lists.score;
+        lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
             const auto at = [&](int64_t x) { return int64_t(lists.key[begin + x]); };
-            dots(q + row * s.d, keys, s.d, number, at, w.data());
-            for (int64_t x = number; x % LANES; ++x) w[x] = -std::numeric_limits<T>::infinity();
-            Vector<T> most = Vector<T>{} + top[row], sum{};
-            for (int64_t x = 0; x < number; x += LANES) most = load(&w[x]) > most ? load(&w[x]) : most;
-            const T best = largest<T>(most);
-            for (int64_t x = 0; x < number; x += LANES) {
-                const Vector<T> e = exponential(load(&w[x]) - best);
-                store(&w[x], e);
-                sum += e;
-            }
-            const T factor = mass[row] == 0 ? T(0) : std::exp(top[row] - best);
-            top[row] = best;
-            mass[row] = mass[row] * factor + total<T>(sum);
-            add_rows(out + row * s.dv, factor, w.data(), values, s.dv, number, at);
-        }, [](int64_t) {});
-        for (int64_t row = g * s.n + first; row < g * s.n + last; ++row)
-            for (int64_t c = 0; kept[row] && c < s.dv; ++c) out[row * s.dv + c] /= mass[row];
+            dots(q + (row + i) * s.d, keys, s.d, end - begin, at, &weight[begin]);
+        });
+        for (int64_t i = 0; i < lists.queries(); ++i) {
+            const int64_t begin = lists.begin(i), number = lists.end(i) - begin;
+            kept[row + i] = int32_t(lists.kept[i]);
+            top[row + i] = -std::numeric_limits<T>::infinity();
+            mass[row + i] = 0;
+            std::fill_n(out + (row + i) * s.dv, s.dv, T(0));
+            if (number) soften(&weight[begin], number, top[row + i], mass[row + i]);
+        }
+        lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
+            const auto at = [&](int64_t x) { return int64_t(lists.key[begin + x]); };
+            add_rows(out + (row + i) * s.dv, &weight[begin], values, s.dv, end - begin, at);
+        });
     });
 }
 
@@ -254,63 +244,48 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const
           const T* top, const T* mass, T width, bool into_scores, T* into_q, T* into_k, T* into_v, T* into_theta,
           int64_t threads) {
     const auto prepared = prepare<T, NARROW>(s, threads);
-    const int64_t blocks = (s.n + QUERIES - 1) / QUERIES, block = block_of_keys(s, 2);
+    const int64_t blocks = (s.n + QUERIES - 1) / QUERIES;
     const int64_t splits = std::max<int64_t>(std::min((SPLITS + s.groups - 1) / std::max<int64_t>(s.groups, 1), blocks), 1);
     const int64_t size_k = s.m * s.d, size_v = s.m * s.dv;
     std::vector<T> parts_k(s.groups * splits * size_k, T(0)), parts_v(s.groups * splits * size_v, T(0));
     std::vector<double> parts_theta(s.groups * splits, 0.0);
-    parallel_for(s.groups * splits, threads, [&](int64_t task) {
-        constexpr int64_t LANES = Wide<T>::LANES;
+    parallel_for(s.groups * splits, threads, [&] { return Lists<T>(s); }, [&](int64_t task, Lists<T>& lists) {
         const int64_t g = task / splits;
         const T *keys = k + g * size_k, *values = v + g * size_v;
         T *to_k = &parts_k[task * size_k], *to_v = &parts_v[task * size_v];
-        Lists<T> lists;
-        std::vector<T> w(block + LANES), through(block + LANES);
-        Shares<T> shares;
+        std::vector<T>&score = lists.score, &through = lists.through;
         // Blocks are dealt out in turn: in causal attention the last ones are the longest.
         for (int64_t part = task % splits; part < blocks; part += splits) {
-            const int64_t first = part * QUERIES, last = std::min(s.n, first + QUERIES);
-            list_rows<NARROW, E>(s, g, prepared[g]->keys, prepared[g]->sums[part], first, last, width, lists);
-            std::fill_n(into_q + (g * s.n + first) * s.d, (last - first) * s.d, T(0));
-            std::vector<T> constant(last - first);
-            for (int64_t i = first; i < last; ++i) {
-                const int64_t row = g * s.n + i;
-                dots(grad + row * s.dv, out + row * s.dv, s.dv, 1, [](int64_t) { return 0; }, &constant[i - first]);
+            const int64_t first = part * QUERIES, row = g * s.n + first;
+            list_rows<NARROW, E>(s, g, prepared[g]->keys, prepared[g]->sums[part], first,
+                                 std::min(s.n, first + QUERIES), width, lists);
+            const auto from = [&](int64_t begin) { return [&, begin](int64_t x) { return lists.place(begin + x); }; };
+            lists.make_room(score);
+            lists.make_room(through);
+            std::fill_n(into_q + row * s.d, lists.queries() * s.d, T(0));
+            lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
+                dots(q + (row + i) * s.d, keys, s.d, end - begin, from(begin), &score[begin]);
+            });
+            lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
+                dots(grad + (row + i) * s.dv, values, s.dv, end - begin, from(begin), &through[begin]);
+            });
+            for (int64_t i = 0; i < lists.queries(); ++i) {
+                const int64_t begin = lists.begin(i), number = lists.end(i) - begin;
+                T* slope = width > 0 ? &lists.slope[begin] : nullptr;
+                if (slope) parts_theta[task] += double(grad_kept[g]) * sum_of(slope, number);
+                const T total = mass[row + i], worth = into_scores ? 1 / std::max(lists.unit[i], T(1)) : T(0);
+                T constant;
+                dots(grad + (row + i) * s.dv, out + (row + i) * s.dv, s.dv, 1, [](int64_t) { return 0; }, &constant);
+                shares_of(&lists.key[begin], number, top[row + i], total, constant, worth, &score[begin],
+                          &through[begin], slope);
+                if (slope) parts_theta[task] += sum_of(slope, number);
             }
-            for (int64_t x = 0; width > 0 && x < lists.start.back(); ++x)
-                parts_theta[task] += double(grad_kept[g]) * lists.slope[x];
-            by_blocks(s, lists, block, [&](int64_t i, int64_t begin, int64_t end) {
-                const int64_t row = g * s.n + first + i, number = end - begin;
-                const int32_t* key = &lists.key[begin];
-                const auto at = [&](int64_t x) { return int64_t(key[x] < 0 ? ~key[x] : key[x]); };
-                if (mass[row] == 0) return;
-                dots(q + row * s.d, keys, s.d, number, at, w.data());
-                dots(grad + row * s.dv, values, s.dv, number, at, through.data());
-                const T one = 1 / mass[row], worth = into_scores ? 1 / std::max(lists.unit[i], T(1)) : T(0);
-                const Vector<T> excess = Vector<T>{} + T(MAX_EXCESS);
-                for (int64_t x = number; x % LANES; ++x) w[x] = top[row];
-                for (int64_t x = 0; x < number; x += LANES) {
-                    Vector<T> over = load(&w[x]) - top[row];
-                    over = over > excess ? excess : over;
-                    store(&w[x], exponential(over) * one);
-                }
-                T* to_q = into_q + row * s.d;
-                double task_theta = 0;
-                for (int64_t x = 0; x < number; ++x) {
-                    const T benefit = w[x] * (through[x] - constant[i]);
-                    const T gate = width > 0 ? lists.slope[begin + x] * benefit : T(0);
-                    task_theta += gate;
-                    through[x] = (key[x] < 0 ? T(0) : benefit) + worth * gate;
-                    shares.add(at(x), row, through[x], key[x] < 0 ? T(0) : w[x]);
-                }
-                parts_theta[task] += task_theta;
-                add_rows(to_q, T(1), through.data(), keys, s.d, number, at);
-            }, [&](int64_t start) {
-                shares.deal(start, block, [&](int64_t j, int64_t number, const int32_t* rows, const T* key, const T* val) {
-                    const auto at = [&](int64_t x) { return int64_t(rows[x]); };
-                    add_rows(to_k + j * s.d, T(1), key, q, s.d, number, at);
-                    add_rows(to_v + j * s.dv, T(1), val, grad, s.dv, number, at);
-                });
+            lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
+                add_rows(into_q + (row + i) * s.d, &through[begin], keys, s.d, end - begin, from(begin));
+                add_to_rows(to_k, &through[begin], q + (row + i) * s.d, s.d, end - begin, from(begin));
+            });
+            lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
+                add_to_rows(to_v, &score[begin], grad + (row + i) * s.dv, s.dv, end - begin, from(begin));
             });
         }
     });
@@ -325,6 +300,40 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const
         double sum = 0;
         for (int64_t split = 0; split < splits; ++split) sum += parts_theta[g * splits + split];
         into_theta[g] = T(sum);
+    });
+}
+
+// Codes of `bits` bits, and what a code of 8 bits stands for: of each token, or of all of a group.
+template <class T>
+void encode(const T* x, int64_t groups, int64_t n, int64_t d, int64_t each, int64_t bits, int64_t truncate, int8_t* codes,
+            T* unit, int64_t threads) {
+    const int64_t rows = each ? groups * n : groups, width = each ? d : n * d, step = int64_t(1) << (8 - bits);
+    const T most = T((int64_t(1) << (bits - 1)) - 1), part = T(1) / T(step);
+    parallel_for(groups, threads, [&](int64_t g) {
+        for (int64_t row = g * rows / groups; row < (g + 1) * rows / groups; ++row) {
+            const T* from = x + row * width;
+            constexpr int64_t LANES = Wide<T>::LANES;
+            Vector<T> large = Vector<T>{} + std::numeric_limits<T>::min() * 127, sum{};  // the sum is nan if one of them is
+            int64_t i = 0;
+            for (; i + LANES <= width; i += LANES) {
+                const Vector<T> some = load(from + i), size = some < 0 ? -some : some;
+                large = size > large ? size : large;
+                sum += size;
+            }
+            T most_of_all = largest<T>(large), all = total<T>(sum);
+            for (; i < width; ++i) {
+                most_of_all = std::max(most_of_all, std::abs(from[i]));
+                all += std::abs(from[i]);
+            }
+            const T scale = all == all ? most_of_all / 127 : all;
+            for (int64_t c = 0; c < width; ++c) {
+                const T whole = std::min(std::max(std::rint(from[c] / scale), T(-127)), T(127));
+                const T high = truncate ? std::floor(whole * part) : std::rint(whole * part);
+                const T bound = std::min(std::max(high, -most - 1), most);
+                codes[row * width + c] = int8_t(whole == whole ? bound : T(0));
+            }
+            unit[row] = scale;
+        }
     });
 }
 
@@ -347,6 +356,10 @@ void with_types(const Call<T>& s, Run&& run) {
 #define GIVEN {q_codes, k_codes, q_unit, k_unit, shown_q, shown_k, theta, groups, n, m, d, dv, causal, shift, spread, \
                always, each_key, step}
 #define FOR_TYPE(T, NAME)                                                                                              \
+    extern "C" void encode_##NAME(const T* x, int64_t groups, int64_t n, int64_t d, int64_t each, int64_t bits,         \
+                                  int64_t truncate, int8_t* codes, T* unit, int64_t threads) {                         \
+        encode(x, groups, n, d, each, bits, truncate, codes, unit, threads);                                           \
+    }                                                                                                                  \
     extern "C" void attend_##NAME(CALL(T), const T* q, const T* k, const T* v, T* out, int32_t* kept, T* top, T* mass, \
                                   int64_t threads) {                                                                   \
         const Call<T> s GIVEN;                                                                                         \

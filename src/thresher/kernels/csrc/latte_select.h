@@ -1,4 +1,4 @@
-// Which keys of a row are kept: products of integer codes, estimates, the best of a row, its unit, and the cut.
+// Which keys of a row are kept: estimates, the best of a row, its unit, and the cut.
 //
 // Products of codes are exact. Where all keys share a scale they are compared as they are, as whole numbers; else as
 // estimates. Whatever is compared, the cut is the least that the rule of the reference keeps when it is computed in the
@@ -14,121 +14,10 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "latte_codes.h"
+#include "matrix.h"
 
 namespace thresher {
-
-constexpr int64_t KEYS = 32;    // side by side in packed codes
-constexpr int64_t AT_ONCE = 4;  // queries whose estimates are in memory
-
-template <class T>
-struct Call {
-    const int8_t *q_codes, *k_codes;    // [groups, n, d], [groups, m, d]
-    const T *q_unit, *k_unit;           // [groups, n], [groups, m] or [groups]
-    const uint8_t *shown_q, *shown_k;   // [groups, n], [groups, m], or null
-    const T* theta;                     // [groups]
-    int64_t groups, n, m, d, dv;
-    int64_t causal, shift;              // query i sees keys j <= i + shift
-    int64_t spread, always, each_key;   // unit of thresholds, leading keys that are kept, whether keys have own scales
-    double step;                        // what a product of codes is multiplied by
-    int64_t half() const { return (d + 1) / 2; }
-    int64_t blocks() const { return (m + KEYS - 1) / KEYS; }
-    int64_t end(int64_t i) const { return causal ? std::min(m, i + shift + 1) : m; }
-};
-
-// Codes of 4 bits are unsigned bytes, 8 more than their value; wider ones are 16-bit numbers.
-template <bool NARROW>
-using Code = std::conditional_t<NARROW, uint8_t, int16_t>;
-template <bool NARROW>
-using Product = std::conditional_t<NARROW, int16_t, int32_t>;
-inline bool narrow(double step, int64_t d) { return step >= 256 && d < 512; }  // 64 d fits into 16 bits
-
-// Products of AT_ONCE queries, whose pairs of codes are given, and KEYS keys.
-template <bool NARROW>
-inline void products(const int16_t* query, const int32_t* offset, int64_t half, const Code<NARROW>* keys,
-                     Product<NARROW> (*sum)[KEYS]) {
-    for (int64_t i = 0; i < AT_ONCE; ++i) {
-        Product<NARROW> acc[KEYS];
-        for (int64_t j = 0; j < KEYS; ++j) acc[j] = Product<NARROW>(offset[i]);
-        for (int64_t c = 0; c < half; ++c) {
-            const int32_t one = query[(i * half + c) * 2], two = query[(i * half + c) * 2 + 1];
-            const Code<NARROW>* x = keys + c * 2 * KEYS;
-            for (int64_t j = 0; j < KEYS; ++j)
-                acc[j] = Product<NARROW>(acc[j] + Product<NARROW>(one * x[2 * j] + two * x[2 * j + 1]));
-        }
-        std::copy_n(acc, KEYS, sum[i]);
-    }
-}
-
-#if defined(__AVX2__)
-inline __m256i load_codes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-
-template <>
-inline void products<true>(const int16_t* query, const int32_t* offset, int64_t half, const uint8_t* keys,
-                           int16_t (*sum)[KEYS]) {
-    __m256i acc[AT_ONCE][2];
-    for (int64_t i = 0; i < AT_ONCE; ++i) acc[i][0] = acc[i][1] = _mm256_set1_epi16(int16_t(offset[i]));
-    const auto* pairs = reinterpret_cast<const int8_t*>(query);  // here the codes of a pair are bytes, twice
-    for (int64_t c = 0; c < half; ++c) {
-        const __m256i one = load_codes(keys + c * 2 * KEYS), two = load_codes(keys + c * 2 * KEYS + 32);
-        for (int64_t i = 0; i < AT_ONCE; ++i) {
-            int32_t both;
-            std::memcpy(&both, pairs + (i * half + c) * 4, sizeof both);
-            const __m256i x = _mm256_set1_epi32(both);
-            acc[i][0] = _mm256_add_epi16(acc[i][0], _mm256_maddubs_epi16(one, x));
-            acc[i][1] = _mm256_add_epi16(acc[i][1], _mm256_maddubs_epi16(two, x));
-        }
-    }
-    for (int64_t i = 0; i < AT_ONCE; ++i)
-        for (int64_t x = 0; x < 2; ++x)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(sum[i] + 16 * x), acc[i][x]);
-}
-
-template <>
-inline void products<false>(const int16_t* query, const int32_t*, int64_t half, const int16_t* keys,
-                            int32_t (*sum)[KEYS]) {
-    for (int64_t part = 0; part < KEYS; part += 16) {
-        __m256i acc[AT_ONCE][2];
-        for (auto& x : acc) x[0] = x[1] = _mm256_setzero_si256();
-        for (int64_t c = 0; c < half; ++c) {
-            const int16_t* from = keys + (c * KEYS + part) * 2;
-            const __m256i one = load_codes(from), two = load_codes(from + 16);
-            for (int64_t i = 0; i < AT_ONCE; ++i) {
-                int32_t both;
-                std::memcpy(&both, query + (i * half + c) * 2, sizeof both);
-                const __m256i x = _mm256_set1_epi32(both);
-                acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(one, x));
-                acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(two, x));
-            }
-        }
-        for (int64_t i = 0; i < AT_ONCE; ++i)
-            for (int64_t x = 0; x < 2; ++x)
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(sum[i] + part + 8 * x), acc[i][x]);
-    }
-}
-#endif
-
-// Write the pairs of codes of a query the way that `products` reads them; return what offsets its sums.
-template <bool NARROW>
-inline int32_t write_pairs(const int8_t* codes, int64_t d, int64_t half, int16_t* pairs) {
-    int32_t all = 0;
-    for (int64_t c = 0; c < half; ++c) {
-        const int8_t one = codes[2 * c], two = 2 * c + 1 < d ? codes[2 * c + 1] : int8_t(0);
-        all += one + two;
-#if defined(__AVX2__)
-        if (NARROW) {
-            const int8_t twice[] = {one, two, one, two};
-            std::memcpy(pairs + 2 * c, twice, sizeof twice);
-            continue;
-        }
-#endif
-        pairs[2 * c] = one;
-        pairs[2 * c + 1] = two;
-    }
-    return NARROW ? -8 * all : 0;
-}
 
 // Whole numbers in the order of floats, and back.
 inline int64_t order_of(int16_t x) { return x; }
@@ -165,43 +54,69 @@ constexpr E LOWEST = std::is_integral_v<E> ? std::numeric_limits<E>::min() : -st
 
 template <class E>
 inline E greatest(const E* x, int64_t n) {  // n is a multiple of KEYS
-    typedef E Vector __attribute__((vector_size(32)));
-    typedef E Loose __attribute__((vector_size(32), aligned(sizeof(E)), may_alias));
-    constexpr int64_t LANES = 32 / sizeof(E);
-    Vector best = Vector{} + LOWEST<E>;
-    for (int64_t j = 0; j < n; j += LANES) {
-        const Vector y = *reinterpret_cast<const Loose*>(x + j);
-        best = y > best ? y : best;
-    }
-    E one = best[0];
-    for (int64_t j = 1; j < LANES; ++j) one = best[j] > one ? best[j] : one;
+    typedef E Vector __attribute__((vector_size(BYTES)));
+    typedef E Loose __attribute__((vector_size(BYTES), aligned(sizeof(E)), may_alias));
+    constexpr int64_t LANES = BYTES / sizeof(E);
+    static_assert(KEYS % (2 * LANES) == 0);
+    const auto larger = [](Vector a, Vector b) { return a > b ? a : b; };
+    Vector best[2] = {Vector{} + LOWEST<E>, Vector{} + LOWEST<E>};
+    for (int64_t j = 0; j < n; j += 2 * LANES)
+        for (int64_t z = 0; z < 2; ++z) best[z] = larger(*reinterpret_cast<const Loose*>(x + j + z * LANES), best[z]);
+    best[0] = larger(best[0], best[1]);
+    E one = best[0][0];
+    for (int64_t j = 1; j < LANES; ++j) one = best[0][j] > one ? best[0][j] : one;
     return one;
 }
 
 // Bit j says whether x[j] is at least the cut.
 template <class E>
-inline uint32_t reach(const E* x, E cut) {
-    uint32_t bits = 0;
-    for (int64_t j = 0; j < KEYS; ++j) bits |= uint32_t(x[j] >= cut) << j;
+inline Bits reach(const E* x, E cut) {
+    Bits bits = 0;
+    for (int64_t j = 0; j < KEYS; ++j) bits |= Bits(x[j] >= cut) << j;
     return bits;
 }
-#if defined(__AVX2__)
-inline uint32_t reach(const int16_t* x, int16_t cut) {
-    const __m256i low = _mm256_set1_epi16(cut), one = load_codes(x), two = load_codes(x + 16);
-    const __m256i first = _mm256_cmpeq_epi16(_mm256_max_epi16(one, low), one);
-    const __m256i second = _mm256_cmpeq_epi16(_mm256_max_epi16(two, low), two);
-    return uint32_t(_mm256_movemask_epi8(_mm256_permute4x64_epi64(_mm256_packs_epi16(first, second), 0xD8)));
+#if defined(__AVX512BW__)
+inline Bits reach(const int16_t* x, int16_t cut) {
+    const __m512i low = _mm512_set1_epi16(cut);
+    const Bits more = _mm512_cmpge_epi16_mask(_mm512_loadu_si512(x + 32), low);
+    return more << 32 | _mm512_cmpge_epi16_mask(_mm512_loadu_si512(x), low);
 }
-inline uint32_t reach(const float* x, float cut) {
+inline Bits reach(const int32_t* x, int32_t cut) {
+    const __m512i low = _mm512_set1_epi32(cut);
+    Bits bits = 0;
+    for (int j = 0; j < KEYS; j += 16) bits |= Bits(_mm512_cmpge_epi32_mask(_mm512_loadu_si512(x + j), low)) << j;
+    return bits;
+}
+inline Bits reach(const float* x, float cut) {
+    const __m512 low = _mm512_set1_ps(cut);
+    Bits bits = 0;
+    for (int j = 0; j < KEYS; j += 16) bits |= Bits(_mm512_cmp_ps_mask(_mm512_loadu_ps(x + j), low, _CMP_GE_OQ)) << j;
+    return bits;
+}
+#elif defined(__AVX2__)
+inline Bits reach(const int16_t* x, int16_t cut) {
+    const auto load = [](const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
+    const __m256i low = _mm256_set1_epi16(cut);
+    Bits bits = 0;
+    for (int j = 0; j < KEYS; j += 32) {
+        const __m256i one = load(x + j), two = load(x + j + 16);
+        const __m256i first = _mm256_cmpeq_epi16(_mm256_max_epi16(one, low), one);
+        const __m256i second = _mm256_cmpeq_epi16(_mm256_max_epi16(two, low), two);
+        const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16(first, second), 0xD8);
+        bits |= Bits(uint32_t(_mm256_movemask_epi8(both))) << j;
+    }
+    return bits;
+}
+inline Bits reach(const float* x, float cut) {
     const __m256 low = _mm256_set1_ps(cut);
-    uint32_t bits = 0;
+    Bits bits = 0;
     for (int j = 0; j < KEYS; j += 8)
-        bits |= uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + j), low, _CMP_GE_OQ))) << j;
+        bits |= Bits(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + j), low, _CMP_GE_OQ))) << j;
     return bits;
 }
 #endif
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 struct Places {
     uint64_t of[256];  // of the set bits of a byte, a byte each, the lowest first
     constexpr Places() : of{} {
@@ -214,15 +129,23 @@ constexpr Places PLACES;
 #endif
 
 // Write j plus the place of each set bit, ascending; return the end. There must be room for KEYS numbers.
-inline int32_t* write_places(uint32_t bits, int64_t j, int32_t* to) {
-#if defined(__AVX2__)
+inline int32_t* write_places(Bits bits, int64_t j, int32_t* to) {
+#if defined(__AVX512F__)
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    if (!bits) return to;
+    for (int64_t from = j; from < j + KEYS; bits >>= 16, from += 16) {
+        const __m512i all = _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(from)));
+        _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(bits), all));
+        to += __builtin_popcount(bits & 0xffff);
+    }
+#elif defined(__AVX2__)
     for (int64_t from = j; bits; bits >>= 8, from += 8) {
         const __m256i places = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(PLACES.of[bits & 255])));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_add_epi32(places, _mm256_set1_epi32(int32_t(from))));
         to += __builtin_popcount(bits & 255);
     }
 #else
-    for (; bits; bits &= bits - 1) *to++ = int32_t(j + __builtin_ctz(bits));
+    for (; bits; bits &= bits - 1) *to++ = int32_t(j + __builtin_ctzll(bits));
 #endif
     return to;
 }
@@ -273,30 +196,6 @@ struct Row {
     }
 };
 
-// Keys of a group, packed, and what follows from them.
-template <class T, bool NARROW>
-struct Packed {
-    std::vector<Code<NARROW>> codes;
-    std::vector<uint32_t> seen;     // a bit for each key
-    std::vector<int32_t> hidden;
-    int64_t broken_from;            // the first visible key whose scale is no number
-
-    Packed(const Call<T>& s, int64_t g) : codes(s.blocks() * s.half() * 2 * KEYS, NARROW ? 8 : 0), seen(s.blocks(), 0) {
-        broken_from = s.m;
-        for (int64_t j = s.m - 1; j >= 0; --j) {
-            if (s.shown_k && !s.shown_k[g * s.m + j]) {
-                hidden.push_back(int32_t(j));
-                continue;
-            }
-            seen[j / KEYS] |= 1u << (j % KEYS);
-            if (!std::isfinite(s.each_key ? s.k_unit[g * s.m + j] : s.k_unit[g])) broken_from = j;
-            const int8_t* from = s.k_codes + (g * s.m + j) * s.d;
-            Code<NARROW>* to = &codes[(j / KEYS * s.half() * KEYS + j % KEYS) * 2];
-            for (int64_t c = 0; c < s.d; ++c) to[c / 2 * 2 * KEYS + c % 2] = Code<NARROW>(from[c] + (NARROW ? 8 : 0));
-        }
-    }
-};
-
 // The sum of codes times scales over the keys that a query sees, for each dimension, and their number.
 template <class T>
 struct Sums {
@@ -327,26 +226,27 @@ struct Sums {
 template <bool NARROW, class E, class T, class Judge>
 void judge_rows(const Call<T>& s, int64_t g, const Packed<T, NARROW>& keys, Sums<T> sums, int64_t first, int64_t last,
                 Judge&& judge) {
-    const int64_t width = s.blocks() * KEYS, half = s.half();
-    std::vector<int16_t> query(AT_ONCE * half * 2);
+    const int64_t width = s.blocks() * KEYS, words = s.words();
+    std::vector<int32_t> query(AT_ONCE * words);
     std::vector<E> estimate(AT_ONCE * width);
     for (int64_t from = first; from < last; from += AT_ONCE) {
         const int64_t number = std::min(AT_ONCE, last - from), end = s.end(from + number - 1);
         int32_t offset[AT_ONCE] = {};
         for (int64_t i = 0; i < number; ++i)
-            offset[i] = write_pairs<NARROW>(s.q_codes + (g * s.n + from + i) * s.d, s.d, half, &query[i * half * 2]);
+            offset[i] = write_words<NARROW>(s.q_codes + (g * s.n + from + i) * s.d, s.d, words, &query[i * words]);
         for (int64_t j = 0; j < end; j += KEYS) {
-            Product<NARROW> sum[AT_ONCE][KEYS];
-            products<NARROW>(query.data(), offset, half, &keys.codes[j * half * 2], sum);
-            for (int64_t i = 0; i < number; ++i) {
-                E* to = &estimate[i * width + j];
-                if constexpr (std::is_integral_v<E>) {
-                    std::copy_n(sum[i], KEYS, to);
-                } else {
+            const Code<NARROW>* codes = &keys.codes[j * words * GROUP];
+            if constexpr (std::is_integral_v<E>) {
+                products<NARROW>(query.data(), offset, words, codes, &estimate[j], width);
+            } else {
+                Product<NARROW> sum[AT_ONCE * KEYS];
+                products<NARROW>(query.data(), offset, words, codes, sum, KEYS);
+                const int64_t there = std::min(KEYS, s.m - j);
+                for (int64_t i = 0; i < number; ++i) {
                     const T unit = s.q_unit[g * s.n + from + i], step = T(s.step);
                     const T* scale = s.k_unit + g * s.m + j;
-                    const int64_t there = std::min(KEYS, s.m - j);
-                    for (int64_t x = 0; x < there; ++x) to[x] = (T(sum[i][x]) * step) * (unit * scale[x]);
+                    for (int64_t x = 0; x < there; ++x)
+                        estimate[i * width + j + x] = E((T(sum[i * KEYS + x]) * step) * (unit * scale[x]));
                 }
             }
         }

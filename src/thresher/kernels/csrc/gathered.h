@@ -1,0 +1,131 @@
+// Products with rows of a matrix that lie apart: at(0), at(1), ... are their numbers.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "exponential.h"
+#include "matrix.h"
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace thresher {
+
+constexpr int ROWS_AT_ONCE = 8;
+
+// The totals of ROWS_AT_ONCE vectors.
+template <class T>
+inline void totals(const Vector<T> (&sum)[ROWS_AT_ONCE], T* to) {
+    for (int z = 0; z < ROWS_AT_ONCE; ++z) to[z] = total<T>(sum[z]);
+}
+#if defined(__AVX512F__)
+template <>
+inline void totals<float>(const Vector<float> (&sum)[ROWS_AT_ONCE], float* to) {
+    // Each quarter of what this returns holds a part of four totals.
+    const auto of_four = [](Vector<float> a, Vector<float> b, Vector<float> c, Vector<float> d) {
+        const __m512 one = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        const __m512 two = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        return _mm512_add_ps(_mm512_shuffle_ps(one, two, 0x44), _mm512_shuffle_ps(one, two, 0xEE));
+    };
+    const __m512 first = of_four(sum[0], sum[1], sum[2], sum[3]), second = of_four(sum[4], sum[5], sum[6], sum[7]);
+    const __m512 halves =
+        _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xDD));
+    const __m512 all = _mm512_add_ps(halves, _mm512_shuffle_f32x4(halves, halves, 0xB1));
+    _mm_storeu_ps(to, _mm512_castps512_ps128(all));
+    _mm_storeu_ps(to + 4, _mm512_extractf32x4_ps(all, 2));
+}
+#elif defined(__AVX__)
+template <>
+inline void totals<float>(const Vector<float> (&sum)[ROWS_AT_ONCE], float* to) {
+    for (int z = 0; z < ROWS_AT_ONCE; z += 4) {
+        const __m256 two = _mm256_hadd_ps((__m256)sum[z], (__m256)sum[z + 1]);
+        const __m256 all = _mm256_hadd_ps(two, _mm256_hadd_ps((__m256)sum[z + 2], (__m256)sum[z + 3]));
+        _mm_storeu_ps(to + z, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+    }
+}
+#endif
+
+// Dot products of x with rows of y.
+template <class T, class At>
+inline void dots(const T* x, const T* y, int64_t d, int64_t number, const At& at, T* to) {
+    constexpr int64_t LANES = Wide<T>::LANES, MANY = ROWS_AT_ONCE;
+    for (int64_t i = 0; i < number; i += MANY) {
+        const T* row[MANY];
+        for (int64_t z = 0; z < MANY; ++z) row[z] = y + at(std::min(i + z, number - 1)) * d;
+        Vector<T> sum[MANY] = {};
+        int64_t c = 0;
+        for (; c + LANES <= d; c += LANES) {
+            const Vector<T> some = load(x + c);
+            for (int64_t z = 0; z < MANY; ++z) sum[z] += some * load(row[z] + c);
+        }
+        T some[MANY];
+        T* all = i + MANY <= number ? to + i : some;
+        totals<T>(sum, all);
+        for (; c < d; ++c)
+            for (int64_t z = 0; z < MANY; ++z) all[z] += x[c] * row[z][c];
+        if (all == some) std::copy_n(some, number - i, to + i);
+    }
+}
+
+// Add rows of y times their share to `to`, in vectors of MANY at a time from column c on.
+template <int MANY, class T, class At>
+inline void add_columns(T* to, const T* share, const T* y, int64_t d, int64_t number, const At& at, int64_t& c) {
+    constexpr int64_t LANES = Wide<T>::LANES;
+    for (; c + MANY * LANES <= d; c += MANY * LANES) {
+        Vector<T> even[MANY], odd[MANY] = {};  // two sums, for one has to wait for itself
+        for (int64_t z = 0; z < MANY; ++z) even[z] = load(to + c + z * LANES);
+        int64_t i = 0;
+        for (; i + 2 <= number; i += 2) {
+            const T *one = y + at(i) * d + c, *two = y + at(i + 1) * d + c;
+            for (int64_t z = 0; z < MANY; ++z) even[z] += share[i] * load(one + z * LANES);
+            for (int64_t z = 0; z < MANY; ++z) odd[z] += share[i + 1] * load(two + z * LANES);
+        }
+        if (i < number)
+            for (int64_t z = 0; z < MANY; ++z) even[z] += share[i] * load(y + at(i) * d + c + z * LANES);
+        for (int64_t z = 0; z < MANY; ++z) store(to + c + z * LANES, even[z] + odd[z]);
+    }
+}
+
+// Add rows of y times their share to `to`.
+template <class T, class At>
+inline void add_rows(T* to, const T* share, const T* y, int64_t d, int64_t number, const At& at) {
+    int64_t c = 0;
+    add_columns<4>(to, share, y, d, number, at, c);
+    add_columns<2>(to, share, y, d, number, at, c);
+    add_columns<1>(to, share, y, d, number, at, c);
+    for (; c < d; ++c) {
+        T sum = to[c];
+        for (int64_t i = 0; i < number; ++i) sum += share[i] * y[at(i) * d + c];
+        to[c] = sum;
+    }
+}
+
+// Add x times a share to each row of y, in vectors of MANY at a time from column c on.
+template <int MANY, class T, class At>
+inline void spread_columns(T* y, const T* share, const T* x, int64_t d, int64_t number, const At& at, int64_t& c) {
+    constexpr int64_t LANES = Wide<T>::LANES;
+    for (; c + MANY * LANES <= d; c += MANY * LANES) {
+        Vector<T> some[MANY];
+        for (int64_t z = 0; z < MANY; ++z) some[z] = load(x + c + z * LANES);
+        for (int64_t i = 0; i < number; ++i) {
+            T* row = y + at(i) * d + c;
+            for (int64_t z = 0; z < MANY; ++z) store(row + z * LANES, load(row + z * LANES) + share[i] * some[z]);
+        }
+    }
+}
+
+// Add x times its share to each row of y; no row comes twice.
+template <class T, class At>
+inline void add_to_rows(T* y, const T* share, const T* x, int64_t d, int64_t number, const At& at) {
+    int64_t c = 0;
+    spread_columns<4>(y, share, x, d, number, at, c);
+    spread_columns<2>(y, share, x, d, number, at, c);
+    spread_columns<1>(y, share, x, d, number, at, c);
+    for (int64_t i = 0; i < number && c < d; ++i)
+        for (int64_t e = c; e < d; ++e) y[at(i) * d + e] += share[i] * x[e];
+}
+
+}  // namespace thresher
