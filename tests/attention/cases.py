@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "unit": st.sampled_from(["spread", "nats"]),
         "theta": st.one_of(st.just(float("inf")), st.floats(0, 20)),
         "tau": st.floats(0.01, 10),
-        "surrogate": st.sampled_from(["sigmoid", "compact"]),
+        "surrogate": st.sampled_from(["sigmoid", "compact", "inside"]),
         "trainable": FLAGS,
         "gate_grad_to_scores": FLAGS,
         "always_keep": st.integers(0, 12),
@@ -133,8 +133,8 @@ class Case:
             return "conv|as many keys as queries"
         if o.get("path") == "gather" and (o["draws"], o["sampler"]) != ("shared", "multinomial"):
             return "path=gather"
-        if (o.get("mode"), o.get("surrogate")) == ("soft", "compact"):
-            return "surrogate=compact is for mode=ste"
+        if o.get("mode") == "soft" and o.get("surrogate", "sigmoid") != "sigmoid":
+            return f"surrogate={o['surrogate']} is for mode=ste"
         if n > m and not self.pattern.cross and (n > 1 or self.name == "none"):  # a single query is the last token
             return "as many keys as queries|value for every query"
         return None

@@ -66,9 +66,12 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 
 
 def step_of(x: Tensor, tau: float | Tensor, surrogate: str) -> Tensor:
-    """The smooth step whose gradient the gate has; the compact one is 3 t^2 - 2 t^3 between -3 tau and 3 tau."""
+    """The smooth step whose gradient the gate has; those that end rise within 3 tau."""
     if surrogate == "sigmoid":
         return (x / tau).sigmoid()
+    if surrogate == "inside":
+        t = (x / (3 * tau)).clamp(0, 1)
+        return 1.5 * t - 0.5 * t**3
     t = (x / (6 * tau) + 0.5).clamp(0, 1)
     return 3 * t**2 - 2 * t**3
 

@@ -111,7 +111,9 @@ def test_t5_the_gradient_of_theta_is_the_closed_form() -> None:
 @pytest.mark.parametrize("into_scores", [True, False])
 @pytest.mark.parametrize("est_bits", [4, "exact"])
 @pytest.mark.parametrize("unit", ["nats", "spread"])
-@pytest.mark.parametrize(("surrogate", "tau"), [("sigmoid", 0.5), ("compact", 0.5), ("compact", 0.125)])
+@pytest.mark.parametrize(
+    ("surrogate", "tau"), [("sigmoid", 0.5), ("compact", 0.5), ("compact", 0.125), ("inside", 0.5)]
+)
 def test_t5_all_gradients_are_those_of_a_straight_through_gate(
     surrogate: str, tau: float, unit: str, est_bits: int | str, into_scores: bool
 ) -> None:

@@ -342,7 +342,7 @@ def test_dropout_follows_the_renormalisation() -> None:
         ({"theta": math.nan}, "at least 0; got nan"),
         ({"tau": 0.0}, "tau must be a finite number above 0; got 0.0"),
         ({"always_keep": -1}, "always_keep must be a whole number, at least 0; got -1"),
-        ({"surrogate": "step"}, "surrogate must be one of sigmoid, compact; got 'step'"),
+        ({"surrogate": "step"}, "surrogate must be one of sigmoid, compact, inside; got 'step'"),
         ({"surrogate": "compact", "mode": "soft"}, "surrogate=compact is for mode=ste"),
         ({"backend": "gpu"}, "backend must be one of auto, reference, cpu; got 'gpu'"),
     ],

@@ -29,6 +29,7 @@ VARIANTS = [
     {"theta": 0.6, "unit": "spread"},
     {"theta": 0.6, "unit": "spread", "mode": "soft", "est_bits": "exact"},
     {"theta": 0.6, "unit": "spread", "surrogate": "compact", "tau": 0.1},
+    {"theta": 0.6, "unit": "spread", "surrogate": "inside", "tau": 0.1},
     {"theta": 0.6, "unit": "spread", "surrogate": "compact", "tau": 0.1, "backend": "reference"},
     {"theta": 0.0},
     {"theta": math.inf, "scoring": "int8"},

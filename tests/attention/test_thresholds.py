@@ -117,7 +117,7 @@ def test_more_leading_keys_than_there_are_keep_everything() -> None:
     assert thresholds(0.0, 0.0, 0.0)(differences(), None, always_keep=99).keep.all()
 
 
-@pytest.mark.parametrize("surrogate", ["sigmoid", "compact"])
+@pytest.mark.parametrize("surrogate", ["sigmoid", "compact", "inside"])
 def test_the_gradient_of_the_count_is_that_of_a_smooth_step(surrogate: str) -> None:
     gate, difference = thresholds(0.5, 2.0, 4.0, tau=0.7), differences()
     gate.surrogate = surrogate  # type: ignore[assignment]

@@ -63,8 +63,8 @@ class Latte(Mechanism):
             the paper, under which flat rows use up the budget with keys that matter little.
         theta: Initial threshold in that unit, at least 0.
         tau: Width of the surrogate gradient in that unit.
-        surrogate: Step that lends the gate its gradient: "sigmoid", or "compact", as steep at theta but flat from 3 tau
-            away from it, so that only pairs near the threshold have a part in it.
+        surrogate: Step that lends the gate its gradient: "sigmoid"; "compact", as steep at theta but flat from 3 tau
+            away from it, so that only pairs near the threshold have a part in it; "inside", kept pairs alone.
         trainable: Whether thresholds receive gradients; `hard` implies that they do not.
         gate_grad_to_scores: Let the task's gate gradient reach the scores too, so that a dropped key can climb back.
         always_keep: Number of leading keys (class token, sink) that are kept wherever visible.
@@ -109,8 +109,8 @@ class Latte(Mechanism):
             check_choice(name, got, allowed)
         check_integer("always_keep", always_keep, 0)
         check_flags(trainable=trainable, gate_grad_to_scores=gate_grad_to_scores)
-        if mode == "soft" and surrogate == "compact":
-            raise ValueError("mode=soft weighs keys by a sigmoid; surrogate=compact is for mode=ste")
+        if mode == "soft" and surrogate != "sigmoid":
+            raise ValueError(f"mode=soft weighs keys by a sigmoid; surrogate={surrogate} is for mode=ste")
         self.est_bits = est_bits
         self.split: Split = split
         self.scoring = scoring
@@ -162,8 +162,8 @@ class Latte(Mechanism):
         if self.mode == "soft" and self.training:
             return "it has no soft gate"
         wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, self.thresholds.offset))
-        if wanted and self.needs_slope and self.surrogate != "compact":
-            return "a sigmoid's gradient reaches every pair; the gradient of surrogate=compact does not"
+        if wanted and self.needs_slope and self.surrogate == "sigmoid":
+            return "a sigmoid's gradient reaches every pair; those of surrogate=compact and inside do not"
         if self.dropout and self.training:
             return "it has no dropout of attention weights"
         return None
@@ -198,6 +198,7 @@ class Latte(Mechanism):
             always_keep=self.always_keep,
             step=float(step * step),
             into_scores=self.gate_grad_to_scores,
+            inside=self.surrogate == "inside",
         )
         out, kept, _, _ = kernel.attend(q * d**-0.5, k, v, *gate)
         if not self.thresholds.offset.requires_grad:

@@ -14,10 +14,13 @@ The surrogate gradient is that of a smooth step g in place of the step function.
 
     sigmoid   g = sigmoid(x / tau)                            g' = g (1 - g) / tau
     compact   g = 1/2 + 3/4 u - 1/4 u^3,  u = x / (3 tau)     g' = 3/4 (1 - u^2) / (3 tau)  for |u| < 1, else 0
+    inside    g = 3/2 u - 1/2 u^3,        u = x / (3 tau)     g' = 3/2 (1 - u^2) / (3 tau)  for 0 <= u < 1, else 0
 
 Of all steps whose slope is a parabola the compact one is that which rises from 0 to 1 and is as steep at theta as the
 sigmoid: with half-width w, g'(0) = 3 / (4 w) = 1 / (4 tau) gives w = 3 tau. A pair further from theta than that has
-no gradient at all, exactly, and need not be looked at.
+no gradient at all, exactly, and need not be looked at. The inside step is its half on the kept side, twice as steep, so
+that it, too, rises from 0 to 1: dropped pairs have no gradient, which costs nothing beyond the kept ones, and none of
+them can come back by its own score, but only with its row's threshold.
 """
 
 import math
@@ -31,7 +34,7 @@ from thresher.attention.base import Call, Pattern
 from thresher.attention.functional import bounded_below, fill_hidden, with_slope
 from thresher.attention.options import check_number
 
-Surrogate = Literal["sigmoid", "compact"]
+Surrogate = Literal["sigmoid", "compact", "inside"]
 
 
 class Differences(NamedTuple):
@@ -84,7 +87,7 @@ class Thresholds(nn.Module):
         tau: Width of the surrogate, in the same unit.
         trainable: Whether `offset` receives gradients.
         unit: What differences are measured in: "nats", or the "spread" of their row.
-        surrogate: Whose slope the gate has, "sigmoid" or "compact".
+        surrogate: Whose slope the gate has, "sigmoid", "compact" or "inside".
 
     Raises:
         ValueError: `init` is negative or not a number, or `tau` is not positive.
@@ -158,8 +161,11 @@ class Thresholds(nn.Module):
     ) -> Float[Tensor, "b h n m"]:
         """Return the surrogate's d keep / d theta of every pair; 0 where hidden or always kept."""
         margin = self.margin(difference, visible, always_keep)
-        if self.surrogate == "compact":
-            return margin.div_(3).square_().clamp_max_(1).neg_().add_(1).div_(4 * self.tau)
+        if self.surrogate == "inside":
+            margin.masked_fill_(margin < 0, float("inf"))
+        if self.surrogate != "sigmoid":
+            steepest = 4 * self.tau if self.surrogate == "compact" else 2 * self.tau
+            return margin.div_(3).square_().clamp_max_(1).neg_().add_(1).div_(steepest)
         soft = margin.sigmoid_()
         return torch.addcmul(soft, soft, soft, value=-1).div_(self.tau)
 

@@ -25,6 +25,7 @@ class Gate(NamedTuple):
         always_keep: Number of leading keys that are kept wherever visible.
         step: What a product of two codes is multiplied by.
         into_scores: Whether the gate's gradient reaches scores.
+        inside: Whether only kept keys have a part in it.
     """
 
     q_codes: Tensor
@@ -40,6 +41,7 @@ class Gate(NamedTuple):
     always_keep: int
     step: float
     into_scores: bool
+    inside: bool
 
 
 @torch.library.custom_op("thresher::latte_encode", mutates_args=())
@@ -84,6 +86,7 @@ def attend(
     always_keep: int,
     step: float,
     into_scores: bool,
+    inside: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attend to the keys whose estimate lies within theta of the best of their row.
 
@@ -104,6 +107,7 @@ def attend(
     gate = Gate(
         *(q_codes, k_codes, q_unit, k_unit, shown_q, shown_k, theta, tau, shift, spread, always_keep, step),
         into_scores=into_scores,
+        inside=inside,
     )
     call("latte", "attend", q.dtype, *_passed(q, v, gate), q, k, v, out, kept, top, mass)
     return out, kept.sum(-1).to(q.dtype), top, mass
@@ -138,17 +142,19 @@ def back(
     always_keep: int,
     step: float,
     into_scores: bool,
+    inside: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients to queries, keys, values and thresholds; estimates are made again."""
     q, k, v, grad, grad_kept = (x.contiguous() for x in (q, k, v, grad, grad_kept))
     gate = Gate(
         *(q_codes, k_codes, q_unit, k_unit, shown_q, shown_k, theta, tau, shift, spread, always_keep, step),
         into_scores=into_scores,
+        inside=inside,
     )
     into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(theta)
     tensors = grad, grad_kept, q, k, v, out, top, mass
     width = 0.0 if tau is None else 3 * float(tau)
-    call("latte", "back", q.dtype, *_passed(q, v, gate), *tensors, width, int(into_scores), *into)
+    call("latte", "back", q.dtype, *_passed(q, v, gate), *tensors, width, int(into_scores), int(inside), *into)
     return into
 
 
@@ -176,7 +182,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, grad_kept: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     into_q, into_k, into_v, into_theta = back(grad, grad_kept, *ctx.saved_tensors, *ctx.settings)
-    return into_q, into_k, into_v, *(None,) * 6, into_theta, *(None,) * 6
+    return into_q, into_k, into_v, *(None,) * 6, into_theta, *(None,) * 7
 
 
 attend.register_autograd(_backward, setup_context=_setup)

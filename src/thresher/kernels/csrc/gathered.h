@@ -48,13 +48,13 @@ inline void totals<float>(const Vector<float> (&sum)[ROWS_AT_ONCE], float* to) {
 }
 #endif
 
-// Dot products of x with rows of y.
+// Dot products of x with rows of y; beyond the last one at() must name some row for up to ROWS_AT_ONCE - 1 more.
 template <class T, class At>
 inline void dots(const T* x, const T* y, int64_t d, int64_t number, const At& at, T* to) {
     constexpr int64_t LANES = Wide<T>::LANES, MANY = ROWS_AT_ONCE;
     for (int64_t i = 0; i < number; i += MANY) {
         const T* row[MANY];
-        for (int64_t z = 0; z < MANY; ++z) row[z] = y + at(std::min(i + z, number - 1)) * d;
+        for (int64_t z = 0; z < MANY; ++z) row[z] = y + at(i + z) * d;
         Vector<T> sum[MANY] = {};
         int64_t c = 0;
         for (; c + LANES <= d; c += LANES) {

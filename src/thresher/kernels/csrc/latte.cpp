@@ -7,8 +7,10 @@
 
 #include <memory>
 
+#include "buffer.h"
 #include "exponential.h"
 #include "gathered.h"
+#include "latte_encode.h"
 #include "latte_select.h"
 #include "matrix.h"
 #include "parallel.h"
@@ -28,16 +30,23 @@ int64_t block_of_keys(const Call<T>& s) {
     return std::max<int64_t>(CACHE / bytes / KEYS, 1) * KEYS;
 }
 
+// How far from the threshold the gate has a gradient; inside: on the kept side alone. 0 is nowhere.
+template <class T>
+struct Band {
+    T width = 0;
+    bool inside = false;
+};
+
 // Keys that the queries of a task need, ascending; those that are dropped, but near the threshold, as ~key.
 template <class T>
 struct Lists {
     const int64_t block, blocks;  // of keys: their size and number
-    std::vector<int32_t> key;     // with room to grow behind those of the last query
-    std::vector<T> slope;         // of the gate, if asked for
+    Buffer<int32_t> key;     // with room to grow behind those of the last query
+    Buffer<T> slope;         // of the gate, if asked for
     std::vector<int64_t> start;   // of the keys of each query in each block, and the end of those in its last
     std::vector<int64_t> kept;
     std::vector<T> unit;
-    std::vector<T> score, through;  // room for what is calculated of each listed pair
+    Buffer<T> score, through;  // room for what is calculated of each listed pair
 
     explicit Lists(const Call<T>& s) : block(block_of_keys(s)), blocks((s.m + block - 1) / block) {}
     void clear() {
@@ -45,7 +54,7 @@ struct Lists {
         kept.clear();
         start.clear();
     }
-    void make_room(std::vector<T>& x) const {
+    void make_room(Buffer<T>& x) const {
         if (int64_t(x.size()) < total()) x.resize(2 * total());
     }
     int64_t queries() const { return kept.size(); }
@@ -67,9 +76,9 @@ struct Lists {
 
 // Give the listed keys [begin, end) of a row their slopes; mark and count those that are kept.
 template <class T, class E>
-inline int64_t slope_row(const Row<T, E>& row, E top, E cut, T theta, T width, int64_t always, int64_t begin,
-                         int64_t end, std::vector<E>& estimate, Lists<T>& lists) {
-    const T a_step = row.step_of_difference(), narrower = 1 / width;
+inline int64_t slope_row(const Row<T, E>& row, E top, E cut, T theta, Band<T> band, int64_t always, int64_t begin,
+                         int64_t end, Buffer<E>& estimate, Lists<T>& lists) {
+    const T a_step = row.step_of_difference(), narrower = 1 / band.width, steepest = band.inside ? T(1.5) : T(0.75);
     const int64_t number = end - begin;
     if (int64_t(estimate.size()) < number) estimate.resize(2 * number);
     int32_t* key = lists.key.data() + begin;
@@ -79,7 +88,7 @@ inline int64_t slope_row(const Row<T, E>& row, E top, E cut, T theta, T width, i
     int64_t first = 0, kept = 0;
     for (; first < number && key[first] < always; ++first) slope[first] = T(0);
     for (int64_t x = first; x < number; ++x) {
-        const T u = (theta - T(top - e[x]) * a_step) * narrower, steep = T(0.75) * (1 - u * u) * narrower;
+        const T u = (theta - T(top - e[x]) * a_step) * narrower, steep = steepest * (1 - u * u) * narrower;
         slope[x] = steep > 0 ? steep : T(0);
     }
     for (int64_t x = first; x < number; ++x) kept += e[x] >= cut;
@@ -89,10 +98,11 @@ inline int64_t slope_row(const Row<T, E>& row, E top, E cut, T theta, T width, i
 
 template <class T, class E>
 inline void list_row(const Call<T>& s, int64_t g, const std::vector<Bits>& seen, const Row<T, E>& row, E top,
-                     int64_t stop, T width, std::vector<E>& estimate, Lists<T>& lists) {
+                     int64_t stop, Band<T> band, Buffer<E>& estimate, Lists<T>& lists) {
     const T theta = s.theta[g];
-    const bool banded = width > 0 && !row.broken && std::isfinite(theta);
-    const E cut = row.broken ? top : row.cut(top, theta), low = banded ? row.cut(top, theta + width) : cut;
+    const bool banded = band.width > 0 && !row.broken && std::isfinite(theta);
+    const E cut = row.broken ? top : row.cut(top, theta);
+    const E low = banded && !band.inside ? row.cut(top, theta + band.width) : cut;
     const int64_t begin = lists.total();
     const size_t room = begin + stop + KEYS;
     if (lists.key.size() < room) lists.key.resize(2 * room);
@@ -108,9 +118,9 @@ inline void list_row(const Call<T>& s, int64_t g, const std::vector<Bits>& seen,
         }
     }
     const int64_t end = to - lists.key.data();
-    if (width > 0 && lists.slope.size() < lists.key.size()) lists.slope.resize(lists.key.size());
-    if (width > 0 && !banded) std::fill(lists.slope.begin() + begin, lists.slope.begin() + end, T(0));
-    lists.kept.push_back(banded ? slope_row(row, top, cut, theta, width, s.always, begin, end, estimate, lists)
+    if (band.width > 0 && lists.slope.size() < lists.key.size()) lists.slope.resize(lists.key.size());
+    if (band.width > 0 && !banded) std::fill(lists.slope.begin() + begin, lists.slope.begin() + end, T(0));
+    lists.kept.push_back(banded ? slope_row(row, top, cut, theta, band, s.always, begin, end, estimate, lists)
                                 : end - begin);
     lists.start.push_back(end);
     lists.unit.push_back(row.unit);
@@ -118,12 +128,12 @@ inline void list_row(const Call<T>& s, int64_t g, const std::vector<Bits>& seen,
 
 template <bool NARROW, class E, class T>
 void list_rows(const Call<T>& s, int64_t g, const Packed<T, NARROW>& keys, const Sums<T>& sums, int64_t first,
-               int64_t last, T width, Lists<T>& lists) {
+               int64_t last, Band<T> band, Lists<T>& lists) {
     lists.clear();
-    std::vector<E> estimate;
+    Buffer<E> estimate;
     judge_rows<NARROW, E>(s, g, keys, sums, first, last, [&](int64_t i, const Row<T, E>& row, E top, int64_t stop) {
         const bool shown = !s.shown_q || s.shown_q[g * s.n + i];
-        list_row(s, g, keys.seen, row, top, shown ? stop : 0, width, estimate, lists);
+        list_row(s, g, keys.seen, row, top, shown ? stop : 0, band, estimate, lists);
     });
 }
 
@@ -189,15 +199,16 @@ void shares_of(const int32_t* key, int64_t number, T top, T mass, T constant, T 
     constexpr int64_t LANES = Wide<T>::LANES;
     const Vector<T> excess = Vector<T>{} + T(MAX_EXCESS);
     const T one = mass == 0 ? T(0) : 1 / mass;  // a row that keeps nothing has no gradient
-    for (int64_t x = 0; x < number; x += LANES) {
-        T some[LANES] = {};
-        const int64_t there = std::min(LANES, number - x);
-        std::copy_n(score + x, there, some);
-        Vector<T> over = load(some) - (mass == 0 ? T(0) : top);
-        over = over > excess ? excess : over;
-        store(some, exponential(over) * one);
-        std::copy_n(some, there, score + x);
-    }
+    const auto probability = [&](Vector<T> x) {
+        const Vector<T> over = x - (mass == 0 ? T(0) : top);
+        return exponential(over > excess ? excess : over) * one;
+    };
+    const int64_t whole = number / LANES * LANES;
+    for (int64_t x = 0; x < whole; x += LANES) store(score + x, probability(load(score + x)));
+    T rest[LANES] = {};
+    std::copy_n(score + whole, number - whole, rest);
+    store(rest, probability(load(rest)));
+    std::copy_n(rest, number - whole, score + whole);
     if (slope)
         for (int64_t x = 0; x < number; ++x) slope[x] *= score[x] * (through[x] - constant);
     for (int64_t x = 0; x < number; ++x) {
@@ -215,10 +226,10 @@ void attend(const Call<T>& s, const T* q, const T* k, const T* v, T* out, int32_
     parallel_for(s.groups * tasks, threads, [&] { return Lists<T>(s); }, [&](int64_t task, Lists<T>& lists) {
         const int64_t g = task / tasks, part = task % tasks, first = part * QUERIES, row = g * s.n + first;
         list_rows<NARROW, E>(s, g, prepared[g]->keys, prepared[g]->sums[part], first, std::min(s.n, first + QUERIES),
-                             T(0), lists);
+                             Band<T>{}, lists);
         const T *keys = k + g * s.m * s.d, *values = v + g * s.m * s.dv;
         lists.make_room(lists.score);
-        std::vector<T>& weight = lists.score;
+        Buffer<T>& weight = lists.score;
         lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
             const auto at = [&](int64_t x) { return int64_t(lists.key[begin + x]); };
             dots(q + (row + i) * s.d, keys, s.d, end - begin, at, &weight[begin]);
@@ -241,24 +252,24 @@ void attend(const Call<T>& s, const T* q, const T* k, const T* v, T* out, int32_
 // What the gradients of the outputs, and of how much is kept, are to queries, keys, values and thresholds.
 template <bool NARROW, class E, class T>
 void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const T* k, const T* v, const T* out,
-          const T* top, const T* mass, T width, bool into_scores, T* into_q, T* into_k, T* into_v, T* into_theta,
+          const T* top, const T* mass, Band<T> band, bool into_scores, T* into_q, T* into_k, T* into_v, T* into_theta,
           int64_t threads) {
     const auto prepared = prepare<T, NARROW>(s, threads);
     const int64_t blocks = (s.n + QUERIES - 1) / QUERIES;
     const int64_t splits = std::max<int64_t>(std::min((SPLITS + s.groups - 1) / std::max<int64_t>(s.groups, 1), blocks), 1);
     const int64_t size_k = s.m * s.d, size_v = s.m * s.dv;
-    std::vector<T> parts_k(s.groups * splits * size_k, T(0)), parts_v(s.groups * splits * size_v, T(0));
+    Buffer<T> parts_k(s.groups * splits * size_k, T(0)), parts_v(s.groups * splits * size_v, T(0));
     std::vector<double> parts_theta(s.groups * splits, 0.0);
     parallel_for(s.groups * splits, threads, [&] { return Lists<T>(s); }, [&](int64_t task, Lists<T>& lists) {
         const int64_t g = task / splits;
         const T *keys = k + g * size_k, *values = v + g * size_v;
         T *to_k = &parts_k[task * size_k], *to_v = &parts_v[task * size_v];
-        std::vector<T>&score = lists.score, &through = lists.through;
+        Buffer<T>&score = lists.score, &through = lists.through;
         // Blocks are dealt out in turn: in causal attention the last ones are the longest.
         for (int64_t part = task % splits; part < blocks; part += splits) {
             const int64_t first = part * QUERIES, row = g * s.n + first;
             list_rows<NARROW, E>(s, g, prepared[g]->keys, prepared[g]->sums[part], first,
-                                 std::min(s.n, first + QUERIES), width, lists);
+                                 std::min(s.n, first + QUERIES), band, lists);
             const auto from = [&](int64_t begin) { return [&, begin](int64_t x) { return lists.place(begin + x); }; };
             lists.make_room(score);
             lists.make_room(through);
@@ -271,7 +282,7 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const
             });
             for (int64_t i = 0; i < lists.queries(); ++i) {
                 const int64_t begin = lists.begin(i), number = lists.end(i) - begin;
-                T* slope = width > 0 ? &lists.slope[begin] : nullptr;
+                T* slope = band.width > 0 ? &lists.slope[begin] : nullptr;
                 if (slope) parts_theta[task] += double(grad_kept[g]) * sum_of(slope, number);
                 const T total = mass[row + i], worth = into_scores ? 1 / std::max(lists.unit[i], T(1)) : T(0);
                 T constant;
@@ -290,7 +301,7 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const
         }
     });
     parallel_for(s.groups, threads, [&](int64_t g) {
-        const auto add_up = [&](const std::vector<T>& parts, int64_t size, T* to) {
+        const auto add_up = [&](const Buffer<T>& parts, int64_t size, T* to) {
             std::copy_n(parts.data() + g * splits * size, size, to + g * size);
             for (int64_t split = 1; split < splits; ++split)
                 for (int64_t x = 0; x < size; ++x) to[g * size + x] += parts[(g * splits + split) * size + x];
@@ -300,40 +311,6 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const
         double sum = 0;
         for (int64_t split = 0; split < splits; ++split) sum += parts_theta[g * splits + split];
         into_theta[g] = T(sum);
-    });
-}
-
-// Codes of `bits` bits, and what a code of 8 bits stands for: of each token, or of all of a group.
-template <class T>
-void encode(const T* x, int64_t groups, int64_t n, int64_t d, int64_t each, int64_t bits, int64_t truncate, int8_t* codes,
-            T* unit, int64_t threads) {
-    const int64_t rows = each ? groups * n : groups, width = each ? d : n * d, step = int64_t(1) << (8 - bits);
-    const T most = T((int64_t(1) << (bits - 1)) - 1), part = T(1) / T(step);
-    parallel_for(groups, threads, [&](int64_t g) {
-        for (int64_t row = g * rows / groups; row < (g + 1) * rows / groups; ++row) {
-            const T* from = x + row * width;
-            constexpr int64_t LANES = Wide<T>::LANES;
-            Vector<T> large = Vector<T>{} + std::numeric_limits<T>::min() * 127, sum{};  // the sum is nan if one of them is
-            int64_t i = 0;
-            for (; i + LANES <= width; i += LANES) {
-                const Vector<T> some = load(from + i), size = some < 0 ? -some : some;
-                large = size > large ? size : large;
-                sum += size;
-            }
-            T most_of_all = largest<T>(large), all = total<T>(sum);
-            for (; i < width; ++i) {
-                most_of_all = std::max(most_of_all, std::abs(from[i]));
-                all += std::abs(from[i]);
-            }
-            const T scale = all == all ? most_of_all / 127 : all;
-            for (int64_t c = 0; c < width; ++c) {
-                const T whole = std::min(std::max(std::rint(from[c] / scale), T(-127)), T(127));
-                const T high = truncate ? std::floor(whole * part) : std::rint(whole * part);
-                const T bound = std::min(std::max(high, -most - 1), most);
-                codes[row * width + c] = int8_t(whole == whole ? bound : T(0));
-            }
-            unit[row] = scale;
-        }
     });
 }
 
@@ -369,11 +346,11 @@ void with_types(const Call<T>& s, Run&& run) {
     }                                                                                                                  \
     extern "C" void back_##NAME(CALL(T), const T* grad, const T* grad_kept, const T* q, const T* k, const T* v,        \
                                 const T* out, const T* top, const T* mass, double width, int64_t into_scores,          \
-                                T* into_q, T* into_k, T* into_v, T* into_theta, int64_t threads) {                     \
+                                int64_t inside, T* into_q, T* into_k, T* into_v, T* into_theta, int64_t threads) {     \
         const Call<T> s GIVEN;                                                                                         \
         with_types(s, [&](auto small, auto e) {                                                                        \
-            back<decltype(small)::value, decltype(e)>(s, grad, grad_kept, q, k, v, out, top, mass, T(width),           \
-                                                      into_scores, into_q, into_k, into_v, into_theta, threads);       \
+            back<decltype(small)::value, decltype(e)>(s, grad, grad_kept, q, k, v, out, top, mass,                     \
+                                                      Band<T>{T(width), inside != 0}, into_scores, into_q, into_k, into_v, into_theta, threads);       \
         });                                                                                                            \
     }
 

@@ -9,6 +9,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "buffer.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -178,7 +180,7 @@ inline int32_t write_words(const int8_t* codes, int64_t d, int64_t words, int32_
 // Keys of a group, packed, and what follows from them.
 template <class T, bool NARROW>
 struct Packed {
-    std::vector<Code<NARROW>> codes;
+    Buffer<Code<NARROW>> codes;
     std::vector<Bits> seen;         // a bit for each key
     std::vector<int32_t> hidden;
     int64_t broken_from;            // the first visible key whose scale is no number

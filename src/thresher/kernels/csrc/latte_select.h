@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "buffer.h"
 #include "latte_codes.h"
 #include "matrix.h"
 
@@ -227,8 +228,8 @@ template <bool NARROW, class E, class T, class Judge>
 void judge_rows(const Call<T>& s, int64_t g, const Packed<T, NARROW>& keys, Sums<T> sums, int64_t first, int64_t last,
                 Judge&& judge) {
     const int64_t width = s.blocks() * KEYS, words = s.words();
-    std::vector<int32_t> query(AT_ONCE * words);
-    std::vector<E> estimate(AT_ONCE * width);
+    Buffer<int32_t> query(AT_ONCE * words);
+    Buffer<E> estimate(AT_ONCE * width);
     for (int64_t from = first; from < last; from += AT_ONCE) {
         const int64_t number = std::min(AT_ONCE, last - from), end = s.end(from + number - 1);
         int32_t offset[AT_ONCE] = {};

@@ -1,0 +1,83 @@
+// Codes of queries and keys: the high bits of 8-bit ones, as the reference makes them, operation for operation.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "exponential.h"
+#include "matrix.h"
+#include "parallel.h"
+
+namespace thresher {
+
+// As many bytes as a vector of numbers has.
+template <class T>
+struct Narrow {
+    static constexpr int LANES = Wide<T>::LANES;
+    typedef int8_t Vector __attribute__((vector_size(LANES)));
+    typedef int8_t Loose __attribute__((vector_size(LANES), aligned(1), may_alias));
+};
+
+// The nearest whole number, of two equally near ones the even one, of what is below 2^22 in size.
+template <class T>
+inline Vector<T> nearest(Vector<T> x) {
+    constexpr T most = sizeof(T) == 4 ? T(12582912) : T(6755399441055744);  // 1.5 times 2^23 or 2^52
+    return (x + most) - most;
+}
+
+// What a code of `width` numbers stands for; nan if one of them is.
+template <class T>
+inline T unit_of(const T* x, int64_t width) {
+    constexpr int64_t LANES = Wide<T>::LANES;
+    Vector<T> large = Vector<T>{} + std::numeric_limits<T>::min() * 127, sum{};
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        const Vector<T> some = load(x + i), size = some < 0 ? -some : some;
+        large = size > large ? size : large;
+        sum += size;
+    }
+    T most = largest<T>(large), all = total<T>(sum);
+    for (; i < width; ++i) {
+        most = std::max(most, std::abs(x[i]));
+        all += std::abs(x[i]);
+    }
+    return all == all ? most / 127 : all;
+}
+
+// Codes of `bits` bits, and what a code of 8 bits stands for: of each token, or of all of a group.
+template <class T>
+void encode(const T* x, int64_t groups, int64_t n, int64_t d, int64_t each, int64_t bits, int64_t truncate, int8_t* codes,
+            T* unit, int64_t threads) {
+    constexpr int64_t LANES = Wide<T>::LANES;
+    using Codes = typename Narrow<T>::Vector;
+    const int64_t rows = each ? groups * n : groups, width = each ? d : n * d, step = int64_t(1) << (8 - bits);
+    const T high = T((int64_t(1) << (bits - 1)) - 1), part = T(1) / T(step);
+    parallel_for(groups, threads, [&](int64_t g) {
+        for (int64_t row = g * rows / groups; row < (g + 1) * rows / groups; ++row) {
+            const T scale = unit[row] = unit_of(x + row * width, width);
+            const auto clamped = [](Vector<T> y, T least, T most) {
+                y = y < least ? Vector<T>{} + least : y;
+                return y > most ? Vector<T>{} + most : y;
+            };
+            const auto code = [&](Vector<T> y) {
+                const Vector<T> share = clamped(nearest<T>(y / scale), T(-127), T(127)) * part, near = nearest<T>(share);
+                const Vector<T> whole = truncate ? (near > share ? near - 1 : near) : near;
+                return __builtin_convertvector(whole == whole ? clamped(whole, -high - 1, high) : Vector<T>{}, Codes);
+            };
+            const T* from = x + row * width;
+            int8_t* to = codes + row * width;
+            int64_t i = 0;
+            for (; i + LANES <= width; i += LANES) *reinterpret_cast<typename Narrow<T>::Loose*>(to + i) = code(load(from + i));
+            if (i == width) continue;
+            T rest[LANES] = {};
+            std::copy_n(from + i, width - i, rest);
+            const Codes last = code(load(rest));
+            for (int64_t c = i; c < width; ++c) to[c] = last[c - i];
+        }
+    });
+}
+
+}  // namespace thresher
