@@ -211,7 +211,7 @@ def test_operators_keep_the_rules_of_torch() -> None:
     hidden = torch.arange(20).expand(2, 20) > 5
     unit, theta = torch.full((2, 20), 0.5), torch.ones(2, requires_grad=True)
     for shown, k_unit, shift, width in ((None, unit[:, :1], None, None), (hidden, unit, 0, torch.tensor(0.2))):
-        gate = (*codes, unit, k_unit, shown, shown, theta, width, shift, True, 0, 256.0, True, shift is None)
+        gate = (*codes, unit, k_unit, shown, shown, theta, width, shift, True, 0, 256.0, True, shift is None, 0.25)
         torch.library.opcheck(kernel.encode, (q.detach(), shift is None, 4, False))
         torch.library.opcheck(kernel.attend, (q, k, v, *gate))
         saved = [x.detach() for x in kernel.attend(q, k, v, *gate)]

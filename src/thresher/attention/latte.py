@@ -200,7 +200,7 @@ class Latte(Mechanism):
             into_scores=self.gate_grad_to_scores,
             inside=self.surrogate == "inside",
         )
-        out, kept, _, _ = kernel.attend(q * d**-0.5, k, v, *gate)
+        out, kept, _, _ = kernel.attend(q, k, v, *gate, d**-0.5)
         if not self.thresholds.offset.requires_grad:
             kept = kept.detach()
         visible = visible_keys_of(call, self.pattern, n, m, q.device).sum(-1).float().expand(b, h)

@@ -87,14 +87,16 @@ def attend(
     step: float,
     into_scores: bool,
     inside: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attend to the keys whose estimate lies within theta of the best of their row.
 
     Args:
-        q: Queries [g, n, d], scaled.
+        q: Queries [g, n, d].
         k: Keys [g, m, d].
         v: Values [g, m, dv].
-        q_codes: This and the rest is a `Gate`.
+        q_codes: This, and what follows up to `inside`, is a `Gate`.
+        scale: What products of queries and keys are multiplied by to be scores.
 
     Returns:
         Outputs [g, n, dv]; the number of pairs kept [g], in the type of q; of each query [g, n] the best score of its
@@ -109,7 +111,7 @@ def attend(
         into_scores=into_scores,
         inside=inside,
     )
-    call("latte", "attend", q.dtype, *_passed(q, v, gate), q, k, v, out, kept, top, mass)
+    call("latte", "attend", q.dtype, *_passed(q, v, gate), q, k, v, scale, out, kept, top, mass)
     return out, kept.sum(-1).to(q.dtype), top, mass
 
 
@@ -143,6 +145,7 @@ def back(
     step: float,
     into_scores: bool,
     inside: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients to queries, keys, values and thresholds; estimates are made again."""
     q, k, v, grad, grad_kept = (x.contiguous() for x in (q, k, v, grad, grad_kept))
@@ -152,9 +155,9 @@ def back(
         inside=inside,
     )
     into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(theta)
-    tensors = grad, grad_kept, q, k, v, out, top, mass
+    given = grad, grad_kept, q, k, v, scale, out, top, mass
     width = 0.0 if tau is None else 3 * float(tau)
-    call("latte", "back", q.dtype, *_passed(q, v, gate), *tensors, width, int(into_scores), int(inside), *into)
+    call("latte", "back", q.dtype, *_passed(q, v, gate), *given, width, int(inside), int(into_scores), *into)
     return into
 
 
@@ -182,7 +185,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, grad_kept: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     into_q, into_k, into_v, into_theta = back(grad, grad_kept, *ctx.saved_tensors, *ctx.settings)
-    return into_q, into_k, into_v, *(None,) * 6, into_theta, *(None,) * 7
+    return into_q, into_k, into_v, *(None,) * 6, into_theta, *(None,) * 8
 
 
 attend.register_autograd(_backward, setup_context=_setup)

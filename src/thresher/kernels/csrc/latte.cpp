@@ -20,7 +20,7 @@ using namespace thresher;
 namespace {
 
 constexpr int64_t QUERIES = 128;         // of a task
-constexpr int64_t CACHE = 64 * 1024;     // bytes of keys, or of values, that a task looks at again and again
+constexpr int64_t CACHE = 128 * 1024;     // bytes of keys, or of values, that a task looks at again and again
 constexpr int64_t SPLITS = 16;           // tasks that backward makes at least, if there are queries enough
 constexpr double MAX_EXCESS = 30;        // nats by which a dropped key may outweigh the best kept one
 
@@ -46,13 +46,19 @@ struct Lists {
     std::vector<int64_t> start;   // of the keys of each query in each block, and the end of those in its last
     std::vector<int64_t> kept;
     std::vector<T> unit;
-    Buffer<T> score, through;  // room for what is calculated of each listed pair
+    Buffer<T> score, through;     // room for what is calculated of each listed pair
+    Buffer<T> query;              // the queries, scaled
 
     explicit Lists(const Call<T>& s) : block(block_of_keys(s)), blocks((s.m + block - 1) / block) {}
     void clear() {
         unit.clear();
         kept.clear();
         start.clear();
+    }
+    const T* scaled(const T* q, int64_t number, T scale) {
+        query.resize(number);
+        for (int64_t x = 0; x < number; ++x) query[x] = q[x] * scale;
+        return query.data();
     }
     void make_room(Buffer<T>& x) const {
         if (int64_t(x.size()) < total()) x.resize(2 * total());
@@ -195,7 +201,8 @@ T sum_of(const T* x, int64_t number) {
 // Turn the scores of a row's pairs, and the products of its gradient with values, into what each pair adds to its value
 // and to its score, and slopes into what it adds to the threshold.
 template <class T>
-void shares_of(const int32_t* key, int64_t number, T top, T mass, T constant, T worth, T* score, T* through, T* slope) {
+void shares_of(const int32_t* key, int64_t number, T top, T mass, T constant, T worth, T* score, T* through,
+               T* slope) {
     constexpr int64_t LANES = Wide<T>::LANES;
     const Vector<T> excess = Vector<T>{} + T(MAX_EXCESS);
     const T one = mass == 0 ? T(0) : 1 / mass;  // a row that keeps nothing has no gradient
@@ -219,7 +226,7 @@ void shares_of(const int32_t* key, int64_t number, T top, T mass, T constant, T 
 }
 
 template <bool NARROW, class E, class T>
-void attend(const Call<T>& s, const T* q, const T* k, const T* v, T* out, int32_t* kept, T* top, T* mass,
+void attend(const Call<T>& s, const T* q, const T* k, const T* v, T scale, T* out, int32_t* kept, T* top, T* mass,
             int64_t threads) {
     const auto prepared = prepare<T, NARROW>(s, threads);
     const int64_t tasks = (s.n + QUERIES - 1) / QUERIES;
@@ -228,11 +235,12 @@ void attend(const Call<T>& s, const T* q, const T* k, const T* v, T* out, int32_
         list_rows<NARROW, E>(s, g, prepared[g]->keys, prepared[g]->sums[part], first, std::min(s.n, first + QUERIES),
                              Band<T>{}, lists);
         const T *keys = k + g * s.m * s.d, *values = v + g * s.m * s.dv;
+        const T* queries = lists.scaled(q + row * s.d, lists.queries() * s.d, scale);
         lists.make_room(lists.score);
         Buffer<T>& weight = lists.score;
         lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
             const auto at = [&](int64_t x) { return int64_t(lists.key[begin + x]); };
-            dots(q + (row + i) * s.d, keys, s.d, end - begin, at, &weight[begin]);
+            dots(queries + i * s.d, keys, s.d, end - begin, at, &weight[begin]);
         });
         for (int64_t i = 0; i < lists.queries(); ++i) {
             const int64_t begin = lists.begin(i), number = lists.end(i) - begin;
@@ -251,19 +259,25 @@ void attend(const Call<T>& s, const T* q, const T* k, const T* v, T* out, int32_
 
 // What the gradients of the outputs, and of how much is kept, are to queries, keys, values and thresholds.
 template <bool NARROW, class E, class T>
-void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const T* k, const T* v, const T* out,
+void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const T* k, const T* v, T scale, const T* out,
           const T* top, const T* mass, Band<T> band, bool into_scores, T* into_q, T* into_k, T* into_v, T* into_theta,
           int64_t threads) {
     const auto prepared = prepare<T, NARROW>(s, threads);
     const int64_t blocks = (s.n + QUERIES - 1) / QUERIES;
     const int64_t splits = std::max<int64_t>(std::min((SPLITS + s.groups - 1) / std::max<int64_t>(s.groups, 1), blocks), 1);
     const int64_t size_k = s.m * s.d, size_v = s.m * s.dv;
-    Buffer<T> parts_k(s.groups * splits * size_k, T(0)), parts_v(s.groups * splits * size_v, T(0));
+    std::vector<Buffer<T>> parts(s.groups * splits);  // of keys and of values; the first of a group adds to the results
     std::vector<double> parts_theta(s.groups * splits, 0.0);
     parallel_for(s.groups * splits, threads, [&] { return Lists<T>(s); }, [&](int64_t task, Lists<T>& lists) {
         const int64_t g = task / splits;
         const T *keys = k + g * size_k, *values = v + g * size_v;
-        T *to_k = &parts_k[task * size_k], *to_v = &parts_v[task * size_v];
+        const bool own = task % splits != 0;
+        if (own) parts[task].resize(size_k + size_v);
+        T *to_k = own ? parts[task].data() : into_k + g * size_k, *to_v = own ? to_k + size_k : into_v + g * size_v;
+        if (!own) {
+            std::fill_n(to_k, size_k, T(0));
+            std::fill_n(to_v, size_v, T(0));
+        }
         Buffer<T>&score = lists.score, &through = lists.through;
         // Blocks are dealt out in turn: in causal attention the last ones are the longest.
         for (int64_t part = task % splits; part < blocks; part += splits) {
@@ -273,9 +287,12 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const
             const auto from = [&](int64_t begin) { return [&, begin](int64_t x) { return lists.place(begin + x); }; };
             lists.make_room(score);
             lists.make_room(through);
-            std::fill_n(into_q + row * s.d, lists.queries() * s.d, T(0));
+            T* to_q = into_q + row * s.d;
+            const int64_t size_q = lists.queries() * s.d;
+            const T* queries = lists.scaled(q + row * s.d, size_q, scale);
+            std::fill_n(to_q, size_q, T(0));
             lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
-                dots(q + (row + i) * s.d, keys, s.d, end - begin, from(begin), &score[begin]);
+                dots(queries + i * s.d, keys, s.d, end - begin, from(begin), &score[begin]);
             });
             lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
                 dots(grad + (row + i) * s.dv, values, s.dv, end - begin, from(begin), &through[begin]);
@@ -292,22 +309,21 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const
                 if (slope) parts_theta[task] += sum_of(slope, number);
             }
             lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
-                add_rows(into_q + (row + i) * s.d, &through[begin], keys, s.d, end - begin, from(begin));
-                add_to_rows(to_k, &through[begin], q + (row + i) * s.d, s.d, end - begin, from(begin));
+                add_rows(to_q + i * s.d, &through[begin], keys, s.d, end - begin, from(begin));
+                add_to_rows(to_k, &through[begin], queries + i * s.d, s.d, end - begin, from(begin));
             });
+            for (int64_t x = 0; x < size_q; ++x) to_q[x] *= scale;
             lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
                 add_to_rows(to_v, &score[begin], grad + (row + i) * s.dv, s.dv, end - begin, from(begin));
             });
         }
     });
     parallel_for(s.groups, threads, [&](int64_t g) {
-        const auto add_up = [&](const Buffer<T>& parts, int64_t size, T* to) {
-            std::copy_n(parts.data() + g * splits * size, size, to + g * size);
-            for (int64_t split = 1; split < splits; ++split)
-                for (int64_t x = 0; x < size; ++x) to[g * size + x] += parts[(g * splits + split) * size + x];
-        };
-        add_up(parts_k, size_k, into_k);
-        add_up(parts_v, size_v, into_v);
+        for (int64_t split = 1; split < splits; ++split) {
+            const T* part = parts[g * splits + split].data();
+            for (int64_t x = 0; x < size_k; ++x) into_k[g * size_k + x] += part[x];
+            for (int64_t x = 0; x < size_v; ++x) into_v[g * size_v + x] += part[size_k + x];
+        }
         double sum = 0;
         for (int64_t split = 0; split < splits; ++split) sum += parts_theta[g * splits + split];
         into_theta[g] = T(sum);
@@ -333,24 +349,25 @@ void with_types(const Call<T>& s, Run&& run) {
 #define GIVEN {q_codes, k_codes, q_unit, k_unit, shown_q, shown_k, theta, groups, n, m, d, dv, causal, shift, spread, \
                always, each_key, step}
 #define FOR_TYPE(T, NAME)                                                                                              \
-    extern "C" void encode_##NAME(const T* x, int64_t groups, int64_t n, int64_t d, int64_t each, int64_t bits,         \
+    extern "C" void encode_##NAME(const T* x, int64_t groups, int64_t n, int64_t d, int64_t each, int64_t bits,        \
                                   int64_t truncate, int8_t* codes, T* unit, int64_t threads) {                         \
         encode(x, groups, n, d, each, bits, truncate, codes, unit, threads);                                           \
     }                                                                                                                  \
-    extern "C" void attend_##NAME(CALL(T), const T* q, const T* k, const T* v, T* out, int32_t* kept, T* top, T* mass, \
-                                  int64_t threads) {                                                                   \
+    extern "C" void attend_##NAME(CALL(T), const T* q, const T* k, const T* v, double scale, T* out, int32_t* kept,    \
+                                  T* top, T* mass, int64_t threads) {                                                  \
         const Call<T> s GIVEN;                                                                                         \
         with_types(s, [&](auto small, auto e) {                                                                        \
-            attend<decltype(small)::value, decltype(e)>(s, q, k, v, out, kept, top, mass, threads);                    \
+            attend<decltype(small)::value, decltype(e)>(s, q, k, v, T(scale), out, kept, top, mass, threads);          \
         });                                                                                                            \
     }                                                                                                                  \
     extern "C" void back_##NAME(CALL(T), const T* grad, const T* grad_kept, const T* q, const T* k, const T* v,        \
-                                const T* out, const T* top, const T* mass, double width, int64_t into_scores,          \
-                                int64_t inside, T* into_q, T* into_k, T* into_v, T* into_theta, int64_t threads) {     \
+                                double scale, const T* out, const T* top, const T* mass, double width, int64_t inside, \
+                                int64_t into_scores, T* into_q, T* into_k, T* into_v, T* into_theta, int64_t threads) {\
         const Call<T> s GIVEN;                                                                                         \
         with_types(s, [&](auto small, auto e) {                                                                        \
-            back<decltype(small)::value, decltype(e)>(s, grad, grad_kept, q, k, v, out, top, mass,                     \
-                                                      Band<T>{T(width), inside != 0}, into_scores, into_q, into_k, into_v, into_theta, threads);       \
+            back<decltype(small)::value, decltype(e)>(s, grad, grad_kept, q, k, v, T(scale), out, top, mass,           \
+                                                      Band<T>{T(width), inside != 0}, into_scores, into_q, into_k,     \
+                                                      into_v, into_theta, threads);                                    \
         });                                                                                                            \
     }
 

@@ -131,9 +131,22 @@ constexpr Places PLACES;
 
 // Write j plus the place of each set bit, ascending; return the end. There must be room for KEYS numbers.
 inline int32_t* write_places(Bits bits, int64_t j, int32_t* to) {
-#if defined(__AVX512F__)
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#if defined(__AVX512VBMI2__)
     if (!bits) return to;
+    alignas(64) static constexpr int16_t LANES[] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                                    16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+    for (int64_t from = j; from < j + KEYS; bits >>= 32, from += 32) {
+        const __m512i some = _mm512_maskz_compress_epi16(__mmask32(bits), _mm512_load_si512(LANES));
+        const __m512i base = _mm512_set1_epi32(int32_t(from));
+        const int number = __builtin_popcount(uint32_t(bits));
+        _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(some)), base));
+        if (number > 16)
+            _mm512_storeu_si512(to + 16, _mm512_add_epi32(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(some, 1)), base));
+        to += number;
+    }
+#elif defined(__AVX512F__)
+    if (!bits) return to;
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int64_t from = j; from < j + KEYS; bits >>= 16, from += 16) {
         const __m512i all = _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(from)));
         _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(bits), all));
