@@ -41,7 +41,7 @@ def test_rows_are_the_product_of_all_axes() -> None:
     assert {(j.name, j.knobs, j.pattern, j.n) for j in found} == {
         (name, knobs, pattern, n)
         for name, many in (
-            ("latte", tuple(f"kept {kept}, surrogate compact, tau 0.05" for kept in (0.15, 0.1, 0.05))),
+            ("latte", tuple(f"kept {kept}, surrogate inside, tau 0.05" for kept in (0.15, 0.1, 0.05))),
             ("topk", ("keys 4", "keys 8", "keys 16")),
         )
         for knobs in many
@@ -62,7 +62,7 @@ def test_a_mechanism_can_have_lengths_of_its_own_and_hyper_parameters_that_no_fi
     )
     assert [(j.name, j.n) for j in found] == [("latte", 16), ("topk", 64), ("topk", 128)]
     assert found[0].hyperparameters["est_bits"] == 8
-    assert found[0].knobs == "kept 0.2, surrogate compact, tau 0.05, est_bits 8"
+    assert found[0].knobs == "kept 0.2, surrogate inside, tau 0.05, est_bits 8"
 
 
 def test_a_pattern_that_a_mechanism_is_not_for_has_no_row() -> None:

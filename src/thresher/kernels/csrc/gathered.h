@@ -48,13 +48,17 @@ inline void totals<float>(const Vector<float> (&sum)[ROWS_AT_ONCE], float* to) {
 }
 #endif
 
-// Dot products of x with rows of y; beyond the last one at() must name some row for up to ROWS_AT_ONCE - 1 more.
+// Dot products of x with rows of y.
 template <class T, class At>
 inline void dots(const T* x, const T* y, int64_t d, int64_t number, const At& at, T* to) {
     constexpr int64_t LANES = Wide<T>::LANES, MANY = ROWS_AT_ONCE;
     for (int64_t i = 0; i < number; i += MANY) {
+        const bool all_there = i + MANY <= number;
         const T* row[MANY];
-        for (int64_t z = 0; z < MANY; ++z) row[z] = y + at(i + z) * d;
+        if (all_there)
+            for (int64_t z = 0; z < MANY; ++z) row[z] = y + at(i + z) * d;
+        else
+            for (int64_t z = 0; z < MANY; ++z) row[z] = y + at(std::min(i + z, number - 1)) * d;
         Vector<T> sum[MANY] = {};
         int64_t c = 0;
         for (; c + LANES <= d; c += LANES) {
@@ -62,11 +66,11 @@ inline void dots(const T* x, const T* y, int64_t d, int64_t number, const At& at
             for (int64_t z = 0; z < MANY; ++z) sum[z] += some * load(row[z] + c);
         }
         T some[MANY];
-        T* all = i + MANY <= number ? to + i : some;
+        T* all = all_there ? to + i : some;
         totals<T>(sum, all);
         for (; c < d; ++c)
             for (int64_t z = 0; z < MANY; ++z) all[z] += x[c] * row[z][c];
-        if (all == some) std::copy_n(some, number - i, to + i);
+        if (!all_there) std::copy_n(some, number - i, to + i);
     }
 }
 

@@ -202,8 +202,8 @@ struct Row {
             low = high;
             high = most;
         }
-        while (high - low > 1) {
-            const int64_t middle = low + (high - low) / 2;
+        while (low + 1 < high) {
+            const int64_t middle = (low & high) + ((low ^ high) >> 1);  // their difference may not fit
             (keeps(middle) ? high : low) = middle;
         }
         return from_order<E>(high);
