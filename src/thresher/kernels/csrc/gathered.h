@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "exponential.h"
 #include "matrix.h"
@@ -48,6 +49,17 @@ inline void totals<float>(const Vector<float> (&sum)[ROWS_AT_ONCE], float* to) {
 }
 #endif
 
+template <class T>
+inline T dot(const T* x, const T* y, int64_t d) {
+    constexpr int64_t LANES = Wide<T>::LANES;
+    Vector<T> sum{};
+    int64_t c = 0;
+    for (; c + LANES <= d; c += LANES) sum += load(x + c) * load(y + c);
+    T all = total<T>(sum);
+    for (; c < d; ++c) all += x[c] * y[c];
+    return all;
+}
+
 // Dot products of x with rows of y.
 template <class T, class At>
 inline void dots(const T* x, const T* y, int64_t d, int64_t number, const At& at, T* to) {
@@ -74,62 +86,57 @@ inline void dots(const T* x, const T* y, int64_t d, int64_t number, const At& at
     }
 }
 
-// Add rows of y times their share to `to`, in vectors of MANY at a time from column c on.
-template <int MANY, class T, class At>
-inline void add_columns(T* to, const T* share, const T* y, int64_t d, int64_t number, const At& at, int64_t& c) {
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+// Call take(Constant<vectors>, first column) for a row's columns in vectors, four at a time where there are so many;
+// return the first column that no vector holds.
+template <class T, class Take>
+inline int64_t in_vectors(int64_t d, const Take& take) {
     constexpr int64_t LANES = Wide<T>::LANES;
-    for (; c + MANY * LANES <= d; c += MANY * LANES) {
-        Vector<T> even[MANY], odd[MANY] = {};  // two sums, for one has to wait for itself
-        for (int64_t z = 0; z < MANY; ++z) even[z] = load(to + c + z * LANES);
-        int64_t i = 0;
-        for (; i + 2 <= number; i += 2) {
-            const T *one = y + at(i) * d + c, *two = y + at(i + 1) * d + c;
-            for (int64_t z = 0; z < MANY; ++z) even[z] += share[i] * load(one + z * LANES);
-            for (int64_t z = 0; z < MANY; ++z) odd[z] += share[i + 1] * load(two + z * LANES);
-        }
-        if (i < number)
-            for (int64_t z = 0; z < MANY; ++z) even[z] += share[i] * load(y + at(i) * d + c + z * LANES);
-        for (int64_t z = 0; z < MANY; ++z) store(to + c + z * LANES, even[z] + odd[z]);
-    }
+    int64_t c = 0;
+    for (; c + 4 * LANES <= d; c += 4 * LANES) take(Constant<4>{}, c);
+    for (; c + 2 * LANES <= d; c += 2 * LANES) take(Constant<2>{}, c);
+    for (; c + LANES <= d; c += LANES) take(Constant<1>{}, c);
+    return c;
 }
 
 // Add rows of y times their share to `to`.
 template <class T, class At>
 inline void add_rows(T* to, const T* share, const T* y, int64_t d, int64_t number, const At& at) {
-    int64_t c = 0;
-    add_columns<4>(to, share, y, d, number, at, c);
-    add_columns<2>(to, share, y, d, number, at, c);
-    add_columns<1>(to, share, y, d, number, at, c);
-    for (; c < d; ++c) {
+    constexpr int64_t LANES = Wide<T>::LANES;
+    const int64_t rest = in_vectors<T>(d, [&](auto many, int64_t c) {
+        constexpr int MANY = decltype(many)::value;
+        Vector<T> sum[MANY];
+        for (int64_t z = 0; z < MANY; ++z) sum[z] = load(to + c + z * LANES);
+        for (int64_t i = 0; i < number; ++i) {
+            const T* row = y + at(i) * d + c;
+            for (int64_t z = 0; z < MANY; ++z) sum[z] += share[i] * load(row + z * LANES);
+        }
+        for (int64_t z = 0; z < MANY; ++z) store(to + c + z * LANES, sum[z]);
+    });
+    for (int64_t c = rest; c < d; ++c) {
         T sum = to[c];
         for (int64_t i = 0; i < number; ++i) sum += share[i] * y[at(i) * d + c];
         to[c] = sum;
     }
 }
 
-// Add x times a share to each row of y, in vectors of MANY at a time from column c on.
-template <int MANY, class T, class At>
-inline void spread_columns(T* y, const T* share, const T* x, int64_t d, int64_t number, const At& at, int64_t& c) {
+// Add x times its share to each row of y; no row comes twice.
+template <class T, class At>
+inline void add_to_rows(T* y, const T* share, const T* x, int64_t d, int64_t number, const At& at) {
     constexpr int64_t LANES = Wide<T>::LANES;
-    for (; c + MANY * LANES <= d; c += MANY * LANES) {
+    const int64_t rest = in_vectors<T>(d, [&](auto many, int64_t c) {
+        constexpr int MANY = decltype(many)::value;
         Vector<T> some[MANY];
         for (int64_t z = 0; z < MANY; ++z) some[z] = load(x + c + z * LANES);
         for (int64_t i = 0; i < number; ++i) {
             T* row = y + at(i) * d + c;
             for (int64_t z = 0; z < MANY; ++z) store(row + z * LANES, load(row + z * LANES) + share[i] * some[z]);
         }
-    }
-}
-
-// Add x times its share to each row of y; no row comes twice.
-template <class T, class At>
-inline void add_to_rows(T* y, const T* share, const T* x, int64_t d, int64_t number, const At& at) {
-    int64_t c = 0;
-    spread_columns<4>(y, share, x, d, number, at, c);
-    spread_columns<2>(y, share, x, d, number, at, c);
-    spread_columns<1>(y, share, x, d, number, at, c);
-    for (int64_t i = 0; i < number && c < d; ++i)
-        for (int64_t e = c; e < d; ++e) y[at(i) * d + e] += share[i] * x[e];
+    });
+    for (int64_t i = 0; i < number && rest < d; ++i)
+        for (int64_t c = rest; c < d; ++c) y[at(i) * d + c] += share[i] * x[c];
 }
 
 }  // namespace thresher

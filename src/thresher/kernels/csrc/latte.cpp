@@ -8,19 +8,19 @@
 #include <memory>
 
 #include "buffer.h"
-#include "exponential.h"
 #include "gathered.h"
 #include "latte_encode.h"
 #include "latte_select.h"
 #include "matrix.h"
 #include "parallel.h"
+#include "softmax.h"
 
 using namespace thresher;
 
 namespace {
 
 constexpr int64_t QUERIES = 128;         // of a task
-constexpr int64_t CACHE = 128 * 1024;     // bytes of keys, or of values, that a task looks at again and again
+constexpr int64_t CACHE = 128 * 1024;    // bytes of keys, or of values, that a task looks at again and again
 constexpr int64_t SPLITS = 16;           // tasks that backward makes at least, if there are queries enough
 constexpr double MAX_EXCESS = 30;        // nats by which a dropped key may outweigh the best kept one
 
@@ -41,8 +41,8 @@ struct Band {
 template <class T>
 struct Lists {
     const int64_t block, blocks;  // of keys: their size and number
-    Buffer<int32_t> key;     // with room to grow behind those of the last query
-    Buffer<T> slope;         // of the gate, if asked for
+    Buffer<int32_t> key;          // with room to grow behind those of the last query
+    Buffer<T> slope;              // of the gate, if asked for
     std::vector<int64_t> start;   // of the keys of each query in each block, and the end of those in its last
     std::vector<int64_t> kept;
     std::vector<T> unit;
@@ -164,29 +164,6 @@ std::vector<std::unique_ptr<Prepared<T, NARROW>>> prepare(const Call<T>& s, int6
     return all;
 }
 
-// Turn scores into weights: exponentials below the best score, divided by their sum.
-template <class T>
-void soften(T* score, int64_t number, T& top, T& mass) {
-    constexpr int64_t LANES = Wide<T>::LANES;
-    const int64_t whole = number / LANES * LANES;
-    T rest[LANES];
-    std::fill_n(rest, LANES, -std::numeric_limits<T>::infinity());
-    std::copy_n(score + whole, number - whole, rest);
-    Vector<T> most = load(rest), sum{};
-    for (int64_t x = 0; x < whole; x += LANES) most = load(score + x) > most ? load(score + x) : most;
-    top = largest<T>(most);
-    for (int64_t x = 0; x < whole; x += LANES) {
-        const Vector<T> e = exponential(load(score + x) - top);
-        store(score + x, e);
-        sum += e;
-    }
-    const Vector<T> e = exponential(load(rest) - top);
-    mass = total<T>(sum + e);
-    store(rest, e);
-    std::copy_n(rest, number - whole, score + whole);
-    for (int64_t x = 0; x < number; ++x) score[x] *= 1 / mass;
-}
-
 template <class T>
 T sum_of(const T* x, int64_t number) {
     constexpr int64_t LANES = Wide<T>::LANES;
@@ -203,19 +180,12 @@ T sum_of(const T* x, int64_t number) {
 template <class T>
 void shares_of(const int32_t* key, int64_t number, T top, T mass, T constant, T worth, T* score, T* through,
                T* slope) {
-    constexpr int64_t LANES = Wide<T>::LANES;
     const Vector<T> excess = Vector<T>{} + T(MAX_EXCESS);
     const T one = mass == 0 ? T(0) : 1 / mass;  // a row that keeps nothing has no gradient
-    const auto probability = [&](Vector<T> x) {
+    transform(score, number, T(0), [&](Vector<T> x) {
         const Vector<T> over = x - (mass == 0 ? T(0) : top);
         return exponential(over > excess ? excess : over) * one;
-    };
-    const int64_t whole = number / LANES * LANES;
-    for (int64_t x = 0; x < whole; x += LANES) store(score + x, probability(load(score + x)));
-    T rest[LANES] = {};
-    std::copy_n(score + whole, number - whole, rest);
-    store(rest, probability(load(rest)));
-    std::copy_n(rest, number - whole, score + whole);
+    });
     if (slope)
         for (int64_t x = 0; x < number; ++x) slope[x] *= score[x] * (through[x] - constant);
     for (int64_t x = 0; x < number; ++x) {
@@ -302,8 +272,7 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const
                 T* slope = band.width > 0 ? &lists.slope[begin] : nullptr;
                 if (slope) parts_theta[task] += double(grad_kept[g]) * sum_of(slope, number);
                 const T total = mass[row + i], worth = into_scores ? 1 / std::max(lists.unit[i], T(1)) : T(0);
-                T constant;
-                dots(grad + (row + i) * s.dv, out + (row + i) * s.dv, s.dv, 1, [](int64_t) { return 0; }, &constant);
+                const T constant = dot(grad + (row + i) * s.dv, out + (row + i) * s.dv, s.dv);
                 shares_of(&lists.key[begin], number, top[row + i], total, constant, worth, &score[begin],
                           &through[begin], slope);
                 if (slope) parts_theta[task] += sum_of(slope, number);

@@ -16,9 +16,10 @@
 #include <immintrin.h>
 #endif
 
-#include "exponential.h"
+#include "gathered.h"
 #include "matrix.h"
 #include "parallel.h"
+#include "softmax.h"
 
 using namespace thresher;
 
@@ -164,53 +165,6 @@ void panels_of(const T* k, int64_t m, int64_t d, int64_t panel, T* to) {
 }
 
 template <class T>
-void soften(T* weight, int64_t number) {
-    constexpr int LANES = Wide<T>::LANES;
-    T top = weight[0];
-    for (int64_t i = 1; i < number; ++i) top = weight[i] > top ? weight[i] : top;
-    T sum = 0;
-    int64_t i = 0;
-    for (; i + LANES <= number; i += LANES) store(weight + i, exponential(load(weight + i) - top));
-    for (; i < number; ++i) weight[i] = std::exp(weight[i] - top);
-    for (i = 0; i < number; ++i) sum += weight[i];
-    for (i = 0; i < number; ++i) weight[i] /= sum;
-}
-
-// out[c] = sum over i of weight[i] * rows[index[i], c]
-template <class T>
-void weigh(const T* weight, const int32_t* index, int64_t number, const T* rows, int64_t width, T* out) {
-    constexpr int LANES = Wide<T>::LANES, VECTORS = 32 / LANES;
-    int64_t c = 0;
-    for (; c + 32 <= width; c += 32) {
-        Vector<T> sum[VECTORS] = {};
-        for (int64_t i = 0; i < number; ++i) {
-            const T* row = rows + index[i] * width + c;
-            for (int j = 0; j < VECTORS; ++j) sum[j] += weight[i] * load(row + j * LANES);
-        }
-        for (int j = 0; j < VECTORS; ++j) store(out + c + j * LANES, sum[j]);
-    }
-    for (; c < width; ++c) {
-        T sum = 0;
-        for (int64_t i = 0; i < number; ++i) sum += weight[i] * rows[index[i] * width + c];
-        out[c] = sum;
-    }
-}
-
-template <class T>
-T dot(const T* a, const T* b, int64_t width) {
-    constexpr int LANES = Wide<T>::LANES;
-    Vector<T> one{}, other{};
-    int64_t c = 0;
-    for (; c + 2 * LANES <= width; c += 2 * LANES) {
-        one += load(a + c) * load(b + c);
-        other += load(a + c + LANES) * load(b + c + LANES);
-    }
-    T sum = total<T>(one + other);
-    for (; c < width; ++c) sum += a[c] * b[c];
-    return sum;
-}
-
-template <class T>
 void attend(const T* q, const T* k, const T* v, const uint8_t* seen, const int64_t* limit, T* out, T* weight,
             int32_t* index, Sizes s, int64_t causal, int64_t shift, int64_t threads) {
     constexpr int64_t ROWS = Wide<T>::ROWS;
@@ -245,9 +199,12 @@ void attend(const T* q, const T* k, const T* v, const uint8_t* seen, const int64
                     if (kept) {
                         selector.select(score, ahead, kept, x);
                         for (int64_t j = 0; j < kept; ++j) w[j] = number_of<T>(score[x[j]]);
-                        soften(w, kept);
+                        T top, mass;
+                        soften(w, kept, top, mass);
                     }
-                    weigh(w, x, kept, v + g * s.m * s.dv, s.dv, out + row * s.dv);
+                    std::fill_n(out + row * s.dv, s.dv, T(0));
+                    const auto at = [=](int64_t j) { return int64_t(x[j]); };
+                    add_rows(out + row * s.dv, w, v + g * s.m * s.dv, s.dv, kept, at);
                     std::fill(w + kept, w + s.most, T(0));
                     std::fill(x + kept, x + s.most, -1);
                 }
@@ -267,14 +224,14 @@ void back(const T* grad, const T* q, const T* k, const T* v, const T* weight, co
                 const T* w = weight + row * s.most;
                 const int32_t* x = index + row * s.most;
                 T* t = &through[i * s.most];
-                int64_t kept = 0;
+                const int64_t kept = std::find(x, x + s.most, -1) - x;
+                const auto at = [=](int64_t j) { return int64_t(x[j]); };
+                dots(grad + row * s.dv, v + g * s.m * s.dv, s.dv, kept, at, t);
                 T mean = 0;
-                for (; kept < s.most && x[kept] >= 0; ++kept) {
-                    t[kept] = dot(grad + row * s.dv, v + (g * s.m + x[kept]) * s.dv, s.dv);
-                    mean += w[kept] * t[kept];
-                }
+                for (int64_t j = 0; j < kept; ++j) mean += w[j] * t[j];
                 for (int64_t j = 0; j < kept; ++j) t[j] = w[j] * (t[j] - mean);
-                weigh(t, x, kept, k + g * s.m * s.d, s.d, into_q + row * s.d);
+                std::fill_n(into_q + row * s.d, s.d, T(0));
+                add_rows(into_q + row * s.d, t, k + g * s.m * s.d, s.d, kept, at);
             }
         });
         // Each task owns some channels of all keys, so that queries are added in order.

@@ -1,0 +1,46 @@
+// Softmax of a row of scores, in vectors of the width that the processor has.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "exponential.h"
+#include "matrix.h"
+
+namespace thresher {
+
+// Replace numbers by what `of` makes of vectors of them; the last vector is filled up with `rest`.
+template <class T, class Of>
+inline void transform(T* x, int64_t number, T rest, Of&& of) {
+    constexpr int64_t LANES = Wide<T>::LANES;
+    const int64_t whole = number / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) store(x + i, of(load(x + i)));
+    T last[LANES];
+    std::fill_n(last, LANES, rest);
+    std::copy_n(x + whole, number - whole, last);
+    store(last, of(load(last)));
+    std::copy_n(last, number - whole, x + whole);
+}
+
+// Turn scores into weights: exponentials below the best score, `top`, divided by their sum, `mass`.
+template <class T>
+void soften(T* score, int64_t number, T& top, T& mass) {
+    constexpr int64_t LANES = Wide<T>::LANES;
+    const T nothing = -std::numeric_limits<T>::infinity();
+    Vector<T> most = Vector<T>{} + nothing, sum{};
+    int64_t i = 0;
+    for (; i + LANES <= number; i += LANES) most = load(score + i) > most ? load(score + i) : most;
+    top = largest<T>(most);
+    for (; i < number; ++i) top = score[i] > top ? score[i] : top;
+    transform(score, number, nothing, [&](Vector<T> x) {
+        const Vector<T> e = exponential(x - top);
+        sum += e;
+        return e;
+    });
+    mass = total<T>(sum);
+    for (i = 0; i < number; ++i) score[i] *= 1 / mass;
+}
+
+}  // namespace thresher
