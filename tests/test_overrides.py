@@ -6,9 +6,21 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from tests.running import CONF
-from thresher.overrides import OF_SEVERAL_TYPES, check, check_key, choices_of, compose_config, parse, places, quoted
+from thresher.overrides import (
+    COUNTS_OR_SHARES,
+    OF_SEVERAL_TYPES,
+    check,
+    check_key,
+    check_type,
+    choices_of,
+    compose_config,
+    parse,
+    places,
+    quoted,
+)
 
 
 def read(text: str) -> object:
@@ -79,6 +91,15 @@ def test_another_type_than_the_configs_is_refused(override: str, message: str) -
 )
 def test_what_may_be_meant_is_let_through(arguments: list[str]) -> None:
     check(CONF, "train", arguments)
+
+
+@pytest.mark.parametrize("key", COUNTS_OR_SHARES)
+def test_a_share_may_take_the_place_of_a_count(key: str) -> None:
+    stored = OmegaConf.create({})
+    OmegaConf.update(stored, key, 2)
+    check_type(stored, key, 0.5)
+    with pytest.raises(ValueError, match=f"{key} must be a number, like 2, not 'abc'"):
+        check_type(stored, key, "abc")
 
 
 @pytest.mark.parametrize("override", ["bench.what=train_step", "bench.train_step.vit.n=197", "bench.n=[16,32]"])

@@ -24,6 +24,14 @@ OF_SEVERAL_TYPES = (
     "trainer.fast_dev_run",
     "trainer.strategy",
 )
+COUNTS_OR_SHARES = (
+    "attention.keys",
+    "trainer.limit_test_batches",
+    "trainer.limit_train_batches",
+    "trainer.limit_val_batches",
+    "trainer.overfit_batches",
+    "trainer.val_check_interval",
+)
 KNOB = re.compile(r"dropin\.mechanisms\.\w+\.\w+")  # one value or a list of them
 PLACE = re.compile(r"^  - /(\w+)@(\w+):", re.MULTILINE)  # in the defaults of a choice
 PLAIN = re.compile(r"[A-Za-z0-9_./+@%-]+(?: [A-Za-z0-9_./+@%-]+)*")
@@ -261,8 +269,9 @@ def _check_value(key: str, value: Any, known: Any) -> None:
         raise ValueError(f"{key} must be true or false, not {value!r}")
     if isinstance(known, (int, float)) and not isinstance(known, bool):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or (isinstance(known, int) and isinstance(value, float)):
-            kind = "a whole number" if isinstance(known, int) else "a number"
+        whole = isinstance(known, int) and key not in COUNTS_OR_SHARES
+        if not number or (whole and isinstance(value, float)):
+            kind = "a whole number" if whole else "a number"
             raise ValueError(f"{key} must be {kind}, like {known}, not {value!r}")
 
 

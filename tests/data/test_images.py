@@ -321,3 +321,30 @@ def test_two_processes_share_an_epoch(tmp_path: Path, batch_size: int) -> None:
     assert [len(images) for images in first_epoch] == [9, 9]
     train, _ = split_of(ready(data))
     assert sorted(first_epoch[0] + first_epoch[1]) == sorted(train)
+
+
+@QUIET
+@FORK
+def test_two_processes_evaluate_each_example_once_in_as_many_batches(tmp_path: Path) -> None:
+    data, spy = Synthetic(batch_size=5), Spy(tmp_path)
+    data.count = 21
+    run = trainer(strategy="ddp_fork", devices=2)
+    run.fit(spy, data)
+    run.test(spy, data, verbose=False)
+    ranks = [seen(tmp_path, f"test-{rank}") for rank in range(2)]
+    assert [[len(batch) for batch in batches] for batches in ranks] == [[5, 6], [5, 5]]
+    assert sorted(i for batches in ranks for batch in batches for i in batch) == list(range(21))
+    _, val = split_of(ready(data))
+    held_out = [i for rank in range(2) for batch in seen(tmp_path, f"val-{rank}") for i in batch]
+    assert sorted(held_out) == sorted(2 * val)  # in two epochs
+
+
+@QUIET
+@FORK
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_two_processes_overfit_on_a_few_batches(tmp_path: Path) -> None:
+    data = Synthetic(batch_size=4)
+    trainer(strategy="ddp_fork", devices=2, overfit_batches=2).fit(Spy(tmp_path), data)
+    ranks = [seen(tmp_path, f"train-{rank}") for rank in range(2)]
+    assert [len(batches) for batches in ranks] == [4, 4]
+    assert ranks[0][:2] == ranks[0][2:] != ranks[1][:2]

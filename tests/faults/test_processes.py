@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.faults.processes import begin, finish, until
+from tests.faults.processes import ENVIRONMENT, ROOT, begin, finish, until
 from tests.test_resume import assert_same
 from thresher.checkpoint import load
 
@@ -77,6 +78,24 @@ def test_two_processes_are_one_with_a_doubled_batch(compute: str, tmp_path: Path
         torch.testing.assert_close(value, alone[f"net.{name}"], rtol=1e-4, atol=1e-5)
     for name in ("train/kept", "train/compute", "train/compute_loss", "val/loss", "val/kept", "val/compute"):
         assert column(tmp_path / "two", name) == pytest.approx(column(tmp_path / "one", name), rel=1e-4), name
+
+
+def test_two_processes_evaluate_as_one(tmp_path: Path) -> None:
+    run(tmp_path / "run", "trainer.max_epochs=1", "test=false")
+    evaluate = (f"ckpt='{tmp_path}/run/checkpoints/best.ckpt'", "trainer.limit_test_batches=1.0")
+    for name, more in (("one", ()), ("two", (*TWO, "data.batch_size=63"))):
+        command = [sys.executable, str(ROOT / "eval.py"), *evaluate, *more, f"run.dir='{tmp_path}/{name}'"]
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert {name for name in one if name.startswith("test/")} == {
+        f"test/{x}" for x in ("acc", "loss", "kept", "compute")
+    }
+    assert two == pytest.approx(one, rel=1e-5)
+    heads = [json.loads((tmp_path / name / "heads.json").read_text())["layers"] for name in ("one", "two")]
+    for alone, shared in zip(*heads, strict=True):
+        for head, other in zip(alone["heads"], shared["heads"], strict=True):
+            assert other == pytest.approx(head, rel=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["mca", "yoso", "smyrf", "latte"])

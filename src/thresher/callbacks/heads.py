@@ -63,8 +63,8 @@ class HeadStatistics(pl.Callback):
         thresholds = {name.rpartition(".")[0]: t.values().tolist() for name, t in thresholds_of(task).items()}
         heads = {}
         for name, sums in self._sums.items():
-            gathered: Any = task.all_gather(sums)
-            kept, visible, spent, dense = (gathered.sum(0) if gathered.ndim > sums.ndim else gathered).tolist()
+            total: Any = task.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
+            kept, visible, spent, dense = total.tolist()
             theta = thresholds.get(name, [None] * len(kept))
             heads[name.removesuffix(".mechanism")] = [
                 {

@@ -23,7 +23,15 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from thresher.attention.options import check_choice, check_integer
-from thresher.data.loading import EpochBatches, EpochLoader, EpochSampler, Seeded, check_loading, training_loader
+from thresher.data.loading import (
+    EpochBatches,
+    EpochSampler,
+    Seeded,
+    batch_loader,
+    check_loading,
+    evaluation_sampler,
+    place_of,
+)
 from thresher.data.tokens import Tokenizer, load_tokenizer
 
 Objective = Literal["causal", "masked", "denoising"]
@@ -197,18 +205,22 @@ class CorpusData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
         train = self._part("train")
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = EpochSampler(train, self.order_seed, rank, world)
+        sampler = EpochSampler(train, self.order_seed, *place_of(self.trainer))
         batches = EpochBatches(sampler, self.batch_size, drop_last=len(sampler) >= self.batch_size)
-        return training_loader(Seeded(train, self.order_seed), batches, **self._options)
+        return batch_loader(Seeded(train, self.order_seed), batches, **self._options)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return all validation windows, in order."""
-        return EpochLoader(self._part("val"), batch_size=self.batch_size, **self._options)
+        return self._evaluation("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return all test windows, in order."""
-        return EpochLoader(self._part("test"), batch_size=self.batch_size, **self._options)
+        return self._evaluation("test")
+
+    def _evaluation(self, name: str) -> DataLoader[Any]:
+        part = self._part(name)
+        sampler = evaluation_sampler(part, self.trainer)
+        return batch_loader(part, EpochBatches(sampler, self.batch_size, drop_last=False), **self._options)
 
     def _part(self, name: str) -> Windows:
         if not self._parts:

@@ -17,11 +17,12 @@ from thresher.data.examples import Examples, Source, as_delivered
 from thresher.data.loading import (
     LARGEST_SEED,
     EpochBatches,
-    EpochLoader,
     EpochSampler,
     Seeded,
+    batch_loader,
     check_loading,
-    training_loader,
+    evaluation_sampler,
+    place_of,
 )
 
 
@@ -205,18 +206,21 @@ class ImageData(pl.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
         train = self._ready(self._train, "fit")
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = EpochSampler(train, self.order_seed, rank, world)
+        sampler = EpochSampler(train, self.order_seed, *place_of(self.trainer))
         batches = EpochBatches(sampler, self.batch_size, drop_last=len(sampler) >= self.batch_size)
-        return training_loader(Seeded(train, self.order_seed), batches, **self._options)
+        return batch_loader(Seeded(train, self.order_seed), batches, **self._options)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return all validation images, in one order."""
-        return EpochLoader(self._ready(self._val, "fit"), batch_size=self.batch_size, **self._options)
+        return self._evaluation(self._ready(self._val, "fit"))
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return all test images, in one order."""
-        return EpochLoader(self._ready(self._test, "test"), batch_size=self.batch_size, **self._options)
+        return self._evaluation(self._ready(self._test, "test"))
+
+    def _evaluation(self, examples: Examples) -> DataLoader[tuple[Tensor, Tensor]]:
+        sampler = evaluation_sampler(examples, self.trainer)
+        return batch_loader(examples, EpochBatches(sampler, self.batch_size, drop_last=False), **self._options)
 
     def _ready(self, examples: Examples | None, stage: str) -> Examples:
         if examples is None:

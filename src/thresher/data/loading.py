@@ -2,19 +2,21 @@
 
 Random changes of examples are a function of the seed, the epoch and the examples of their batch, in whatever process
 they are made: they depend neither on the number of workers nor on what was drawn before. With several processes each
-takes every world-th example of one order: together their batches are the batch that a single process would have.
+takes every world-th example of one order: together their batches are the batch that a single process would have. In
+an evaluation each example is in one process alone, and all have as many batches, since each batch may wait for others.
 """
 
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
 
 from thresher.attention.options import check_integer
 
@@ -39,6 +41,32 @@ class EpochSampler(DistributedSampler[Any]):
         order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
         yield from order[self.rank : len(self) * self.num_replicas : self.num_replicas].tolist()
         self.epoch += 1  # where nobody calls set_epoch
+
+
+class ShareSampler(DistributedSampler[Any]):
+    """The share of a process in all examples, in their order: none is left out, and none is seen twice.
+
+    Its length is what all processes have; the first of them may have one example more.
+
+    Args:
+        examples: The examples.
+        rank: Of this process.
+        world: Number of processes.
+
+    Raises:
+        ValueError: There are fewer examples than processes.
+    """
+
+    def __init__(self, examples: Any, rank: int, world: int) -> None:
+        if len(examples) < world:
+            raise ValueError(f"{len(examples)} examples to evaluate are too few for {world} processes: use fewer")
+        super().__init__(examples, num_replicas=world, rank=rank, shuffle=False)
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.num_replicas  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
 
 
 class Batch(list[int]):
@@ -66,11 +94,13 @@ class EpochBatches(BatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         first, self.first = self.first, 0
-        epoch = getattr(self.sampler, "epoch", 0)
-        for indices in islice(self.batches(), first, None):
-            batch = Batch(indices)
+        epoch, count = getattr(self.sampler, "epoch", 0), len(self)
+        batches = self.batches()
+        for i, indices in enumerate(islice(batches, count)):
+            batch = Batch(chain(indices, *batches) if i == count - 1 else indices)  # the last has what others have not
             batch.epoch = epoch
-            yield batch
+            if i >= first:
+                yield batch
 
 
 class EpochLoader(DataLoader[Any]):
@@ -111,8 +141,19 @@ def check_loading(batch_size: int, workers: int, seed: int, limit_train: int | N
         check_integer("data.limit_train", limit_train, 1)
 
 
-def training_loader(examples: Any, batches: EpochBatches, **options: Any) -> EpochLoader:
-    """Return a loader of training batches that Lightning takes for sharded, as they are."""
+def place_of(trainer: pl.Trainer | None) -> tuple[int, int]:
+    """Return the number of this process among those of a training, and how many they are."""
+    return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+
+def evaluation_sampler(examples: Any, trainer: pl.Trainer | None) -> Sampler[int]:
+    """Return the order of an evaluation: that of the examples, or this process's share of them."""
+    rank, world = place_of(trainer)
+    return ShareSampler(examples, rank, world) if world > 1 else SequentialSampler(examples)
+
+
+def batch_loader(examples: Any, batches: EpochBatches, **options: Any) -> EpochLoader:
+    """Return a loader of batches that Lightning leaves as they are, where they are shares already."""
     loader = EpochLoader(examples, batch_sampler=batches, **options)
     loader.__dict__["sampler"] = batches.sampler  # which torch sets to another one, and then forbids to set
     return loader

@@ -10,9 +10,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from thresher.data.loading import EpochBatches, EpochLoader, EpochSampler, check_loading, training_loader
+from thresher.data.loading import EpochBatches, EpochSampler, batch_loader, check_loading, evaluation_sampler, place_of
 
 POOL = 50  # batches among which sequences are sorted by length
 
@@ -76,6 +76,8 @@ class LengthBatches(EpochBatches):
         for start in range(0, len(order), pool):
             alike = sorted(order[start : start + pool], key=lambda i: int(self._lengths[i]))
             batches += [alike[i : i + self.batch_size] for i in range(0, len(alike), self.batch_size)]
+        if len(batches) > len(self):  # for one example that other processes lack
+            batches[-2:] = [batches[-2] + batches[-1]]
         if order:
             random.Random(order[0] + len(order) * order[-1]).shuffle(batches)
         yield from batches
@@ -152,10 +154,9 @@ class SequenceData(pl.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
         train = self._part("train")
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = EpochSampler(train, self.order_seed, rank, world)
+        sampler = EpochSampler(train, self.order_seed, *place_of(self.trainer))
         batches = LengthBatches(sampler, self.batch_size, drop_last=len(sampler) >= self.batch_size)
-        return training_loader(train, batches, **self._options)
+        return batch_loader(train, batches, **self._options)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return all validation sequences, in one order."""
@@ -167,8 +168,8 @@ class SequenceData(pl.LightningDataModule, ABC):
 
     def _evaluation(self, name: str) -> DataLoader[tuple[Tensor, Tensor]]:
         part = self._part(name)
-        batches = LengthBatches(SequentialSampler(part), self.batch_size, drop_last=False)
-        return EpochLoader(part, batch_sampler=batches, **self._options)
+        batches = LengthBatches(evaluation_sampler(part, self.trainer), self.batch_size, drop_last=False)
+        return batch_loader(part, batches, **self._options)
 
     def _part(self, name: str) -> Sequences:
         if not self._parts:
