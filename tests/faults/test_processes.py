@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.faults.processes import ENVIRONMENT, ROOT, begin, finish, until
+from tests.faults.processes import ENVIRONMENT, ROOT, SHORT, begin, finish, until
 from tests.test_resume import assert_same
 from thresher.checkpoint import load
 
@@ -131,16 +131,20 @@ def test_a_process_that_raises_ends_all(tmp_path: Path) -> None:
     assert "process 1 broke" in assert_all_end(process)
 
 
-def test_a_signal_to_one_stops_all_with_a_snapshot_that_two_go_on_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_a_signal_to_one_stops_all_with_a_snapshot_that_two_go_on_from(trainer: str, tmp_path: Path) -> None:
+    two = (f"trainer={trainer}", *TWO[1:])
     many = ("attention=mca", "trainer.max_epochs=4", "data.augment=crop_flip", "test=false")
-    run(tmp_path / "whole", *TWO, *many)
-    process = begin(tmp_path / "stopped", *TWO, *many)
+    many = many if trainer == "ddp" else (*many[1:], "compute=lagrangian", "compute.start=0")  # thresholds stay whole
+    run(tmp_path / "whole", *two, *many)
+    process = begin(tmp_path / "stopped", *two, *many)
     until(tmp_path / "stopped" / "checkpoints" / "last.ckpt", process)
     process.send_signal(signal.SIGTERM)
     code, output = finish(process, TIMEOUT)
     assert code == 143, output
     assert not others_of(process)
-    run(tmp_path / "stopped", *TWO, *many)
+    assert load(tmp_path / "stopped" / "checkpoints" / "last.ckpt")["global_step"] < 24
+    run(tmp_path / "stopped", *two, *many)
     (tmp_path / "whole" / "heads.json").write_text("")  # no test, no heads
     (tmp_path / "stopped" / "heads.json").write_text("")
     assert_same(tmp_path / "whole", tmp_path / "stopped")
@@ -155,3 +159,14 @@ def test_a_training_goes_on_with_fewer_and_more_processes_and_says_so(tmp_path: 
     last = load(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert last["global_step"] == 12 + 24 + 12
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train/seconds"] > 0
+
+
+def test_torchrun_starts_what_lightnings_own_launcher_does(tmp_path: Path) -> None:
+    run(tmp_path / "own", *TWO, "test=false")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(ROOT / "train.py"), *SHORT, *TWO, f"run.dir='{tmp_path}/torchrun'", "test=false"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("own", "torchrun"):
+        (tmp_path / name / "heads.json").write_text("")
+    assert_same(tmp_path / "own", tmp_path / "torchrun")
