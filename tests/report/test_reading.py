@@ -21,7 +21,7 @@ from thresher.report.configs import read_config, without
 from thresher.report.details import chosen_runs, details
 from thresher.report.runs import Run, find_runs, read_run
 from thresher.report.settings import dense_twins, lower_is_better, metrics_of, settings_of, tasks_of
-from thresher.report.summary import Summary, summarise
+from thresher.report.summary import Summary, difference, summarise
 
 
 def test_runs_of_other_seeds_are_one_setting_and_an_evaluation_is_another(summary: Summary) -> None:
@@ -137,6 +137,23 @@ def test_a_front_holds_one_data_set_and_one_model(summary: Summary) -> None:
     both = Summary([run, others[1]], ["", ""])
     assert all(len({both.settings[i].task for i in front.places}) == 1 for front in both.fronts)
     assert {front.task for front in both.fronts} == set(tasks_of(both.runs))
+
+
+def test_settings_are_named_by_what_tells_them_from_others_of_their_mechanism(summary: Summary) -> None:
+    (dense,) = (r for r in summary.runs if r.name == "dense")
+    (run,) = (r for r in summary.runs if r.name == "latte0")
+    own = (0.1, False), (0.2, False), (0.2, True), (0.3, False)
+    lattes = [changed(run, compute__target=target, attention__always=fixed) for target, fixed in own]
+    topk = changed(dense, attention___target_="thresher.attention.topk.TopK", compute__target=0.7, attention__keys=3)
+    both = Summary([dense, *lattes, topk], [""] * 6)
+    assert [difference(both, setting) for setting in both.settings] == [
+        "dense",
+        "latte  compute.target=0.1",
+        "latte  compute.target=0.2",
+        "latte  compute.target=0.2 attention.always=true",
+        "latte  compute.target=0.3",
+        "topk",
+    ]
 
 
 def test_the_first_metric_is_that_of_the_kind_of_task(summary: Summary) -> None:

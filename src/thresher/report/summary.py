@@ -64,6 +64,17 @@ class Summary:
         """By task, the keys in which its settings differ, with the most common value of each."""
         return {task: differences([s for s in self.settings if s.task == task]) for task in self.tasks}
 
+    def columns_of(self, setting: Setting) -> dict[str, Any]:
+        """Return the keys in which a setting differs from others of its task and mechanism, with their most common."""
+        return self._columns_by_kind[_kind(setting)]
+
+    @cached_property
+    def _columns_by_kind(self) -> dict[tuple[str, str, bool], dict[str, Any]]:
+        alike: dict[tuple[str, str, bool], list[Setting]] = {}
+        for setting in self.settings:
+            alike.setdefault(_kind(setting), []).append(setting)
+        return {kind: differences(settings) for kind, settings in alike.items()}
+
     @cached_property
     def twins(self) -> dict[int, int]:
         """The dense setting of the same training, for each setting that has one."""
@@ -150,12 +161,23 @@ def key_label(key: str) -> str:
 
 
 def difference(summary: Summary, setting: Setting) -> str:
-    """Describe a setting by its mechanism and by what is not as in most others and matters to it."""
+    """Describe a setting by its mechanism and by what tells it from others of that mechanism.
+
+    Numbers that differ among them are always named, words and switches where they are not those of most.
+    """
     idle = SPARSE_ONLY if setting.mechanism == "dense" else ("attention._target_",)
     others = [
         f"{key_label(key)}={shown(key, value)}"
-        for key, common in summary.columns[setting.task].items()
-        if not part_of(key, *idle) and (value := setting.config.get(key, common)) != common
+        for key, common in summary.columns_of(setting).items()
+        if not part_of(key, *idle) and ((value := setting.config.get(key, common)) != common or _is_number(value))
     ]
     name = "evaluated " + setting.mechanism if setting.identity[0] else setting.mechanism
     return f"{name}  {' '.join(others)}".strip()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _kind(setting: Setting) -> tuple[str, str, bool]:
+    return setting.task, setting.mechanism, bool(setting.identity[0])
