@@ -1,8 +1,10 @@
 """wandb and TensorBoard: plain configs, pictures, and a run that is marked failed when training fails."""
 
 import struct
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,44 @@ def test_without_a_network_wandb_logs_offline_and_the_training_goes_on(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody listens
     folder = tmp_path / "run"
     with pytest.warns(UserWarning, match=r"This run is logged offline, into .*/run/wandb: .*`wandb sync` sends it"):
+        metrics = cli.train(tiny_config(folder, "logger=wandb", "logger.wandb.settings.init_timeout=5", *QUICK))
+    assert "train/loss" in metrics
+    assert exit_codes(folder) == [0]
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A server that answers everything with one status."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(request.param)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    import wandb
+
+    wandb.teardown()  # its service knows the servers of earlier tests
+    asked: list[str] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+    assert asked
+
+
+@pytest.mark.parametrize("server", [401, 403, 500], indirect=True)
+def test_a_server_that_answers_with_an_error_or_refuses_the_key_stops_no_training(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", server)
+    folder = tmp_path / "run"
+    with pytest.warns(UserWarning, match=r"This run is logged offline, into .*/run/wandb"):
         metrics = cli.train(tiny_config(folder, "logger=wandb", "logger.wandb.settings.init_timeout=5", *QUICK))
     assert "train/loss" in metrics
     assert exit_codes(folder) == [0]

@@ -262,6 +262,22 @@ def test_compiled_training_gives_the_same_checkpoint_keys(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("attention", ["latte", "topk", "yoso", "smyrf", "mca"])
+def test_steps_of_one_shape_are_compiled_once(attention: str, tmp_path: Path) -> None:
+    """As many graphs after twice as many steps, each with a validation between them."""
+    counts = []
+    for epochs in (2, 4):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        options = (f"attention={attention}", "compile=true", f"trainer.max_epochs={epochs}", "test=false")
+        cli.train(tiny_config(tmp_path / str(epochs), *options, "trainer.limit_train_batches=2"))
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_would(tmp_path: Path) -> None:
     metrics = cli.train(tiny_config(tmp_path / "run", "trainer=ddp_sim", "trainer.max_epochs=1", "test=false"))
     assert math.isfinite(metrics["train/loss"])

@@ -1,6 +1,8 @@
 """The page in a real browser, from disk."""
 
+import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +125,35 @@ def test_pages_of_no_run_and_of_one_open(browser: Any, runs: Path, tmp_path: Pat
         opened = Opened(browser, tmp_path / folder / "report.html")
         assert opened.complaints == []
         opened.page.close()
+
+
+@pytest.mark.slow
+def test_ten_thousand_runs_are_a_page_that_opens(browser: Any, runs: Path, tmp_path: Path) -> None:
+    """10 budgets, 1,000 seeds each; docs/sweeps.md says how long it takes where nothing else runs."""
+    files = {name: (runs / "latte0" / name).read_text() for name in ("config.yaml", "metrics.json", "heads.json")}
+    log = (runs / "latte0" / "csv" / "version_0" / "metrics.csv").read_text()
+    metrics = json.loads(files["metrics.json"])
+    for i in range(10_000):
+        seed, target = divmod(i, 10)
+        folder = tmp_path / "runs" / f"{i:05}"
+        (folder / "csv" / "version_0").mkdir(parents=True)
+        config = files["config.yaml"].replace("seed: 0\n", f"seed: {seed}\n", 1)
+        config = config.replace("target: 0.5\n", f"target: {0.05 * (target + 1):.2f}\n")
+        (folder / "config.yaml").write_text(config.replace(str(runs / "latte0"), str(folder)))
+        kept = {"test/kept": 0.05 * (target + 1), "test/acc": 0.5 + 0.02 * target + 0.0001 * (seed % 7)}
+        (folder / "metrics.json").write_text(json.dumps(metrics | kept))
+        (folder / "heads.json").write_text(files["heads.json"])
+        (folder / "csv" / "version_0" / "metrics.csv").write_text(log)
+    began = time.monotonic()
+    assert main([str(tmp_path / "runs")]) == 0
+    written = time.monotonic()
+    opened = Opened(browser, tmp_path / "runs" / "report.html")
+    print(f"written in {written - began:.1f} s, open after {time.monotonic() - written:.1f} s")
+    front = json.loads((tmp_path / "runs" / "front.json").read_text())
+    assert front["counts"]["runs"] == 10_000
+    assert front["counts"]["settings"] == 10
+    opened.page.locator("#runs").scroll_into_view_if_needed()
+    opened.page.wait_for_selector("#run-table tbody tr")
+    assert opened.page.locator("#run-table tbody tr").count() > 0
+    assert opened.complaints == []
+    opened.page.close()
