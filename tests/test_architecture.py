@@ -80,6 +80,7 @@ ONLY_IN = {
     "optuna": {"sweep"},
     "onnxruntime": {"export/programs.py"},
     "onnxscript": {"export/programs.py"},
+    "ray": {"sweep/launchers.py"},
     "submitit": {"sweep/launchers.py"},
 }
 

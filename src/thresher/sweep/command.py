@@ -17,7 +17,7 @@ from rich.console import Console
 
 from thresher import overrides
 from thresher.sweep.driver import Driver, Settings
-from thresher.sweep.launchers import Launcher, Local, Submitit
+from thresher.sweep.launchers import Launcher, Local, Ray, Submitit
 from thresher.sweep.ledger import Ledger, Plan
 from thresher.sweep.pruning import Pruning
 from thresher.sweep.samplers import check_sampler
@@ -25,7 +25,7 @@ from thresher.sweep.space import Spaces, read_spaces
 from thresher.sweep.status import StatusLine, line, print_tables
 from thresher.sweep.storage import open_storage, shown
 
-LAUNCHERS = ("local", "submitit", "print")
+LAUNCHERS = ("local", "submitit", "ray", "print")
 MODES = ("run", "status")
 
 
@@ -140,6 +140,9 @@ def _launcher(cfg: DictConfig, folder: Path) -> Launcher:
     if cfg.launcher == "submitit":
         parameters: Any = OmegaConf.to_container(cfg.slurm, resolve=True)
         return Submitit(folder / "slurm", cfg.cluster, parameters)
+    if cfg.launcher == "ray":
+        options: Any = OmegaConf.to_container(cfg.ray, resolve=True)
+        return Ray(options.pop("address"), options)
     return Local(cfg.threads or max(1, (os.cpu_count() or 1) // cfg.workers))
 
 

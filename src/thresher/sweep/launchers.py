@@ -1,12 +1,14 @@
-"""How a trial is started: as a child process of the driver, or as a job of Slurm.
+"""How a trial is started: as a child process of the driver, or as a job of Slurm or Ray.
 
 A job is named by plain values that are kept in the study, so that another driver can look after it when the one that
 started it is gone. Its exit code is a file in the trial's folder, written last.
 """
 
 import os
+import shlex
 import signal
 import subprocess
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +26,15 @@ trap : TERM INT HUP
 code=$1; shift
 read -r go || exit 1
 "$@" </dev/null
+echo $? >"$code.new" && mv "$code.new" "$code"
+"""
+
+
+# In a job of Ray, which sends SIGTERM to the program and this shell, and SIGKILL some seconds later.
+RUN = """
+trap : TERM INT HUP
+code=$1; output=$2; cd "$3" || exit 1; shift 3
+"$@" </dev/null >>"$output" 2>&1
 echo $? >"$code.new" && mv "$code.new" "$code"
 """
 
@@ -156,6 +167,65 @@ class Submitit:
         if name["id"] not in self._jobs:
             self._jobs[name["id"]] = self._executor._executor.job_class(self._folder, name["id"])
         return self._jobs[name["id"]]
+
+
+class Ray:
+    """Jobs of a Ray cluster, whose nodes see the same folders and have the same environment of Python.
+
+    Args:
+        address: Of the cluster's dashboard, as in `http://HEAD:8265`; None takes RAY_ADDRESS or the cluster here.
+        parameters: What Ray's `submit_job` takes, such as `entrypoint_num_cpus` and `entrypoint_num_gpus`.
+
+    Raises:
+        ValueError: Ray is not installed, or there is no cluster.
+    """
+
+    outlives = True
+
+    def __init__(self, address: str | None, parameters: Mapping[str, Any]) -> None:
+        try:
+            from ray.job_submission import JobSubmissionClient
+        except ImportError as error:
+            raise ValueError("launcher=ray needs Ray: pip install 'thresher[ray]'") from error
+        try:
+            self._client = JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = address or "RAY_ADDRESS or on this machine"
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"launcher=ray finds no cluster at {where} ({reason}). `ray start --head` begins one; its dashboard's "
+                "address is ray.address"
+            ) from error
+        self._parameters = parameters
+        self._commands: dict[str, list[str]] = {}
+
+    def start(self, command: Sequence[str], folder: Path) -> Name:
+        name = {"kind": "ray", "id": f"thresher-{uuid.uuid4().hex}"}
+        files = [str((folder / file).resolve()) for file in (EXIT_CODE, OUTPUT)]
+        self._commands[name["id"]] = ["/bin/sh", "-c", RUN, "trial", *files, os.getcwd(), *command]
+        return name
+
+    def release(self, name: Name) -> None:
+        entrypoint = shlex.join(self._commands.pop(name["id"]))
+        try:
+            self._client.submit_job(entrypoint=entrypoint, submission_id=name["id"], **self._parameters)
+        except TypeError as error:
+            raise ValueError(f"launcher=ray with ray={dict(self._parameters)}: {error}") from error
+
+    def knows(self, name: Name) -> bool:
+        return name["kind"] == "ray"
+
+    def runs(self, name: Name) -> bool:
+        try:
+            return not self._client.get_job_status(name["id"]).is_terminal()
+        except RuntimeError as error:
+            if "does not exist" in str(error):  # never submitted, or of a cluster that is gone
+                return False
+            raise
+
+    def stop(self, name: Name, force: bool) -> None:
+        if self._commands.pop(name["id"], None) is None and self.runs(name):
+            self._client.stop_job(name["id"])
 
 
 def run_command(command: list[str], folder: str, where: str) -> None:
