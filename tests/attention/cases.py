@@ -64,6 +64,7 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "allow_noncausal_budget": FLAGS,
         "resample": RESAMPLE,
         "seed": st.integers(0, 2**40),
+        "backend": BACKENDS,
     },
 }
 

@@ -12,11 +12,11 @@ Estimates  the output, given its inputs, without bias, and (`grad=sampled`) the 
 Patterns   noncausal. A budget from the largest attention of *all* queries tells an early row about later ones, so
            causal patterns are refused unless `allow_noncausal_budget` says that this is known and meant. Padding is to
            be hidden among the queries, too, or it raises counts.
-Emulates   `path=dense` multiplies by a matrix of sample weights, at more than dense cost, to study accuracy;
-           `path=gather` multiplies only the features that were drawn, in buckets of similar sample counts, which is
-           what saves time. It needs one draw for all tokens of a head (`draws=shared`), of which each token uses
-           the first r_j, and waits for the device once a bucket. Fixed draws, those of evaluation, come from a
-           generator, at which torch.compile breaks its graph.
+Emulates   `path=dense` in PyTorch multiplies by a matrix of sample weights, at more than dense cost, to study accuracy;
+           the CPU's kernel computes the same from the features that were drawn. `path=gather` does so in PyTorch, in
+           buckets of similar sample counts. It needs one draw for all tokens of a head (`draws=shared`), of which each
+           token uses the first r_j, and waits for the device once a bucket. Fixed draws, those of evaluation, come
+           from a generator, at which torch.compile breaks its graph.
 Differs    from the official code: probabilities along the input axis of W (there along the output axis), counts rounded
            up (there down, which drops tokens and biases), n counts valid keys, padded queries do not raise counts, any
            batch size, any shape of W. `reproduce_paper` brings back n = padded length and rounding down.
@@ -30,11 +30,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from thresher.attention.backends import Backend, check_backend, served_by_kernel
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern, ValueSource
 from thresher.attention.dense import attend_densely
 from thresher.attention.functional import at_least_fp32, expand_heads, masked_softmax
 from thresher.attention.options import check_choice, check_flags, check_integer, check_number
 from thresher.attention.visibility import count_pairs, hide_tokens, no_pairs, seen_tokens, visible_pairs
+from thresher.kernels import mca as kernel
 
 Sampler = Literal["multinomial", "poisson"]
 Grad = Literal["sampled", "exact"]
@@ -59,11 +61,14 @@ class Mca(Mechanism):
         sampler: "multinomial", as published, or "poisson" counts, independent for each feature.
         grad: "sampled" or "exact".
         draws: Fresh draws for each "token", or one sequence "shared" by the tokens of a head.
-        path: "dense" simulates the sample; "gather" computes only what was drawn, and wants shared multinomial draws.
+        path: "dense" simulates the sample where PyTorch computes it; "gather" computes only what was drawn, and wants
+            shared multinomial draws.
         reproduce_paper: n is the padded length and counts are rounded down.
         allow_noncausal_budget: Permit causal patterns, in which counts depend on later queries.
         resample: Draw anew at each "forward" in training, or "never". Evaluation draws from `seed`.
         seed: Of the draws that are fixed.
+        backend: "reference" is PyTorch; "cpu" the kernel, which projects values, refused where it cannot; "auto" the
+            kernel wherever it can. Attention weights are PyTorch's.
 
     Raises:
         ValueError: A hyper-parameter outside its range.
@@ -91,10 +96,12 @@ class Mca(Mechanism):
         allow_noncausal_budget: bool = False,
         resample: Resample = "forward",
         seed: int = 0,
+        backend: Backend = "auto",
     ) -> None:
         if allow_noncausal_budget:
             object.__setattr__(self, "supports", frozenset(Pattern))
         super().__init__(num_heads, head_dim, pattern)
+        check_backend(backend, "mca")
         check_number("alpha", alpha, least=0.0)
         check_integer("seed", seed, 0, 2**63 - 1)
         check_flags(reproduce_paper=reproduce_paper, allow_noncausal_budget=allow_noncausal_budget)
@@ -109,7 +116,7 @@ class Mca(Mechanism):
         if path == "gather" and (draws, sampler) != ("shared", "multinomial"):
             raise ValueError(f"path=gather needs draws=shared and sampler=multinomial, got {draws} and {sampler}")
         self.alpha, self.sampler, self.grad, self.draws, self.path = alpha, sampler, grad, draws, path
-        self.reproduce_paper, self.resample, self.seed = reproduce_paper, resample, seed
+        self.reproduce_paper, self.resample, self.seed, self.backend = reproduce_paper, resample, seed, backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
         if self.alpha == 0 or no_pairs(q, k):
@@ -169,7 +176,11 @@ class Mca(Mechanism):
         groups, d = counts.shape[1], source.x.shape[-1]
         weight = source.weight.unflatten(0, (groups, -1))
         chances = sampling_chances(weight.detach())
-        if self.path == "gather":
+        if served_by_kernel(self.backend, "mca", (source.x, source.weight), self.obstacle()):
+            uniform = self.uniform(chances, counts, d, self.generator(chances))
+            given = chances, chances.cumsum(-1), uniform, counts.to(source.x.dtype)
+            values = kernel.encode(source.x, weight.mT, *given)
+        elif self.path == "gather":
             values = self.gathered(source.x, weight, chances, counts)
         else:
             share = self.sample(chances, counts, d)
@@ -177,6 +188,12 @@ class Mca(Mechanism):
         if source.bias is not None:
             values = values + source.bias.unflatten(0, (groups, 1, -1))
         return values
+
+    def obstacle(self) -> str | None:
+        """Say why the kernel cannot project values."""
+        if self.sampler == "poisson":
+            return "it draws as many features as were counted, and none by Poisson's law"
+        return None if self.draws == "token" else "it draws for each token apart"
 
     def sample(self, chances: Float[Tensor, "g d"], counts: Float[Tensor, "b g m"], d: int) -> Float[Tensor, "b g m d"]:
         """Return how often each feature was drawn, divided by how often that was to be expected; 1 where exact."""
@@ -199,21 +216,25 @@ class Mca(Mechanism):
     def sequence(
         self, chances: Float[Tensor, "g d"], counts: Tensor, length: int, generator: torch.Generator | None
     ) -> Int[Tensor, "#b g #m length"]:
-        """Draw features for each token, or one sequence of them for all tokens of a head.
+        """Draw features for each token, or one sequence of them for all tokens of a head."""
+        uniform = self.uniform(chances, counts, length, generator).permute(2, 1, 0, 3).contiguous()
+        order = torch.searchsorted(chances.cumsum(-1), uniform.flatten(1), right=True)
+        return order.clamp_max(chances.shape[-1] - 1).view(uniform.shape).transpose(0, 1)
 
-        Fixed draws are the same for each example of a batch, so that results do not depend on its size.
+    def uniform(
+        self, chances: Float[Tensor, "g d"], counts: Tensor, length: int, generator: torch.Generator | None
+    ) -> Float[Tensor, "#m #b g length"]:
+        """Return what features are drawn by.
+
+        Fixed draws are the same for each example of a batch, so that results do not depend on its size. Tokens come
+        first: on a CPU, padding behind a sequence then leaves the draws of its tokens alone.
         """
         b, groups, m = counts.shape
         if self.draws == "shared":
             b, m = 1, 1
         elif generator is not None:
             b = 1
-        # Tokens come first: on a CPU, padding behind a sequence then leaves the draws of its tokens alone.
-        shape = (m, b, groups, length)
-        uniform = torch.rand(shape, dtype=chances.dtype, device=chances.device, generator=generator)
-        uniform = uniform.permute(2, 1, 0, 3).contiguous()
-        order = torch.searchsorted(chances.cumsum(-1), uniform.flatten(1), right=True)
-        return order.clamp_max(chances.shape[-1] - 1).view(uniform.shape).transpose(0, 1)
+        return torch.rand((m, b, groups, length), dtype=chances.dtype, device=chances.device, generator=generator)
 
     def gathered(
         self,
