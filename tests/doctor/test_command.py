@@ -38,6 +38,7 @@ def test_a_machine_without_a_compiler_is_well_unless_kernels_are_required(
     assert [row["mechanism"] for row in report["backends"]] == available()
     assert {row["mechanism"] for row in report["backends"] if row["kernel"] == "off"} == {
         "latte",
+        "mca",
         "smyrf",
         "topk",
         "yoso",

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from thresher.attention import Call, Mechanism, Pattern, available, find, hyperparameters
+from thresher.attention.base import ValueSource
 from thresher.attention.thresholds import Thresholded
 
 TOKENS, HEADS, HEAD_DIM = 1024, 2, 32
@@ -45,6 +46,10 @@ def _seeded(cls: type[Mechanism], pattern: Pattern, backend: str) -> Mechanism:
 @torch.no_grad()
 def _distance(one: Mechanism, other: Mechanism) -> float:
     """Return how far apart two outputs are, relative to the norm of the second."""
-    q, k, v = torch.randn(3, 1, HEADS, TOKENS, HEAD_DIM, generator=torch.Generator().manual_seed(0))
-    outs = [mechanism(q, k, v, Call()).out for mechanism in (one, other)]
+    rng, width = torch.Generator().manual_seed(0), HEADS * HEAD_DIM
+    q, k = torch.randn(2, 1, HEADS, TOKENS, HEAD_DIM, generator=rng)
+    source = ValueSource(torch.randn(1, TOKENS, width, generator=rng), torch.randn(width, width, generator=rng), None)
+    v = torch.nn.functional.linear(*source).unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+    call = Call(source=source if one.needs_source else None)
+    outs = [mechanism(q, k, v, call).out for mechanism in (one, other)]
     return float((outs[0] - outs[1]).norm() / outs[1].norm())
