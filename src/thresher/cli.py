@@ -285,10 +285,10 @@ def evaluate(arguments: Sequence[str], conf: Path) -> dict[str, float]:
     if examples and trainer.is_global_zero:  # before the test, which takes longer to fail
         explain(task.to(trainer.strategy.root_device), data, examples, folder / "explain")
     trainer.test(task, datamodule=data, verbose=False)
-    written = write_metrics(folder, trainer.callback_metrics)
+    written = _write(trainer, folder, dict(trainer.callback_metrics))
     cfg.train, cfg.ckpt_path = False, str(path)
-    OmegaConf.save(OmegaConf.create(plain_config(cfg)), folder / "config.yaml")
     if trainer.is_global_zero:
+        OmegaConf.save(OmegaConf.create(plain_config(cfg)), folder / "config.yaml")
         show = {"show its attention maps": f"python -m thresher.report {shlex.quote(str(folder))}"} if examples else {}
         print_results(f"{path}  →  {folder}", written, folder / "heads.json", show)
     return written
