@@ -81,11 +81,11 @@ def check_parameters_can_be_sharded(mechanism: Mechanism) -> None:
         assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
 
 
-def check_dense_limit(mechanism: Mechanism, single: float = 1e-6) -> None:
+def check_dense_limit(mechanism: Mechanism) -> None:
     """A mechanism built at its dense limit is softmax attention: outputs, gradients and total cost."""
     n, m = lengths_of(mechanism.pattern)
     groups = [g for g in range(1, mechanism.num_heads + 1) if mechanism.num_heads % g == 0]
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, single)):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
         bias = noise_like(torch.empty(1, mechanism.num_heads, n, m, dtype=dtype))
         for i, call in enumerate((Call(bias=bias), *masks(mechanism), *(Call() for _ in groups))):
             inputs = draw(mechanism, groups=groups[i % len(groups)], dtype=dtype)

@@ -90,5 +90,5 @@ def test_shared_key_heads_are_what_repeated_ones_compute(name: str, pattern: Pat
 def test_mca_near_its_dense_limit_is_softmax_attention_on_its_own_path() -> None:
     for pattern in (Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS):
         near = find("mca")(4, 8, pattern, alpha=1e-6)  # type: ignore[call-arg]
-        checks.check_dense_limit(near, single=4e-6)  # its sums of features have another order
+        checks.check_dense_limit(near)
         checks.check_low_precision(near)

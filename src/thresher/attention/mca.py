@@ -177,9 +177,11 @@ class Mca(Mechanism):
         weight = source.weight.unflatten(0, (groups, -1))
         chances = sampling_chances(weight.detach())
         if served_by_kernel(self.backend, "mca", (source.x, source.weight), self.obstacle()):
+            exact = counts >= d
             uniform = self.uniform(chances, counts, d, self.generator(chances))
-            given = chances, chances.cumsum(-1), uniform, counts.to(source.x.dtype)
-            values = kernel.encode(source.x, weight.mT, *given)
+            drawn = counts.masked_fill(exact, 0).to(source.x.dtype)
+            values = kernel.encode(source.x, weight.mT, chances, chances.cumsum(-1), uniform, drawn)
+            values = torch.where(exact[..., None], source.x[:, None] @ weight.mT, values)
         elif self.path == "gather":
             values = self.gathered(source.x, weight, chances, counts)
         else:

@@ -10,7 +10,7 @@ from thresher.kernels.calling import call
 
 @torch.library.custom_op("thresher::mca_encode", mutates_args=())
 def encode(x: Tensor, rows: Tensor, chances: Tensor, cumulated: Tensor, uniform: Tensor, counts: Tensor) -> Tensor:
-    """Project tokens to values from as many drawn features as `counts` says; from all of them where it says d.
+    """Project tokens to values from as many drawn features as `counts` says.
 
     Args:
         x: Tokens [b, m, d].
@@ -18,15 +18,14 @@ def encode(x: Tensor, rows: Tensor, chances: Tensor, cumulated: Tensor, uniform:
         chances: Of each feature [g, d].
         cumulated: Their sums from the first on [g, d]; a number draws the first feature whose sum exceeds it.
         uniform: Numbers in [0, 1), [m, b, g, d] or, the same for each example, [m, 1, g, d].
-        counts: How many of its numbers a token uses [b, g, m].
+        counts: How many of its numbers a token uses, 0 to d, [b, g, m].
 
     Returns:
         Values [b, g, m, dv].
     """
     given = [t.contiguous() for t in (x, rows, chances, cumulated, uniform, counts)]
-    sizes = _sizes(x, rows, uniform)
     out = x.new_empty(x.shape[0], rows.shape[0], x.shape[1], rows.shape[2])
-    call("mca", "encode", x.dtype, *given, out, *sizes)
+    call("mca", "encode", x.dtype, *given, out, *_sizes(x, rows, uniform))
     return out
 
 

@@ -71,8 +71,8 @@ struct Drawn {
         const int64_t d = c.s.d;
         const T count = c.count(b, g, j);
         number = 0;
-        if (count >= T(d) || count != count) {
-            for (int64_t k = 0; k < d; ++k) index[k] = int32_t(k), share[k] = count != count ? count : T(1);
+        if (count != count) {
+            for (int64_t k = 0; k < d; ++k) index[k] = int32_t(k), share[k] = count;
             number = d;
             return;
         }
