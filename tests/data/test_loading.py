@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from thresher.data.loading import EpochBatches, batch_loader, evaluation_sampler
+from thresher.data.loading import EpochBatches, evaluation_loader
 from thresher.data.sequences import LengthBatches, Sequences
 
 
@@ -28,9 +28,11 @@ def test_every_process_has_as_many_batches_and_each_example_is_in_one(
     part = sequences(count)
     shares = []
     for rank in range(world):
-        loader = batch_loader(
+        loader = evaluation_loader(
             part,
-            kind(evaluation_sampler(part, process(rank, world)), batch_size, drop_last=False),
+            process(rank, world),
+            batch_size=batch_size,
+            batches=kind,
             collate_fn=lambda examples: [int(label) for _, label in examples],
         )
         shares.append(list(loader))
@@ -42,4 +44,4 @@ def test_every_process_has_as_many_batches_and_each_example_is_in_one(
 
 def test_fewer_examples_than_processes_are_refused() -> None:
     with pytest.raises(ValueError, match="2 examples to evaluate are too few for 3 processes: use fewer"):
-        evaluation_sampler(sequences(2), process(0, 3))
+        evaluation_loader(sequences(2), process(0, 3), batch_size=1)

@@ -23,15 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from thresher.attention.options import check_choice, check_integer
-from thresher.data.loading import (
-    EpochBatches,
-    EpochSampler,
-    Seeded,
-    batch_loader,
-    check_loading,
-    evaluation_sampler,
-    place_of,
-)
+from thresher.data.loading import Seeded, check_loading, evaluation_loader, training_loader
 from thresher.data.tokens import Tokenizer, load_tokenizer
 
 Objective = Literal["causal", "masked", "denoising"]
@@ -204,23 +196,16 @@ class CorpusData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
-        train = self._part("train")
-        sampler = EpochSampler(train, self.order_seed, *place_of(self.trainer))
-        batches = EpochBatches(sampler, self.batch_size, drop_last=len(sampler) >= self.batch_size)
-        return batch_loader(Seeded(train, self.order_seed), batches, **self._options)
+        train = Seeded(self._part("train"), self.order_seed)
+        return training_loader(train, self.trainer, seed=self.order_seed, **self._options)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return all validation windows, in order."""
-        return self._evaluation("val")
+        return evaluation_loader(self._part("val"), self.trainer, **self._options)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return all test windows, in order."""
-        return self._evaluation("test")
-
-    def _evaluation(self, name: str) -> DataLoader[Any]:
-        part = self._part(name)
-        sampler = evaluation_sampler(part, self.trainer)
-        return batch_loader(part, EpochBatches(sampler, self.batch_size, drop_last=False), **self._options)
+        return evaluation_loader(self._part("test"), self.trainer, **self._options)
 
     def _part(self, name: str) -> Windows:
         if not self._parts:
@@ -230,6 +215,7 @@ class CorpusData(pl.LightningDataModule):
     @property
     def _options(self) -> dict[str, Any]:
         return {
+            "batch_size": self.batch_size,
             "num_workers": self.workers,
             "persistent_workers": self.workers > 0,
             "pin_memory": torch.cuda.is_available(),

@@ -14,16 +14,7 @@ from torchvision.transforms import v2
 from thresher.attention.options import check_choice, check_integer, check_number
 from thresher.data.augmentation import AUGMENTS, CropFlip, PerImage
 from thresher.data.examples import Examples, Source, as_delivered
-from thresher.data.loading import (
-    LARGEST_SEED,
-    EpochBatches,
-    EpochSampler,
-    Seeded,
-    batch_loader,
-    check_loading,
-    evaluation_sampler,
-    place_of,
-)
+from thresher.data.loading import LARGEST_SEED, Seeded, check_loading, evaluation_loader, training_loader
 
 
 class ImageData(pl.LightningDataModule, ABC):
@@ -205,22 +196,16 @@ class ImageData(pl.LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
-        train = self._ready(self._train, "fit")
-        sampler = EpochSampler(train, self.order_seed, *place_of(self.trainer))
-        batches = EpochBatches(sampler, self.batch_size, drop_last=len(sampler) >= self.batch_size)
-        return batch_loader(Seeded(train, self.order_seed), batches, **self._options)
+        train = Seeded(self._ready(self._train, "fit"), self.order_seed)
+        return training_loader(train, self.trainer, seed=self.order_seed, **self._options)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return all validation images, in one order."""
-        return self._evaluation(self._ready(self._val, "fit"))
+        return evaluation_loader(self._ready(self._val, "fit"), self.trainer, **self._options)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return all test images, in one order."""
-        return self._evaluation(self._ready(self._test, "test"))
-
-    def _evaluation(self, examples: Examples) -> DataLoader[tuple[Tensor, Tensor]]:
-        sampler = evaluation_sampler(examples, self.trainer)
-        return batch_loader(examples, EpochBatches(sampler, self.batch_size, drop_last=False), **self._options)
+        return evaluation_loader(self._ready(self._test, "test"), self.trainer, **self._options)
 
     def _ready(self, examples: Examples | None, stage: str) -> Examples:
         if examples is None:
@@ -230,6 +215,7 @@ class ImageData(pl.LightningDataModule, ABC):
     @property
     def _options(self) -> dict[str, Any]:
         return {
+            "batch_size": self.batch_size,
             "num_workers": self.workers,
             "persistent_workers": self.workers > 0,
             "pin_memory": torch.cuda.is_available(),

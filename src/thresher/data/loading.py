@@ -141,19 +141,49 @@ def check_loading(batch_size: int, workers: int, seed: int, limit_train: int | N
         check_integer("data.limit_train", limit_train, 1)
 
 
-def place_of(trainer: pl.Trainer | None) -> tuple[int, int]:
-    """Return the number of this process among those of a training, and how many they are."""
+def training_loader(
+    examples: Any,
+    trainer: pl.Trainer | None,
+    *,
+    seed: int,
+    batch_size: int,
+    batches: type[EpochBatches] = EpochBatches,
+    **options: Any,
+) -> EpochLoader:
+    """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one.
+
+    Args:
+        examples: The examples, of which a process gets its share.
+        trainer: Knows the processes; None is one.
+        seed: Of the order.
+        batch_size: Of one process.
+        batches: How examples are put together.
+        **options: Of the loader.
+    """
+    sampler = EpochSampler(examples, seed, *_place(trainer))
+    return _loader(examples, batches(sampler, batch_size, drop_last=len(sampler) >= batch_size), **options)
+
+
+def evaluation_loader(
+    examples: Any,
+    trainer: pl.Trainer | None,
+    *,
+    batch_size: int,
+    batches: type[EpochBatches] = EpochBatches,
+    **options: Any,
+) -> EpochLoader:
+    """Return batches of all examples, or of this process's share of them; the arguments are those of training."""
+    rank, world = _place(trainer)
+    sampler: Sampler[int] = ShareSampler(examples, rank, world) if world > 1 else SequentialSampler(examples)
+    return _loader(examples, batches(sampler, batch_size, drop_last=False), **options)
+
+
+def _place(trainer: pl.Trainer | None) -> tuple[int, int]:
     return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
 
-def evaluation_sampler(examples: Any, trainer: pl.Trainer | None) -> Sampler[int]:
-    """Return the order of an evaluation: that of the examples, or this process's share of them."""
-    rank, world = place_of(trainer)
-    return ShareSampler(examples, rank, world) if world > 1 else SequentialSampler(examples)
-
-
-def batch_loader(examples: Any, batches: EpochBatches, **options: Any) -> EpochLoader:
-    """Return a loader of batches that Lightning leaves as they are, where they are shares already."""
+def _loader(examples: Any, batches: EpochBatches, **options: Any) -> EpochLoader:
+    """Return a loader that Lightning leaves as it is, where its batches are shares already."""
     loader = EpochLoader(examples, batch_sampler=batches, **options)
     loader.__dict__["sampler"] = batches.sampler  # which torch sets to another one, and then forbids to set
     return loader

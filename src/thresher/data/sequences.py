@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from thresher.data.loading import EpochBatches, EpochSampler, batch_loader, check_loading, evaluation_sampler, place_of
+from thresher.data.loading import EpochBatches, check_loading, evaluation_loader, training_loader
 
 POOL = 50  # batches among which sequences are sorted by length
 
@@ -153,23 +153,15 @@ class SequenceData(pl.LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
-        train = self._part("train")
-        sampler = EpochSampler(train, self.order_seed, *place_of(self.trainer))
-        batches = LengthBatches(sampler, self.batch_size, drop_last=len(sampler) >= self.batch_size)
-        return batch_loader(train, batches, **self._options)
+        return training_loader(self._part("train"), self.trainer, seed=self.order_seed, **self._options)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return all validation sequences, in one order."""
-        return self._evaluation("val")
+        return evaluation_loader(self._part("val"), self.trainer, **self._options)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return all test sequences, in one order."""
-        return self._evaluation("test")
-
-    def _evaluation(self, name: str) -> DataLoader[tuple[Tensor, Tensor]]:
-        part = self._part(name)
-        batches = LengthBatches(evaluation_sampler(part, self.trainer), self.batch_size, drop_last=False)
-        return batch_loader(part, batches, **self._options)
+        return evaluation_loader(self._part("test"), self.trainer, **self._options)
 
     def _part(self, name: str) -> Sequences:
         if not self._parts:
@@ -179,6 +171,8 @@ class SequenceData(pl.LightningDataModule, ABC):
     @property
     def _options(self) -> dict[str, Any]:
         return {
+            "batch_size": self.batch_size,
+            "batches": LengthBatches,
             "num_workers": self.workers,
             "persistent_workers": self.workers > 0,
             "pin_memory": torch.cuda.is_available(),
