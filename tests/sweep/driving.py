@@ -1,5 +1,6 @@
 """Drivers as a shell starts them, with trials that are real processes."""
 
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -37,6 +38,13 @@ def trials(folder: Path) -> list[FrozenTrial]:
 
 def finished(folder: Path) -> Counter[str]:
     return Counter(t.user_attrs["slot"] for t in trials(folder) if t.state == TrialState.COMPLETE)
+
+
+def free_port() -> int:
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        port: int = own.getsockname()[1]
+        return port
 
 
 def seeds(count: int) -> str:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,14 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sweep.driving import finished, run, started, trials
-
-
-def free_port() -> int:
-    with socket.socket() as own:
-        own.bind(("127.0.0.1", 0))
-        port: int = own.getsockname()[1]
-        return port
+from tests.sweep.driving import finished, free_port, run, started, trials
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +42,8 @@ def ray() -> Iterator[str]:
             try:
                 head.wait(60)
             finally:
-                os.killpg(head.pid, signal.SIGKILL) if head.poll() is None else None
+                if head.poll() is None:
+                    os.killpg(head.pid, signal.SIGKILL)
 
 
 @pytest.fixture(params=["submitit", pytest.param("ray", marks=pytest.mark.slow)])

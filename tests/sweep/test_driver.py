@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,7 +15,7 @@ import pytest
 from optuna.trial import TrialState
 
 from tests.programs import postgresql
-from tests.sweep.driving import POINTS, ROOT, finished, run, seeds, started, trials
+from tests.sweep.driving import POINTS, ROOT, finished, free_port, run, seeds, started, trials
 
 
 def test_a_driver_killed_five_times_finishes_every_trial_once(tmp_path: Path) -> None:
@@ -139,9 +138,7 @@ def postgres() -> Iterator[str]:
     programs = postgresql()
     root = os.geteuid() == 0
     someone = ["runuser", "-u", "postgres", "--"] if root else []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder = Path(tempfile.mkdtemp())
     if root:
         shutil.chown(folder, "postgres")

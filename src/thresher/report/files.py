@@ -32,7 +32,7 @@ def _point(summary: Summary, setting: Setting, place: int, metric: str) -> dict[
     twin = summary.twins.get(place)
     return {
         "attention": setting.mechanism,
-        "evaluation": bool(setting.identity[0]),
+        "evaluation": setting.evaluation,
         "differs_in": {
             key_label(key): shown(key, setting.config[key])
             for key in summary.columns[setting.task]

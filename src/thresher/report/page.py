@@ -92,7 +92,7 @@ def _data(summary: Summary, details: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "task": tasks.index(setting.task),
                 "mechanism": setting.mechanism,
-                "evaluation": bool(setting.identity[0]),
+                "evaluation": setting.evaluation,
                 "label": difference(summary, setting),
                 "runs": [place[id(run)] for run in setting.runs],
                 "twin": summary.twins.get(i),

@@ -57,6 +57,10 @@ class Setting:
     def mechanism(self) -> str:
         return self.runs[0].mechanism
 
+    @property
+    def evaluation(self) -> bool:
+        return self.runs[0].evaluation
+
     def spread(self, metric: str) -> Spread | None:
         """Return mean and deviation of a metric, None unless every run has it."""
         if metric not in self._spreads:
@@ -128,7 +132,7 @@ def dense_twins(settings: Sequence[Setting]) -> dict[int, int]:
     apart = (*BOOKKEEPING, *SPARSE_ONLY, "seed")
     dense: dict[tuple[Any, ...], int] = {}
     for i, setting in enumerate(settings):
-        if setting.mechanism == "dense" and not setting.identity[0]:
+        if setting.mechanism == "dense" and not setting.evaluation:
             dense.setdefault(without(setting.config, *apart), i)
     twins = ((i, dense.get(without(setting.config, *apart))) for i, setting in enumerate(settings))
     return {i: twin for i, twin in twins if twin is not None and twin != i}

@@ -171,7 +171,7 @@ def difference(summary: Summary, setting: Setting) -> str:
         for key, common in summary.columns_of(setting).items()
         if not part_of(key, *idle) and ((value := setting.config.get(key, common)) != common or _is_number(value))
     ]
-    name = "evaluated " + setting.mechanism if setting.identity[0] else setting.mechanism
+    name = "evaluated " + setting.mechanism if setting.evaluation else setting.mechanism
     return f"{name}  {' '.join(others)}".strip()
 
 
@@ -180,4 +180,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _kind(setting: Setting) -> tuple[str, str, bool]:
-    return setting.task, setting.mechanism, bool(setting.identity[0])
+    return setting.task, setting.mechanism, setting.evaluation

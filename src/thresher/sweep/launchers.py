@@ -19,24 +19,18 @@ from thresher.sweep.outcome import EXIT_CODE, OUTPUT
 
 Name = dict[str, Any]
 
-# Waits for the word to go, so that nothing runs before the study knows of it; the input closes with a driver that dies.
 # The trap keeps the shell alive, to write the exit code, while a signal to the group ends the program.
-WAIT_THEN_RUN = """
+TRIAL = """
 trap : TERM INT HUP
 code=$1; shift
-read -r go || exit 1
+{first}
 "$@" </dev/null
 echo $? >"$code.new" && mv "$code.new" "$code"
 """
-
-
-# In a job of Ray, which sends SIGTERM to the program and this shell, and SIGKILL some seconds later.
-RUN = """
-trap : TERM INT HUP
-code=$1; output=$2; cd "$3" || exit 1; shift 3
-"$@" </dev/null >>"$output" 2>&1
-echo $? >"$code.new" && mv "$code.new" "$code"
-"""
+# Waits for the word to go, so that nothing runs before the study knows of it; the input closes with a driver that dies.
+AFTER_THE_WORD = TRIAL.format(first="read -r go || exit 1")
+# For a shell that somebody else starts, with another output and elsewhere.
+ELSEWHERE = TRIAL.format(first='exec >>"$1" 2>&1; cd "$2" || exit 1; shift 2')
 
 
 class Launcher(Protocol):
@@ -76,7 +70,7 @@ class Local:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, command: Sequence[str], folder: Path) -> Name:
-        shell = ["/bin/sh", "-c", WAIT_THEN_RUN, "trial", str((folder / EXIT_CODE).resolve()), *command]
+        shell = ["/bin/sh", "-c", AFTER_THE_WORD, "trial", str((folder / EXIT_CODE).resolve()), *command]
         with (folder / OUTPUT).open("ab") as output:
             child = subprocess.Popen(
                 shell,
@@ -202,7 +196,7 @@ class Ray:
     def start(self, command: Sequence[str], folder: Path) -> Name:
         name = {"kind": "ray", "id": f"thresher-{uuid.uuid4().hex}"}
         files = [str((folder / file).resolve()) for file in (EXIT_CODE, OUTPUT)]
-        self._commands[name["id"]] = ["/bin/sh", "-c", RUN, "trial", *files, os.getcwd(), *command]
+        self._commands[name["id"]] = ["/bin/sh", "-c", ELSEWHERE, "trial", *files, os.getcwd(), *command]
         return name
 
     def release(self, name: Name) -> None:
