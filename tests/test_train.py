@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra.errors import InstantiationException
 
@@ -281,6 +282,35 @@ def test_steps_of_one_shape_are_compiled_once(attention: str, tmp_path: Path) ->
 def test_two_processes_train_as_one_would(tmp_path: Path) -> None:
     metrics = cli.train(tiny_config(tmp_path / "run", "trainer=ddp_sim", "trainer.max_epochs=1", "test=false"))
     assert math.isfinite(metrics["train/loss"])
+
+
+@pytest.mark.parametrize(("accumulate", "max_steps"), [(1, -1), (2, -1), (1, 11)])
+def test_what_is_logged_of_a_step_is_of_that_step(accumulate: int, max_steps: int, tmp_path: Path) -> None:
+    """Every third step for the log, and the last one for the metrics, be it an epoch's or not."""
+    seen: list[float] = []
+
+    class Losses(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+            seen.append(float(outputs["loss"]) * accumulate)
+
+    options = ["attention=dense", "compute=free", "data.batch_size=8", "trainer.log_every_n_steps=3", "test=false"]
+    options += [f"trainer.accumulate_grad_batches={accumulate}", f"trainer.max_steps={max_steps}"]
+    cfg = tiny_config(tmp_path / "run", *options)
+    made = pl.Trainer.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            pl.Trainer,
+            "__init__",
+            lambda self, *a, callbacks, **k: made(self, *a, callbacks=[*callbacks, Losses()], **k),
+        )
+        metrics = cli.train(cfg)
+    with (tmp_path / "run" / "csv" / "version_0" / "metrics.csv").open() as file:
+        logged = {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+    steps = len(seen) // accumulate
+    assert set(logged) == set(range(2, steps, 3))
+    for step, loss in logged.items():
+        assert loss == pytest.approx(seen[(step + 1) * accumulate - 1], rel=1e-6)
+    assert metrics["train/loss"] == pytest.approx(seen[-1], rel=1e-6)
 
 
 def test_a_vanished_data_set_is_one_clear_error(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ class Task(pl.LightningModule, ABC):
         self._settled = False
         self._compute_gradient: list[Tensor] = []
         self._pulls: dict[str, float | Tensor] = {}
+        self._values: dict[str, float | Tensor] = {}  # of the last step, for the log
         self.evaluation = nn.ModuleDict({stage: self._metrics_of(stage) for stage in ("val", "test")})
 
     @abstractmethod
@@ -167,17 +168,16 @@ class Task(pl.LightningModule, ABC):
         self._last_ratio = ratio.detach()
         self._keep_compute_gradient(compute_loss)
         aim = self.budget.aim(progress)
-        # None of these is for Lightning's progress bar: it reads each such value from the device in every step.
-        self.log("train/loss", step.loss.detach(), batch_size=step.size)
-        self.log("train/compute_loss", compute_loss.detach(), batch_size=step.size)
-        self.log("train/kept", self.meter.kept().detach(), batch_size=step.size)
-        self.log("train/compute", self.meter.ratio("macs").detach(), batch_size=step.size)
+        self._values = {
+            "train/loss": step.loss.detach(),
+            "train/compute_loss": compute_loss.detach(),
+            "train/kept": self.meter.kept().detach(),
+            "train/compute": self.meter.ratio("macs").detach(),
+        }
         if aim is not None:
-            self.log("train/aim", aim, batch_size=step.size)
-            self.log("train/gap", ratio.detach() - aim, batch_size=step.size)
+            self._values |= {"train/aim": aim, "train/gap": ratio.detach() - aim}
         with torch.no_grad():
-            for name, value in self.training_metrics(step).items():
-                self.log(f"train/{name}", value, batch_size=step.size)
+            self._values |= {f"train/{name}": value for name, value in self.training_metrics(step).items()}
         loss = step.loss + compute_loss
         self._losses.append((loss.detach(), batch, batch_idx))
         return loss
@@ -211,6 +211,18 @@ class Task(pl.LightningModule, ABC):
     def on_train_batch_end(self, *_: Any) -> None:
         if self.finished_step() and not self._skipped:
             self.budget.update(self._last_ratio, self.progress)
+        self._log_values()
+
+    def _log_values(self) -> None:
+        """Log what a step was like where a logger, or what follows the last one, asks: Lightning takes long for each.
+
+        None of them is for Lightning's progress bar, which reads each such value from the device in every step.
+        """
+        trainer, last = self.trainer, self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        asked = every and self.finished_step() and self.global_step % every == 0
+        if asked or last or trainer.should_stop or self.global_step == trainer.max_steps:
+            self.log_dict(self._values)
 
     def finished_step(self) -> bool:
         """Say whether the batch that just ended was the last to accumulate into an optimiser step."""
@@ -246,8 +258,7 @@ class Task(pl.LightningModule, ABC):
             average_gradients(thresholds)
         if thresholds and self.global_step % GRADIENT_LOG_EVERY == 0:
             self._pulls = self._measure_pulls(thresholds)
-        for name, norm in self._pulls.items():
-            self.log(f"thresholds/{name}_gradient", norm)
+        self._values |= {f"thresholds/{name}_gradient": norm for name, norm in self._pulls.items()}
 
     def _measure_pulls(self, thresholds: list[nn.Parameter]) -> dict[str, float | Tensor]:
         total = torch.cat([torch.zeros_like(t) if t.grad is None else t.grad for t in thresholds])
