@@ -10,12 +10,18 @@ if TYPE_CHECKING:
     from thresher.calibration import calibrate
     from thresher.compute import ComputeMeter
     from thresher.hosts import densify, inject, mount, sparsify
+    from thresher.hosts.huggingface_cache import coded_cache
     from thresher.loading import load_model
 
-__all__ = ["ComputeMeter", "calibrate", "densify", "inject", "load_model", "mount", "sparsify"]
+__all__ = ["ComputeMeter", "calibrate", "coded_cache", "densify", "inject", "load_model", "mount", "sparsify"]
 __version__ = "0.1.0"
 
-_HOMES = {"calibrate": "thresher.calibration", "ComputeMeter": "thresher.compute", "load_model": "thresher.loading"}
+_HOMES = {
+    "calibrate": "thresher.calibration",
+    "coded_cache": "thresher.hosts.huggingface_cache",
+    "ComputeMeter": "thresher.compute",
+    "load_model": "thresher.loading",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ Each takes a built mechanism, any at all, and raises AssertionError if it breaks
 
 import copy
 import io
+import itertools
 from dataclasses import replace
 
 import torch
@@ -29,7 +30,7 @@ from tests.attention.helpers import (
     softmax_attention,
     visible_by_definition,
 )
-from thresher.attention import Attended, Call, Mechanism, Pattern
+from thresher.attention import Attended, Call, KeyCodes, Mechanism, Pattern
 
 
 def check_shapes_and_costs(mechanism: Mechanism) -> None:
@@ -154,16 +155,20 @@ def check_layout_does_not_matter(mechanism: Mechanism) -> None:
 
 
 def check_decoding_continues_the_sequence(mechanism: Mechanism) -> None:
-    """Fewer queries than keys in causal self attention are the last rows: what decoding with a cache computes."""
+    """Fewer queries than keys in causal self attention are the last rows: what decoding with a cache computes.
+
+    With codes of keys that were kept, and made token by token, it is the same.
+    """
     assert mechanism.pattern is Pattern.CAUSAL_SELF, "only causal self attention promises this"
     mechanism.eval()
     inputs = draw(mechanism, spread=SHARP, lengths=(9, 9))
     for keys in (None, last([8, 5], 9)):
         whole = mechanism.expectation(inputs.q, inputs.k, inputs.v, Call(keys=keys, source=inputs.source))
-        for rows in (1, 2, 5):
-            part = mechanism.expectation(
-                inputs.q[:, :, -rows:], inputs.k, inputs.v, Call(keys=keys, source=inputs.source)
-            )
+        each = [codes for key in inputs.k.split(1, 2) if (codes := mechanism.codes_of(key)) is not None]
+        kept = [KeyCodes(*(torch.cat(parts, 2) for parts in zip(*each, strict=True)))] if each else []
+        for rows, codes in itertools.product((1, 2, 5, 9), (None, *kept)):
+            call = Call(keys=keys, source=inputs.source, codes=codes)
+            part = mechanism.expectation(inputs.q[:, :, -rows:], inputs.k, inputs.v, call)
             assert_close(part, whole[:, :, -rows:], atol=1e-12, rtol=1e-12)
 
 

@@ -1,17 +1,21 @@
 """Decoding with a cache in models of transformers: the same tokens as without one."""
 
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import DynamicCache, LlamaModel
 
 from tests.hosts.language_models import DECODERS, PADDED
-from thresher import inject, sparsify
-from thresher.attention import Attended, Call
+from thresher import coded_cache, densify, inject, sparsify
+from thresher.attention import Attended, Call, KeyCodes
 from thresher.attention.dense import Dense
+from thresher.attention.latte import Latte
 from thresher.hosts.__main__ import TOKENS, build
+from thresher.hosts.huggingface_cache import CodedLayer
 
 
 @pytest.mark.parametrize("attention", ["dense", "latte", "topk"])
@@ -47,6 +51,80 @@ def test_a_cache_of_fixed_size_is_masked(attention: str) -> None:
     wanted = ask(use_cache=False, eos_token_id=None)
     got = ask(cache_implementation="static", disable_compile=True, eos_token_id=None)
     assert torch.equal(got, wanted)
+
+
+CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation_with_codes_of_keys_equals_generation_without(
+    name: str, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name)
+    sparsify(model, "latte", theta=0.5)
+    ask = partial(model.generate, TOKENS, attention_mask=PADDED["left"], max_new_tokens=8, num_beams=beams)
+    wanted = ask(do_sample=False, eos_token_id=None)
+    coded: list[int] = []
+    codes_of = Latte.codes_of
+
+    def counted(self: Latte, k: Tensor) -> KeyCodes | None:
+        coded.append(k.shape[2])
+        return codes_of(self, k)
+
+    monkeypatch.setattr(Latte, "codes_of", counted)
+    cache = coded_cache(model)
+    coded.clear()
+    assert torch.equal(ask(do_sample=False, eos_token_id=None, **{CACHE: cache}), wanted)
+    own = getattr(cache, "self_attention_cache", cache)
+    layers = sum(isinstance(layer, CodedLayer) for layer in own.layers)
+    assert coded == [coded[0]] * layers + [1] * 7 * layers
+
+
+def test_codes_go_with_the_keys_they_were_made_of() -> None:
+    model = build("Llama")
+    sparsify(model, "latte", theta=0.5)
+    cache = coded_cache(model)
+    model(TOKENS, **{CACHE: cache})
+    for change in (
+        lambda: cache.crop(-2),
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.batch_select_indices(torch.tensor([0, 2])),
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+    ):
+        change()
+        plain = DynamicCache(config=model.config)
+        for index, layer in enumerate(cache.layers):
+            plain.update(layer.keys, layer.values, index)
+        mask = torch.ones(2 * (len(cache.layers[0].keys) // 2), cache.get_seq_length() + 1, dtype=torch.long)
+        given = {"input_ids": TOKENS[:1, :1].expand(len(mask), 1), "attention_mask": mask}
+        assert torch.equal(model(**given, **{CACHE: cache})[0], model(**given, **{CACHE: plain})[0])
+
+
+def test_codes_of_another_mechanism_are_not_used() -> None:
+    model = build("Llama")
+    sparsify(model, "latte", theta=0.5)
+    cache = coded_cache(model)
+    model(TOKENS, **{CACHE: cache})
+    densify(model)
+    sparsify(model, "latte", theta=0.5, est_bits=8)
+    plain = DynamicCache(config=model.config)
+    model(TOKENS, **{CACHE: plain})
+    for index, layer in enumerate(cache.layers):
+        layer.keys, layer.values = plain.layers[index].keys, plain.layers[index].values
+        layer.keys._codes = layer.mechanism, layer.mechanism.codes_of(layer.keys)
+    given = {"input_ids": TOKENS[:, :1]}
+    assert torch.equal(model(**given, **{CACHE: cache})[0], model(**given, **{CACHE: plain})[0])
+
+
+def test_a_cache_without_any_codes_is_refused() -> None:
+    for attention in ("topk", "dense"):
+        model = build("Llama")
+        sparsify(model, attention)
+        with pytest.raises(ValueError, match=r"no attention of this LlamaForCausalLM makes codes.*own cache"):
+            coded_cache(model)
+    with pytest.raises(ValueError, match="no attention of this BertForMaskedLM"):
+        coded_cache(build("BERT"))
 
 
 class Forgetful(Dense):

@@ -6,12 +6,23 @@ import pkgutil
 from collections.abc import Callable
 from importlib import import_module
 
-from thresher.attention.base import Attended, Call, Cost, MakeMechanism, Mechanism, Metered, Pattern, ValueSource
+from thresher.attention.base import (
+    Attended,
+    Call,
+    Cost,
+    KeyCodes,
+    MakeMechanism,
+    Mechanism,
+    Metered,
+    Pattern,
+    ValueSource,
+)
 
 __all__ = [
     "Attended",
     "Call",
     "Cost",
+    "KeyCodes",
     "MakeMechanism",
     "Mechanism",
     "Pattern",

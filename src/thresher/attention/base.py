@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int8
 from torch import Tensor, nn
 
 from thresher.attention import visibility
@@ -46,6 +46,13 @@ class ValueSource(NamedTuple):
     bias: Float[Tensor, " hd"] | None
 
 
+class KeyCodes(NamedTuple):
+    """Low-precision codes of keys, and what a code of each key stands for."""
+
+    codes: Int8[Tensor, "b hk m d"]
+    unit: Float[Tensor, "b hk m 1"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """What one call knows besides q, k and v. True is visible, None is everything.
@@ -56,6 +63,7 @@ class Call:
         pairs: Any other pattern, the last resort.
         bias: Additive score bias (T5, ALiBi).
         source: What the values were projected from, for mechanisms that say `needs_source`.
+        codes: What `Mechanism.codes_of` made of these keys, where it was kept since their tokens were read.
     """
 
     queries: Bool[Tensor, "b n"] | None = None
@@ -63,6 +71,7 @@ class Call:
     pairs: Bool[Tensor, "#b #h n m"] | None = None
     bias: Float[Tensor, "#b #h n m"] | None = None
     source: ValueSource | None = None
+    codes: KeyCodes | None = None
 
     def examples(self, rows: slice) -> "Call":
         """Return what a call of some of the examples knows."""
@@ -70,9 +79,13 @@ class Call:
         def of(x: Tensor | None) -> Tensor | None:
             return x if x is None or len(x) == 1 else x[rows]
 
-        source = self.source and self.source._replace(x=self.source.x[rows])
         return Call(
-            queries=of(self.queries), keys=of(self.keys), pairs=of(self.pairs), bias=of(self.bias), source=source
+            queries=of(self.queries),
+            keys=of(self.keys),
+            pairs=of(self.pairs),
+            bias=of(self.bias),
+            source=self.source and self.source._replace(x=self.source.x[rows]),
+            codes=self.codes and KeyCodes(*(x[rows] for x in self.codes)),
         )
 
 
@@ -196,6 +209,13 @@ class Mechanism(Metered, ABC):
         shape = (*q.shape[:3], k.shape[2])
         pairs = visibility.visible_pairs(call, self.pattern, shape[2], shape[3], q.device)
         return q.new_ones(shape).bool() if pairs is None else pairs.expand(shape)
+
+    def codes_of(self, k: Float[Tensor, "b hk m d"]) -> KeyCodes | None:
+        """Return what a host may keep beside cached keys, key by key, and give back as `Call.codes`; None is nothing.
+
+        A call is the same without it, only slower.
+        """
+        return None
 
     def expectation(
         self,

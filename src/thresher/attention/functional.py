@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 MAX_EXCESS = 30.0
 
 
-def expand_heads(x: Float[Tensor, "b hk m d"], num_heads: int) -> Float[Tensor, "b h m d"]:
+def expand_heads(x: Shaped[Tensor, "b hk m d"], num_heads: int) -> Shaped[Tensor, "b h m d"]:
     """Repeat grouped key/value heads until there is one for each query head.
 
     Raises:

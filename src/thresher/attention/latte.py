@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from thresher.attention.backends import Backend, check_backend, served_by_kernel
-from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
+from thresher.attention.base import Attended, Call, Cost, KeyCodes, Mechanism, Pattern
 from thresher.attention.dense import attend_densely
 from thresher.attention.functional import (
     at_least_fp32,
@@ -39,7 +39,7 @@ from thresher.attention.functional import (
     straight_through,
 )
 from thresher.attention.options import check_choice, check_flags, check_integer
-from thresher.attention.quantise import Split, completed_product, estimated_product, quantise, split_codes
+from thresher.attention.quantise import Halves, Split, completed_product, estimated_product, quantise, split_codes
 from thresher.attention.thresholds import Differences, Gate, Surrogate, Thresholds
 from thresher.attention.visibility import count_pairs, hide_tokens, no_pairs, visible_keys_of, visible_pairs
 from thresher.kernels import latte as kernel
@@ -128,7 +128,8 @@ class Latte(Mechanism):
         if no_pairs(q, k):
             return attend_densely(q, k, v, call, self.pattern)
         if served_by_kernel(self.backend, "latte", (q, k, v), self.obstacle((q, k, v), call)):
-            return self.attend_on_kernel(q, k, v, call)
+            alone = q.shape[2] == 1 and self.pattern is Pattern.CAUSAL_SELF and not self.wants_gradient(q, k, v)
+            return self.decode_on_kernel(q, k, v, call) if alone else self.attend_on_kernel(q, k, v, call)
         if q.device.type != "cpu" or torch.compiler.is_compiling():
             return self.attend(q, k, v, call)
         size = max(BLOCK_PAIRS // max(q.shape[1] * q.shape[2] * k.shape[2], 1), 1)
@@ -161,12 +162,15 @@ class Latte(Mechanism):
             return "it estimates by codes and weighs by exact scores"
         if self.mode == "soft" and self.training:
             return "it has no soft gate"
-        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, self.thresholds.offset))
-        if wanted and self.needs_slope and self.surrogate == "sigmoid":
+        if self.needs_slope and self.surrogate == "sigmoid" and self.wants_gradient(*inputs):
             return "a sigmoid's gradient reaches every pair; those of surrogate=compact and inside do not"
         if self.dropout and self.training:
             return "it has no dropout of attention weights"
         return None
+
+    def wants_gradient(self, *inputs: Tensor) -> bool:
+        """Say whether a call is to be differentiated."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, self.thresholds.offset))
 
     @property
     def needs_slope(self) -> bool:
@@ -180,9 +184,13 @@ class Latte(Mechanism):
         k, v = expand_heads(k, h), expand_heads(v, h)
         q, k, v = (at_least_fp32(x) for x in hide_tokens(q, k, v, call, self.pattern))
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        truncate, step = self.split == "truncate", 2 ** (8 - self.est_bits)
-        q_codes, q_unit = kernel.encode(q.detach(), True, self.est_bits, truncate)
-        k_codes, k_unit = kernel.encode(k.detach(), self.pattern.causal, self.est_bits, truncate)
+        step = 2 ** (8 - self.est_bits)
+        q_codes, q_unit = self.encoded(q)
+        if call.codes is None:
+            k_codes, k_unit = self.encoded(k, per_token=self.pattern.causal)
+        else:
+            k_codes, k_unit = (expand_heads(x, h).flatten(0, 1) for x in call.codes)
+            k_unit = k_unit.squeeze(-1).to(k.dtype)
         shown = [x if x is None else x[:, None].expand(-1, h, -1).flatten(0, 1) for x in (call.queries, call.keys)]
         gate = kernel.Gate(
             q_codes=q_codes,
@@ -206,6 +214,50 @@ class Latte(Mechanism):
         visible = visible_keys_of(call, self.pattern, n, m, q.device).sum(-1).float().expand(b, h)
         return Attended(out.unflatten(0, (b, h)).to(dtype), self.cost(kept.unflatten(0, (b, h)), visible, v.shape[-1]))
 
+    def decode_on_kernel(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        """Attend with the last query on the CPU's kernel; queries that share keys are its rows."""
+        assert isinstance(self.est_bits, int)
+        (b, h, n, d), (groups, m), dtype = q.shape, k.shape[1:3], v.dtype
+        rows, step = h // groups, 2 ** (8 - self.est_bits)
+        q, k, v = (at_least_fp32(x) for x in (q.reshape(b * groups, rows, d), k.flatten(0, 1), v.flatten(0, 1)))
+        q_codes, q_unit = self.encoded(q)
+        k_codes, k_unit = self.encoded(k) if call.codes is None else (x.flatten(0, 1) for x in call.codes)
+        out, kept = kernel.decode(
+            q=q,
+            k=k,
+            v=v,
+            q_codes=q_codes,
+            k_codes=k_codes,
+            q_unit=q_unit * d**-0.5,
+            k_unit=k_unit.view(b * groups, m).to(q.dtype),
+            shown_k=None if call.keys is None else call.keys[:, None].expand(-1, groups, -1).flatten(0, 1),
+            theta=self.thresholds.values().to(q.dtype).expand(b, h).reshape(b * groups, rows),
+            spread=self.unit == "spread",
+            always_keep=self.always_keep,
+            step=float(step * step),
+            scale=d**-0.5,
+        )
+        out, kept = out.view(b, h, n, -1).to(dtype), kept.view(b, h)
+        if call.queries is not None:
+            out, kept = out.masked_fill(~call.queries[:, None, :, None], 0), kept * call.queries
+        visible = visible_keys_of(call, self.pattern, n, m, q.device).sum(-1).float().expand(b, h)
+        return Attended(out, self.cost(kept, visible, v.shape[-1]))
+
+    def encoded(self, x: Tensor, per_token: bool = True) -> tuple[Tensor, Tensor]:
+        """Return what the kernel makes of queries or keys [g, n, d]: codes, and what they stand for."""
+        assert isinstance(self.est_bits, int)
+        return kernel.encode(x.detach(), per_token, self.est_bits, self.split == "truncate")
+
+    def codes_of(self, k: Tensor) -> KeyCodes | None:
+        if self.pattern is not Pattern.CAUSAL_SELF or isinstance(self.est_bits, str) or self.scoring == "int8":
+            return None
+        k = at_least_fp32(k.detach())
+        if served_by_kernel(self.backend, "latte", (k,), None):
+            codes, unit = self.encoded(k.flatten(0, 1))
+            return KeyCodes(codes.unflatten(0, k.shape[:2]), unit.unflatten(0, k.shape[:2])[..., None])
+        codes, unit = quantise(k, per_token=True)
+        return KeyCodes(split_codes(codes, self.est_bits, self.split).high.to(torch.int8), unit)
+
     def differences(self, q: Tensor, k: Tensor, call: Call) -> Differences:
         """Return what the thresholds of a call are compared with."""
         k = expand_heads(k, q.shape[1])
@@ -228,10 +280,16 @@ class Latte(Mechanism):
         scores = (q * scale) @ k.transpose(-2, -1)
         estimate = scores.detach()
         if self.est_bits != "exact" or self.scoring == "int8":
-            (q_codes, q_scale), (k_codes, k_scale) = quantise(q, True), quantise(k, self.pattern.causal)
-            unit = scale * q_scale * k_scale.transpose(-2, -1)
             bits = 8 if isinstance(self.est_bits, str) else self.est_bits
-            q_half, k_half = (split_codes(x, bits, self.split) for x in (q_codes, k_codes))
+            q_codes, q_scale = quantise(q, True)
+            q_half = split_codes(q_codes, bits, self.split)
+            if call.codes is None:
+                k_codes, k_scale = quantise(k, self.pattern.causal)
+                k_half = split_codes(k_codes, bits, self.split)
+            else:
+                high, k_scale = (expand_heads(x, k.shape[1]).to(k.dtype) for x in call.codes)
+                k_half = Halves(high, torch.zeros_like(high), q_half.step)
+            unit = scale * q_scale * k_scale.transpose(-2, -1)
             product = estimated_product(q_half, k_half)
             if self.est_bits != "exact":
                 estimate = product * unit

@@ -29,6 +29,7 @@ from thresher.attention.base import Call, MakeMechanism, Pattern
 from thresher.hosts.core import FINDERS, Build, Found, Guest
 from thresher.hosts.decoding import decodes
 from thresher.hosts.examples import example_inputs_of
+from thresher.hosts.huggingface_cache import kept_codes
 from thresher.hosts.huggingface_switch import NAME, Switch
 from thresher.hosts.masks import add_biases, read_mask, rescale
 from thresher.hosts.projections import Projection, Projections
@@ -126,6 +127,7 @@ class HuggingFaceAttention(Guest):
             pairs=pairs,
             bias=add_biases(bias, position_bias),
             source=None if self.projection is None else self.projection.source(b, m),
+            codes=kept_codes(key, mechanism),
         )
         return mechanism(rescale(query, scaling), key, value, call).out
 

@@ -168,6 +168,56 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), q.new_empty(gate[6].shape)
 
 
+@torch.library.custom_op("thresher::latte_decode", mutates_args=())
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_codes: Tensor,
+    k_codes: Tensor,
+    q_unit: Tensor,
+    k_unit: Tensor,
+    shown_k: Tensor | None,
+    theta: Tensor,
+    spread: bool,
+    always_keep: int,
+    step: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attend as `attend` does, for queries that each see all keys of their group; it has no gradient.
+
+    Nothing is made of the keys, and the numbers of those that are dropped are not read.
+
+    Args:
+        q: Queries that share keys [g, r, d].
+        k: Keys [g, m, d].
+        v: Values [g, m, dv].
+        q_codes: Codes of queries, int8 [g, r, d].
+        k_codes: Codes of keys, int8 [g, m, d].
+        q_unit: What a code of a query stands for [g, r].
+        k_unit: What a code of a key stands for [g, m].
+        shown_k: Keys that are not hidden, bool [g, m]; None is all.
+        theta: Thresholds [g, r].
+        spread: This, and what follows, is as in a `Gate` and in `attend`.
+
+    Returns:
+        Outputs [g, r, dv], and the number of keys kept [g, r], in the type of q.
+    """
+    q, k, v, q_codes, k_codes = (x.contiguous() for x in (q, k, v, q_codes, k_codes))
+    (g, rows, d), m, dv = q.shape, v.shape[1], v.shape[2]
+    out, kept = q.new_empty(g, rows, dv), q.new_empty(g, rows, dtype=torch.int32)
+    shown = None if shown_k is None else shown_k.contiguous()
+    judged = q_codes, k_codes, q_unit.contiguous(), k_unit.contiguous(), shown, theta.contiguous()
+    sizes = g, rows, m, d, dv, int(spread), always_keep, step
+    call("latte", "decode", q.dtype, *judged, *sizes, q, k, v, scale, out, kept)
+    return out, kept.to(q.dtype)
+
+
+@decode.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2])
+
+
 def _passed(q: Tensor, v: Tensor, gate: Gate) -> list[Tensor | int | float | None]:
     (g, n, d), m, dv = q.shape, v.shape[1], v.shape[2]
     tensors = [x if x is None else x.contiguous() for x in gate[:7]]

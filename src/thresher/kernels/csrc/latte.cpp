@@ -9,6 +9,7 @@
 
 #include "buffer.h"
 #include "gathered.h"
+#include "latte_decode.h"
 #include "latte_encode.h"
 #include "latte_select.h"
 #include "matrix.h"
@@ -338,6 +339,14 @@ void with_types(const Call<T>& s, Run&& run) {
                                                       Band<T>{T(width), inside != 0}, into_scores, into_q, into_k,     \
                                                       into_v, into_theta, threads);                                    \
         });                                                                                                            \
+    }                                                                                                                  \
+    extern "C" void decode_##NAME(const int8_t* q_codes, const int8_t* k_codes, const T* q_unit, const T* k_unit,      \
+                                  const uint8_t* shown_k, const T* theta, int64_t groups, int64_t rows, int64_t m,     \
+                                  int64_t d, int64_t dv, int64_t spread, int64_t always, double step, const T* q,      \
+                                  const T* k, const T* v, double scale, T* out, int32_t* kept, int64_t threads) {      \
+        const Decoded<T> s{q_codes, k_codes, q_unit, k_unit, shown_k, theta, groups, rows, m, d, dv, spread, always,   \
+                           step};                                                                                      \
+        decode(s, q, k, v, T(scale), out, kept, threads);                                                              \
     }
 
 FOR_TYPE(float, float32)

@@ -1,0 +1,171 @@
+// One query at a time, whose keys were coded when their tokens were read: decoding. Codes lie row by row, so that what
+// follows a token is written behind them; nothing is packed, and a key's numbers are read only if it is kept.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "buffer.h"
+#include "gathered.h"
+#include "latte_codes.h"
+#include "latte_select.h"
+#include "parallel.h"
+#include "softmax.h"
+
+namespace thresher {
+
+template <class T>
+struct Decoded {
+    const int8_t *q_codes, *k_codes;  // [groups, rows, d], [groups, m, d]
+    const T *q_unit, *k_unit;         // [groups, rows], [groups, m]
+    const uint8_t* shown_k;           // [groups, m], or null
+    const T* theta;                   // [groups, rows]
+    int64_t groups, rows, m, d, dv;   // rows: queries that share keys
+    int64_t spread, always;
+    double step;
+};
+
+constexpr int64_t SOME = 16;  // keys whose products with a query are made at a time
+
+#if defined(THRESHER_VNNI)
+// The totals of 16 vectors, in their order.
+inline __m512i totals(const __m512i (&x)[SOME]) {
+    __m512i two[8], four[4], halves[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+        two[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]),
+                                  _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+        four[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(two[2 * i], two[2 * i + 1]),
+                                   _mm512_unpackhi_epi64(two[2 * i], two[2 * i + 1]));
+    const auto by_quarters = [](__m512i a, __m512i b) {
+        return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
+    };
+    for (int i = 0; i < 2; ++i) halves[i] = by_quarters(four[2 * i], four[2 * i + 1]);
+    return by_quarters(halves[0], halves[1]);
+}
+#endif
+
+// Products of a query's codes, which sum up to `all`, with those of `number` keys, at most SOME.
+inline void products_of_rows(const int8_t* query, int32_t all, const int8_t* keys, int64_t d, int64_t number,
+                             int32_t* to) {
+#if defined(THRESHER_VNNI)
+    // A product of bytes takes one side unsigned: keys, by 128 more than they are.
+    const __m512i more = _mm512_set1_epi8(int8_t(-128));
+    __m512i sum[SOME];
+#pragma GCC unroll 16
+    for (int64_t z = 0; z < SOME; ++z) sum[z] = _mm512_set1_epi32(0);
+    for (int64_t c = 0; c < d; c += 64) {
+        const __mmask64 there = d - c < 64 ? (__mmask64(1) << (d - c)) - 1 : ~__mmask64(0);
+        const __m512i x = _mm512_maskz_loadu_epi8(there, query + c);
+#pragma GCC unroll 16
+        for (int64_t z = 0; z < SOME; ++z) {
+            const int8_t* row = keys + std::min(z, number - 1) * d + c;
+            sum[z] = add_products(sum[z], _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, row), more), x);
+        }
+    }
+    _mm512_storeu_si512(to, _mm512_add_epi32(totals(sum), _mm512_set1_epi32(-128 * all)));
+#else
+    for (int64_t z = 0; z < number; ++z) {
+        int32_t sum = 0;
+        for (int64_t c = 0; c < d; ++c) sum += int32_t(query[c]) * int32_t(keys[z * d + c]);
+        to[z] = sum;
+    }
+#endif
+}
+
+template <class T>
+struct Decoder {
+    const Decoded<T>& s;
+    Buffer<T> estimate, weight, query;
+    Buffer<int32_t> key;
+
+    explicit Decoder(const Decoded<T>& call)
+        : s(call), estimate((s.m + KEYS - 1) / KEYS * KEYS), weight(s.m), query(s.d), key(s.m + KEYS) {}
+
+    // Estimate a row's scores; return how they are judged, and whether a visible key has no scale.
+    Row<T, T> judge(int64_t row, int64_t g, T& top) {
+        const int8_t *codes = s.q_codes + row * s.d, *keys = s.k_codes + g * s.m * s.d;
+        const T *k_unit = s.k_unit + g * s.m, unit = s.q_unit[row], step = T(s.step);
+        const uint8_t* shown = s.shown_k ? s.shown_k + g * s.m : nullptr;
+        int32_t all = 0;
+        for (int64_t c = 0; c < s.d; ++c) all += codes[c];
+        double sum[SOME] = {};
+        int64_t count = shown ? 0 : s.m;
+        bool broken = !std::isfinite(unit);
+        for (int64_t j = 0; j < s.m; j += SOME) {
+            const int64_t number = std::min(SOME, s.m - j);
+            int32_t product[SOME];
+            products_of_rows(codes, all, keys + j * s.d, s.d, number, product);
+            T scale[SOME] = {};
+            std::copy_n(k_unit + j, number, scale);
+            for (int64_t z = number; z < SOME; ++z) product[z] = 0;
+            if (shown)
+                for (int64_t z = 0; z < number; ++z) {
+                    count += shown[j + z];
+                    scale[z] = shown[j + z] ? scale[z] : T(0);
+                }
+            for (int64_t z = 0; z < SOME; ++z) {
+                broken |= !std::isfinite(scale[z]);
+                sum[z] += double(product[z]) * double(scale[z]);
+                estimate[j + z] = (T(product[z]) * step) * (unit * scale[z]);
+            }
+            if (shown)
+                for (int64_t z = 0; z < number; ++z) estimate[j + z] = shown[j + z] ? estimate[j + z] : LOWEST<T>;
+        }
+        std::fill(estimate.begin() + s.m, estimate.end(), LOWEST<T>);
+        top = greatest(estimate.data(), int64_t(estimate.size()));
+        Row<T, T> judged{estimate.data(), unit, step, T(0), T(1), bool(s.spread), broken};
+        judged.best = judged.value(top);
+        if (s.spread) {
+            double mean = 0;
+            for (const double x : sum) mean += x;
+            mean *= s.step * double(unit) / double(std::max<int64_t>(count, 1));
+            judged.unit = std::max(judged.best - T(mean), std::numeric_limits<T>::epsilon());
+        }
+        return judged;
+    }
+
+    int64_t list(int64_t row, int64_t g, const Row<T, T>& judged, T top) {
+        const T cut = judged.broken ? top : judged.cut(top, s.theta[row]);
+        const uint8_t* shown = s.shown_k ? s.shown_k + g * s.m : nullptr;
+        int32_t* to = key.data();
+        for (int64_t j = 0; j < s.m; j += KEYS) {
+            const int64_t number = std::min(KEYS, s.m - j), left = s.always - j;
+            const Bits always = left <= 0 ? 0 : left < KEYS ? (Bits(1) << left) - 1 : ~Bits(0);
+            Bits chosen = always | (judged.broken ? 0 : reach(&estimate[j], cut));
+            if (!chosen) continue;
+            Bits seen = number < KEYS ? (Bits(1) << number) - 1 : ~Bits(0);
+            for (int64_t z = 0; shown && z < number; ++z) seen &= ~(Bits(!shown[j + z]) << z);
+            to = write_places(chosen & seen, j, to);
+        }
+        return to - key.data();
+    }
+
+    int64_t attend(int64_t row, const T* q, const T* k, const T* v, T scale, T* out) {
+        const int64_t g = row / s.rows;
+        T top, best, mass;
+        const Row<T, T> judged = judge(row, g, top);
+        const int64_t number = list(row, g, judged, top);
+        std::fill_n(out + row * s.dv, s.dv, T(0));
+        if (!number) return 0;
+        for (int64_t c = 0; c < s.d; ++c) query[c] = q[row * s.d + c] * scale;
+        const auto at = [&](int64_t x) { return int64_t(key[x]); };
+        dots(query.data(), k + g * s.m * s.d, s.d, number, at, weight.data());
+        soften(weight.data(), number, best, mass);
+        add_rows(out + row * s.dv, weight.data(), v + g * s.m * s.dv, s.dv, number, at);
+        return number;
+    }
+};
+
+// Attend with each query to the keys of its group whose estimate lies within theta of the best.
+template <class T>
+void decode(const Decoded<T>& s, const T* q, const T* k, const T* v, T scale, T* out, int32_t* kept, int64_t threads) {
+    parallel_for(s.groups * s.rows, threads, [&] { return Decoder<T>(s); }, [&](int64_t row, Decoder<T>& decoder) {
+        kept[row] = int32_t(decoder.attend(row, q, k, v, scale, out));
+    });
+}
+
+}  // namespace thresher
