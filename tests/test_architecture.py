@@ -61,7 +61,8 @@ ONLY_IN = {
     "timm": {"bench/plain.py", "doctor/subjects.py", "hosts/timm.py", "hosts/__main__.py", "models/build.py"},
     "transformers": {
         *("bench/peers.py", "bench/plain.py", "data/tokens.py"),
-        *("hosts/huggingface.py", "hosts/huggingface_switch.py", "hosts/__main__.py", "models/huggingface.py"),
+        *("hosts/huggingface.py", "hosts/huggingface_cache.py", "hosts/huggingface_switch.py", "hosts/__main__.py"),
+        "models/huggingface.py",
     },
     "datasets": {"data/hub.py"},
     "hydra": {"overrides.py", "commands.py", "cli.py", "resuming.py"},

@@ -13,6 +13,7 @@ from thresher.bench.rows import (
     absent_peers,
     attention_jobs,
     check_settings,
+    decode_jobs,
     mechanisms_of,
     step_jobs,
     wanted_backends,
@@ -129,6 +130,16 @@ def test_backends_are_chosen_by_name_or_all_of_them() -> None:
     assert wanted_backends("x", NoAttention, None) == wanted_backends("x", NoAttention, "reference") == [None]
     with pytest.raises(ValueError, match="no other backend than its reference"):
         wanted_backends("x", NoAttention, "cpu")
+
+
+def test_whatever_is_causal_decodes() -> None:
+    found = decode_jobs(options("bench.mechanisms=[topk,latte,mca]", "bench.decode.n=[64,128]"), CONF, scene())
+    kept = options().settings.latte.kept
+    assert {j.name for j in found} == {"topk", "latte"}, "MCA is not causal"
+    assert {(j.model, j.pattern, j.n) for j in found} == {("decode", "causal_self", n) for n in (64, 128)}
+    assert [j.kept for j in found if j.name == "latte" and j.n == 64] == list(kept)
+    with pytest.raises(ValueError, match=r"bench\.decode\.n counts tokens"):
+        decode_jobs(options("bench.decode.n=[0]"), CONF, scene())
 
 
 def test_training_steps_have_a_gpt_and_a_vit() -> None:

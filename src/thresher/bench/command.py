@@ -15,16 +15,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from thresher import overrides
 from thresher.attention.options import check_choice
-from thresher.bench import measure, overhead, recorded, steps
+from thresher.bench import decoding, measure, overhead, recorded, steps
 from thresher.bench.jobs import DTYPES, Job, Scene
 from thresher.bench.plot import draw, page, panels
 from thresher.bench.records import record_of, write_records
-from thresher.bench.rows import absent_peers, attention_jobs, check_settings, listed, step_jobs
+from thresher.bench.rows import absent_peers, attention_jobs, check_settings, decode_jobs, listed, step_jobs
 from thresher.bench.show import line, print_summary
 from thresher.bench.targets import check_targets, judged
 from thresher.bench.worker import Answer, Worker, alone
 
-WHAT = ("attention", "train_step", "overhead")
+WHAT = ("attention", "decode", "train_step", "overhead")
+MEASURES = {"attention": measure.measured, "decode": decoding.measured}  # of other models: a training step
 SETTING = re.compile(r"^(bench\.settings\.[^=+~]+=)")
 USUAL_HEADS, USUAL_HEAD_DIM = 8, 64
 BEGINNING = 1024  # tokens to whose pairs a row attends in about the time that its process takes to begin
@@ -58,6 +59,8 @@ def bench(conf: Path, arguments: Sequence[str]) -> int:
     jobs: list[tuple[Job, Scene]] = []
     if "attention" in what and scene.inputs == "random":
         jobs += [(job, scene) for job in attention_jobs(cfg.bench, conf, scene, None)]
+    if "decode" in what:
+        jobs += [(job, replace(scene, inputs="random")) for job in decode_jobs(cfg.bench, conf, scene)]
     if "train_step" in what:
         jobs += [(job, replace(scene, inputs="random")) for job in step_jobs(cfg.bench, conf, scene)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +186,7 @@ def _measured(jobs: Sequence[tuple[Job, Scene]]) -> Iterator[dict[str, Any]]:
 
 def _row(job: Job, scene: Scene) -> dict[str, Any]:
     """Measure one row in a process of its own."""
-    answer = alone(measure.measured if job.model == "attention" else steps.measured, job, scene)
+    answer = alone(MEASURES.get(job.model, steps.measured), job, scene)
     if answer.error is not None:
         return record_of(job, scene, {}, "error", answer.error)
     row = dict(answer.value)
@@ -214,7 +217,7 @@ def _notes(answer: Answer) -> str:
 
 def _effort(job: Job) -> int:
     """Return about how long a row takes, in an unit of its own: to begin a process, and to attend to pairs."""
-    return BEGINNING**2 + job.n**2
+    return BEGINNING**2 + (job.n if job.model == "decode" else job.n**2)
 
 
 @contextmanager

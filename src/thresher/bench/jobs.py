@@ -66,7 +66,7 @@ class Job:
         backend: What the mechanism is told as its `backend`; None if it takes none, and is its own reference.
         pattern: Name of a pattern, in lower case.
         n: Number of queries and of keys.
-        model: What is timed: "attention", or the network of a training step.
+        model: What is timed: "attention", "decode", or the network of a training step.
     """
 
     name: str

@@ -106,11 +106,11 @@ def _outcome(job: Job, contender: Contender, dense: Contender, inputs: Inputs) -
     wanted = exact(job, inputs) if job.target else dense.forward(inputs)
     row: dict[str, Any] = {"rel_error": float((out.float() - wanted.float()).norm() / wanted.float().norm())}
     if cost is not None:
-        row |= {"kept": _share(cost.kept, cost.visible), "mac_ratio": _share(cost.total, cost.dense)}
+        row |= {"kept": share(cost.kept, cost.visible), "mac_ratio": share(cost.total, cost.dense)}
     return row
 
 
-def _share(part: Tensor, whole: Tensor) -> float:
+def share(part: Tensor, whole: Tensor) -> float:
     return float(part.double().sum() / whole.double().sum())
 
 

@@ -94,14 +94,31 @@ def attention_jobs(cfg: DictConfig, conf: Path, scene: Scene, recorded: Mapping[
         for pattern in patterns:
             wanted = own_lengths or (listed(cfg.n) if cfg.n is not None else None)
             for n in wanted or ([lengths[pattern]] if lengths else USUAL_LENGTHS):
-                if not isinstance(n, int) or n < 1:
-                    raise ValueError(f"bench.n counts tokens and must be a whole number of at least 1, got {n}")
+                _check_length("bench.n", n)
                 if n > lengths.get(pattern, n):
                     raise ValueError(
                         f"bench.n={n}: the recorded {pattern} attention has {lengths[pattern]} tokens, and is cropped "
                         "but never repeated"
                     )
                 jobs.append(replace(job, pattern=pattern, n=n))
+    return buildable(jobs, scene)
+
+
+def decode_jobs(cfg: DictConfig, conf: Path, scene: Scene) -> list[Job]:
+    """Return the rows of single steps of decoding.
+
+    Raises:
+        ValueError: A length is no number of tokens, or no mechanism can decode.
+    """
+    lengths = listed(cfg.decode.n)
+    for n in lengths:
+        _check_length("bench.decode.n", n)
+    jobs = [
+        replace(job, pattern="causal_self", n=n, model="decode")
+        for job, _ in _contenders(cfg, conf, None)
+        if job.target is not None and not mechanism_class(job.target).needs_source
+        for n in lengths
+    ]
     return buildable(jobs, scene)
 
 
@@ -186,6 +203,11 @@ def _contenders(
             for setting in settings_of(cfg, name, list(peer.defaults)):
                 own_lengths = setting.pop("n", None)
                 yield Job(name, None, peer.defaults | setting, None, _words(setting), None, "", 0), own_lengths
+
+
+def _check_length(name: str, n: Any) -> None:
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"{name} counts tokens and must be a whole number of at least 1, got {n}")
 
 
 def _words(knobs: Mapping[str, Any]) -> str:

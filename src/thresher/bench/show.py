@@ -37,7 +37,7 @@ def line(record: Record, share: float, left: str) -> str:
     head = f"{share:4.0%}  {name} N {record['n']}"
     if record["status"] != "ok":
         return f"{head}  {record['status']}: {record['note']}  left {left}"
-    parts = [f"forward {record['fwd_ms']:.1f} ms, dense {record['dense_fwd_ms']:.1f}"]
+    parts = [f"forward {cell('fwd_ms', record['fwd_ms'])} ms, dense {cell('fwd_ms', record['dense_fwd_ms'])}"]
     parts += [f"{word} {record[key]:.2f} x" for key, word in SPEEDUPS.items() if record[key] is not None]
     parts += [f"kept {record['kept']:.3f}"] if record["kept"] is not None else []
     return f"{head}  {'  '.join(parts)}  left {left}"
@@ -69,7 +69,8 @@ def print_summary(records: Sequence[Record], verdicts: Sequence[Mapping[str, Any
 
 
 def _table(rows: Sequence[Record], pattern: str, model: str | None) -> Table:
-    table = Table(title=f"{pattern}{f', {model}: whole training steps' if model else ''}", title_justify="left")
+    kind = {None: "", "decode": ", one query with cached keys"}.get(model, f", {model}: whole training steps")
+    table = Table(title=f"{pattern}{kind}", title_justify="left")
     shown = [c for c in COLUMNS if c in ("fwd_ms", *WORDS) or any(r[c] not in (None, "") for r in rows)]
     for column in shown:
         table.add_column(COLUMNS[column], justify="left" if column in WORDS else "right", no_wrap=column in WORDS)
@@ -94,7 +95,9 @@ def cell(column: str, value: Any) -> str:
         return f"{value:.1e}"
     if column.startswith("speedup"):
         return f"{value:.2f}"
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if column.endswith("_ms") and value < 1 else f"{value:.1f}"
 
 
 def _targets(verdicts: Sequence[Mapping[str, Any]]) -> Table:

@@ -26,7 +26,8 @@ struct Decoded {
     double step;
 };
 
-constexpr int64_t SOME = 16;  // keys whose products with a query are made at a time
+constexpr int64_t SOME = 16;    // keys whose products with a query are made at a time
+constexpr int64_t AHEAD = 64;   // keys whose codes memory is asked for before their turn: it is slow to come by itself
 
 #if defined(THRESHER_VNNI)
 // The totals of 16 vectors, in their order.
@@ -48,27 +49,25 @@ inline __m512i totals(const __m512i (&x)[SOME]) {
 }
 #endif
 
-// Products of a query's codes, which sum up to `all`, with those of `number` keys, at most SOME.
-inline void products_of_rows(const int8_t* query, int32_t all, const int8_t* keys, int64_t d, int64_t number,
-                             int32_t* to) {
+// Products of a query's codes, which sum up to `all`, with those of SOME keys.
+inline void products_of_rows(const int8_t* query, int32_t all, const int8_t* keys, int64_t d, int32_t* to) {
 #if defined(THRESHER_VNNI)
     // A product of bytes takes one side unsigned: keys, by 128 more than they are.
     const __m512i more = _mm512_set1_epi8(int8_t(-128));
     __m512i sum[SOME];
 #pragma GCC unroll 16
-    for (int64_t z = 0; z < SOME; ++z) sum[z] = _mm512_set1_epi32(0);
+    for (int64_t z = 0; z < SOME; ++z) sum[z] = _mm512_setzero_si512();
     for (int64_t c = 0; c < d; c += 64) {
         const __mmask64 there = d - c < 64 ? (__mmask64(1) << (d - c)) - 1 : ~__mmask64(0);
         const __m512i x = _mm512_maskz_loadu_epi8(there, query + c);
 #pragma GCC unroll 16
-        for (int64_t z = 0; z < SOME; ++z) {
-            const int8_t* row = keys + std::min(z, number - 1) * d + c;
-            sum[z] = add_products(sum[z], _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, row), more), x);
-        }
+        for (int64_t z = 0; z < SOME; ++z)
+            sum[z] = add_products(sum[z], _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, keys + z * d + c), more), x);
     }
     _mm512_storeu_si512(to, _mm512_add_epi32(totals(sum), _mm512_set1_epi32(-128 * all)));
 #else
-    for (int64_t z = 0; z < number; ++z) {
+    (void)all;
+    for (int64_t z = 0; z < SOME; ++z) {
         int32_t sum = 0;
         for (int64_t c = 0; c < d; ++c) sum += int32_t(query[c]) * int32_t(keys[z * d + c]);
         to[z] = sum;
@@ -81,11 +80,12 @@ struct Decoder {
     const Decoded<T>& s;
     Buffer<T> estimate, weight, query;
     Buffer<int32_t> key;
+    Buffer<int8_t> last;  // codes of the last keys, filled up to SOME
 
     explicit Decoder(const Decoded<T>& call)
         : s(call), estimate((s.m + KEYS - 1) / KEYS * KEYS), weight(s.m), query(s.d), key(s.m + KEYS) {}
 
-    // Estimate a row's scores; return how they are judged, and whether a visible key has no scale.
+    // Estimate a row's scores; return how they are judged, and the best of them.
     Row<T, T> judge(int64_t row, int64_t g, T& top) {
         const int8_t *codes = s.q_codes + row * s.d, *keys = s.k_codes + g * s.m * s.d;
         const T *k_unit = s.k_unit + g * s.m, unit = s.q_unit[row], step = T(s.step);
@@ -93,35 +93,47 @@ struct Decoder {
         int32_t all = 0;
         for (int64_t c = 0; c < s.d; ++c) all += codes[c];
         double sum[SOME] = {};
-        int64_t count = shown ? 0 : s.m;
-        bool broken = !std::isfinite(unit);
-        for (int64_t j = 0; j < s.m; j += SOME) {
-            const int64_t number = std::min(SOME, s.m - j);
+        T gone[SOME] = {};  // no number once a scale is none
+        const auto some = [&](const int8_t* from, const T* scale, T* to) {
             int32_t product[SOME];
-            products_of_rows(codes, all, keys + j * s.d, s.d, number, product);
-            T scale[SOME] = {};
-            std::copy_n(k_unit + j, number, scale);
-            for (int64_t z = number; z < SOME; ++z) product[z] = 0;
+            products_of_rows(codes, all, from, s.d, product);
+            for (int64_t z = 0; z < SOME; ++z) sum[z] += double(product[z]) * double(scale[z]);
+            for (int64_t z = 0; z < SOME; ++z) gone[z] += scale[z] - scale[z];
+            for (int64_t z = 0; z < SOME; ++z) to[z] = (T(product[z]) * step) * (unit * scale[z]);
+        };
+        int64_t count = s.m;
+        const int64_t whole = s.m / SOME * SOME;
+        T scale[SOME] = {};
+        for (int64_t j = 0; j < whole; j += SOME) {
             if (shown)
-                for (int64_t z = 0; z < number; ++z) {
-                    count += shown[j + z];
-                    scale[z] = shown[j + z] ? scale[z] : T(0);
-                }
-            for (int64_t z = 0; z < SOME; ++z) {
-                broken |= !std::isfinite(scale[z]);
-                sum[z] += double(product[z]) * double(scale[z]);
-                estimate[j + z] = (T(product[z]) * step) * (unit * scale[z]);
-            }
-            if (shown)
-                for (int64_t z = 0; z < number; ++z) estimate[j + z] = shown[j + z] ? estimate[j + z] : LOWEST<T>;
+                for (int64_t z = 0; z < SOME; ++z) scale[z] = shown[j + z] ? k_unit[j + z] : T(0);
+            const int8_t* soon = keys + std::min(j + AHEAD, whole - SOME) * s.d;
+            for (int64_t c = 0; c < SOME * s.d; c += 64) __builtin_prefetch(soon + c);
+            some(keys + j * s.d, shown ? scale : k_unit + j, &estimate[j]);
+        }
+        if (whole < s.m) {
+            for (int64_t z = 0; z < SOME; ++z)
+                scale[z] = whole + z < s.m && (!shown || shown[whole + z]) ? k_unit[whole + z] : T(0);
+            last.assign(SOME * s.d, 0);
+            std::copy(keys + whole * s.d, keys + s.m * s.d, last.begin());
+            some(last.data(), scale, &estimate[whole]);
         }
         std::fill(estimate.begin() + s.m, estimate.end(), LOWEST<T>);
+        if (shown)
+            for (int64_t j = 0; j < s.m; ++j) {
+                count -= !shown[j];
+                estimate[j] = shown[j] ? estimate[j] : LOWEST<T>;
+            }
         top = greatest(estimate.data(), int64_t(estimate.size()));
-        Row<T, T> judged{estimate.data(), unit, step, T(0), T(1), bool(s.spread), broken};
+        double mean = 0;
+        T odd = unit - unit;
+        for (int64_t z = 0; z < SOME; ++z) {
+            mean += sum[z];
+            odd += gone[z];
+        }
+        Row<T, T> judged{estimate.data(), unit, step, T(0), T(1), bool(s.spread), odd != 0};
         judged.best = judged.value(top);
         if (s.spread) {
-            double mean = 0;
-            for (const double x : sum) mean += x;
             mean *= s.step * double(unit) / double(std::max<int64_t>(count, 1));
             judged.unit = std::max(judged.best - T(mean), std::numeric_limits<T>::epsilon());
         }
