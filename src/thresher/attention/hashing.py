@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MAX_BITS = 15  # codes are kept as int16
+LEAST = 1e-12  # length below which a vector is not made a unit vector
 AT_A_TIME = 2**21  # projections in memory
+ON_CPU = 2**19  # the same, where they then stay in its cache until they are read
 Pack = Callable[[Tensor, int], Tensor]
 
 
@@ -26,8 +28,11 @@ def gaussian_codes(
     if bits == 0:
         return x.new_zeros(m, *x.shape[:2], dtype=torch.int16)
     planes = directions.to(x.dtype).flatten(0, 1).mT
-    parts = x.flatten(0, 1).split(max(AT_A_TIME // planes.shape[1], 1))
-    return torch.cat([(pack or pack_signs)(part @ planes, bits) for part in parts], 1).unflatten(1, x.shape[:2])
+    number = max((ON_CPU if x.device.type == "cpu" else AT_A_TIME) // planes.shape[1], 1)
+    room = x.new_empty(number, planes.shape[1])
+    parts = map(unit_vectors, x.flatten(0, 1).split(number))  # sides do not depend on length, but it might overflow
+    signed = (torch.mm(part, planes, out=room[: len(part)]) for part in parts)
+    return torch.cat([(pack or pack_signs)(part, bits) for part in signed], 1).unflatten(1, x.shape[:2])
 
 
 def hadamard_codes(
@@ -38,7 +43,7 @@ def hadamard_codes(
     A part yields p // bits codes; d is filled up with zeros to p, a power of two.
     """
     width = signs.shape[-1]
-    x = F.pad(x, (0, width - x.shape[-1]))
+    x = F.pad(unit_vectors(x), (0, width - x.shape[-1]))
     codes = []
     for part in signs.to(x.dtype):
         y = x
@@ -46,6 +51,11 @@ def hadamard_codes(
             y = walsh_hadamard(y * sign)
         codes.append((pack or pack_signs)(y[..., : width // bits * bits].flatten(0, 1), bits))
     return torch.cat(codes)[:hashes].unflatten(1, x.shape[:2])
+
+
+def unit_vectors(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    """Divide vectors by their lengths; zero stays zero."""
+    return F.normalize(x, dim=-1, eps=LEAST)
 
 
 def pack_signs(y: Float[Tensor, "n signs"], bits: int) -> Int[Tensor, "m n"]:

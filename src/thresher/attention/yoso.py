@@ -36,7 +36,15 @@ from thresher.attention.backends import Backend, check_backend, served_by_kernel
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
 from thresher.attention.dense import attend_densely
 from thresher.attention.functional import at_least_fp32, expand_heads, fill_hidden
-from thresher.attention.hashing import MAX_BITS, Pack, gaussian_codes, hadamard_codes, hadamard_width
+from thresher.attention.hashing import (
+    LEAST,
+    MAX_BITS,
+    Pack,
+    gaussian_codes,
+    hadamard_codes,
+    hadamard_width,
+    unit_vectors,
+)
 from thresher.attention.options import check_choice, check_flags, check_integer
 from thresher.attention.tables import causal_collision_sums, collision_sums, collisions
 from thresher.attention.visibility import (
@@ -136,8 +144,7 @@ class Yoso(Mechanism):
         k, v = expand_heads(k, h), expand_heads(v, h)
         q, k, v = hide_tokens(q, k, v, call, self.pattern)
         with torch.autocast(q.device.type, enabled=False):
-            wide_q, wide_k = (F.normalize(at_least_fp32(x), dim=-1).flatten(0, 1) for x in (q, k))
-            wide_v = at_least_fp32(v).flatten(0, 1)
+            wide_q, wide_k, wide_v = (at_least_fp32(x).flatten(0, 1) for x in (q, k, v))
             by_kernel = served_by_kernel(self.backend, "yoso", (wide_q, wide_k, wide_v), self.obstacle(call))
             codes = self.codes(wide_q, wide_k, kernel.pack if by_kernel else None) if self.sampled else None
             if (
@@ -154,8 +161,8 @@ class Yoso(Mechanism):
                 mean, met = _TableAttention.apply(wide_q, wide_k, wide_v, *codes, seen, way)
             mean = mean.view(b, h, n, mean.shape[-1])
             seen, _ = seen_tokens(call, self.pattern, n, m)
-            empty = mean.detach().square().sum(-1, keepdim=True) == 0
-            out = F.normalize(mean, dim=-1).masked_fill(empty, 0)
+            length = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
+            out = mean * (1 / length.clamp_min(LEAST)).masked_fill(length == 0, 0)  # of nothing nothing, nor a gradient
             if self.filters is not None:
                 out = out + self.convolved(at_least_fp32(v), n, call)
             if seen is not None:
@@ -173,7 +180,7 @@ class Yoso(Mechanism):
     def codes(
         self, q: Tensor, k: Tensor, pack: Pack | None = None
     ) -> tuple[Int[Tensor, "m g n"], Int[Tensor, "m g k"]]:
-        """Return the codes of unit queries and keys, by the same hashes."""
+        """Return the codes of queries and keys, by the same hashes."""
         with torch.no_grad():
             draws = self.draws
             if self.training and self.resample == "forward":
@@ -191,7 +198,7 @@ class Yoso(Mechanism):
         self, q: Tensor, k: Tensor, v: Tensor, call: Call, codes: tuple[Tensor, Tensor] | None, batch: int
     ) -> tuple[Float[Tensor, "g n dv"], Float[Tensor, "g n"]]:
         """Return the sum over keys, from a weight for each pair, and the number of collisions of each row."""
-        cosine = (q @ k.mT).clamp(-1, 1)
+        cosine = (unit_vectors(q) @ unit_vectors(k).mT).clamp(-1, 1)
         if codes is None:
             value = collision_probability(cosine.detach(), self.bits)
         else:
@@ -321,18 +328,19 @@ class _TableAttention(torch.autograd.Function):
         ctx.way = way
         if way.by_kernel:
             sums, met = kernel.sums_of_keys(v, codes_q, codes_k, seen, way.slots, way.shift)
+            sums.div_(len(codes_q))
         else:
             real = v.new_ones(v.shape[:2]) if seen is None else seen.to(v.dtype)
             sums = _read_keys(torch.cat([v, real[..., None]], -1), codes_q, codes_k, way)
-            sums, met = sums[..., :-1], sums[..., -1]
+            sums, met = sums[..., :-1] / len(codes_q), sums[..., -1]
         ctx.mark_non_differentiable(met)
-        return sums / len(codes_q), met
+        return sums, met
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, codes_q, codes_k, seen = ctx.saved_tensors
-        way, share = ctx.way, 1 / len(codes_q)
+        long_q, long_k, v, codes_q, codes_k, seen = ctx.saved_tensors
+        q, k, way, share = unit_vectors(long_q), unit_vectors(long_k), ctx.way, 1 / len(codes_q)
         if way.by_kernel:
             grad_v = kernel.sums_of_queries(grad, codes_q, codes_k, way.slots, way.shift) * share
         else:
@@ -344,7 +352,14 @@ class _TableAttention(torch.autograd.Function):
             grad_q, grad_k = kernel.bound(q, k, v, grad, codes_q, codes_k, seen, way.slots, way.shift, slope)
         else:
             grad_q, grad_k = _bound(q, k, v, grad, codes_q, codes_k, way)
-        return grad_q, grad_k, grad_v, None, None, None, None
+        return _to_vectors(long_q, q, grad_q), _to_vectors(long_k, k, grad_k), grad_v, None, None, None, None
+
+
+def _to_vectors(x: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient to vectors from that to their unit vectors."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    along = (unit * grad).sum(-1, keepdim=True).masked_fill(length < LEAST, 0)
+    return (grad - unit * along) / length.clamp_min(LEAST)
 
 
 def _bound(
