@@ -33,7 +33,8 @@ def check_backend(backend: Backend, kernel: str) -> None:
 def served_by_kernel(backend: Backend, kernel: str, inputs: tuple[Tensor, ...], obstacle: str | None) -> bool:
     """Decide whether a call goes to the kernel.
 
-    bf16 and fp16 are computed in fp32 by whoever calls the kernel. `torch.compile` can trace this.
+    Whoever calls a kernel makes fp32 of fp16, and of bf16 where the kernel does not read it. `torch.compile` can
+    trace this.
 
     Args:
         backend: The choice of the user.

@@ -1,12 +1,14 @@
-"""Arithmetic that mechanisms share: masked softmax, straight-through, gradients known in closed form."""
+"""Arithmetic that mechanisms share: masked softmax, unit vectors, straight-through, gradients known in closed form."""
 
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+from torch.nn import functional as F
 
 MAX_EXCESS = 30.0
+LEAST_LENGTH = 1e-12  # of a vector; a shorter one is not made a unit vector
 
 
 def expand_heads(x: Shaped[Tensor, "b hk m d"], num_heads: int) -> Shaped[Tensor, "b h m d"]:
@@ -148,3 +150,17 @@ def gated_softmax(
     A dropped key can outweigh the kept ones, if an estimate misjudged it; its excess counts up to 30 nats.
     """
     return _GatedSoftmax.apply(scores, theta, keep, slope, into_scores, unit)
+
+
+def unit_vectors(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    """Divide vectors by their lengths; zero stays zero."""
+    return F.normalize(x, dim=-1, eps=LEAST_LENGTH)
+
+
+def gradient_to_vectors(
+    x: Float[Tensor, "*batch d"], unit: Float[Tensor, "*batch d"], grad: Float[Tensor, "*batch d"]
+) -> Float[Tensor, "*batch d"]:
+    """Return the gradient to vectors from that to their unit vectors."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    along = (unit * grad).sum(-1, keepdim=True).masked_fill(length < LEAST_LENGTH, 0)
+    return (grad - unit * along) / length.clamp_min(LEAST_LENGTH)

@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from thresher.attention.functional import unit_vectors
+
 MAX_BITS = 15  # codes are kept as int16
-LEAST = 1e-12  # length below which a vector is not made a unit vector
 AT_A_TIME = 2**21  # projections in memory
 ON_CPU = 2**19  # the same, where they then stay in its cache until they are read
 Pack = Callable[[Tensor, int], Tensor]
@@ -51,11 +52,6 @@ def hadamard_codes(
             y = walsh_hadamard(y * sign)
         codes.append((pack or pack_signs)(y[..., : width // bits * bits].flatten(0, 1), bits))
     return torch.cat(codes)[:hashes].unflatten(1, x.shape[:2])
-
-
-def unit_vectors(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-    """Divide vectors by their lengths; zero stays zero."""
-    return F.normalize(x, dim=-1, eps=LEAST)
 
 
 def pack_signs(y: Float[Tensor, "n signs"], bits: int) -> Int[Tensor, "m n"]:

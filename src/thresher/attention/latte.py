@@ -182,15 +182,14 @@ class Latte(Mechanism):
         assert isinstance(self.est_bits, int)
         (b, h, n, d), m, dtype = q.shape, k.shape[2], v.dtype
         k, v = expand_heads(k, h), expand_heads(v, h)
-        q, k, v = (at_least_fp32(x) for x in hide_tokens(q, k, v, call, self.pattern))
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        q, k, v = (kernel.readable(x).flatten(0, 1) for x in hide_tokens(q, k, v, call, self.pattern))
         step = 2 ** (8 - self.est_bits)
         q_codes, q_unit = self.encoded(q)
         if call.codes is None:
             k_codes, k_unit = self.encoded(k, per_token=self.pattern.causal)
         else:
             k_codes, k_unit = (expand_heads(x, h).flatten(0, 1) for x in call.codes)
-            k_unit = k_unit.squeeze(-1).to(k.dtype)
+            k_unit = k_unit.squeeze(-1).to(q_unit.dtype)
         shown = [x if x is None else x[:, None].expand(-1, h, -1).flatten(0, 1) for x in (call.queries, call.keys)]
         gate = kernel.Gate(
             q_codes=q_codes,
@@ -199,7 +198,7 @@ class Latte(Mechanism):
             k_unit=k_unit,
             shown_q=shown[0],
             shown_k=shown[1],
-            theta=self.thresholds.values().to(q.dtype).expand(b, h).flatten(),
+            theta=self.thresholds.values().to(q_unit.dtype).expand(b, h).flatten(),
             tau=self.thresholds.tau if self.needs_slope else None,
             shift=m - n if self.pattern is Pattern.CAUSAL_SELF and n > 1 else None,
             spread=self.unit == "spread",
@@ -219,7 +218,7 @@ class Latte(Mechanism):
         assert isinstance(self.est_bits, int)
         (b, h, n, d), (groups, m), dtype = q.shape, k.shape[1:3], v.dtype
         rows, step = h // groups, 2 ** (8 - self.est_bits)
-        q, k, v = (at_least_fp32(x) for x in (q.reshape(b * groups, rows, d), k.flatten(0, 1), v.flatten(0, 1)))
+        q, k, v = (kernel.readable(x) for x in (q.reshape(b * groups, rows, d), k.flatten(0, 1), v.flatten(0, 1)))
         q_codes, q_unit = self.encoded(q)
         k_codes, k_unit = self.encoded(k) if call.codes is None else (x.flatten(0, 1) for x in call.codes)
         out, kept = kernel.decode(
@@ -229,9 +228,9 @@ class Latte(Mechanism):
             q_codes=q_codes,
             k_codes=k_codes,
             q_unit=q_unit * d**-0.5,
-            k_unit=k_unit.view(b * groups, m).to(q.dtype),
+            k_unit=k_unit.view(b * groups, m).to(q_unit.dtype),
             shown_k=None if call.keys is None else call.keys[:, None].expand(-1, groups, -1).flatten(0, 1),
-            theta=self.thresholds.values().to(q.dtype).expand(b, h).reshape(b * groups, rows),
+            theta=self.thresholds.values().to(q_unit.dtype).expand(b, h).reshape(b * groups, rows),
             spread=self.unit == "spread",
             always_keep=self.always_keep,
             step=float(step * step),
@@ -251,11 +250,11 @@ class Latte(Mechanism):
     def codes_of(self, k: Tensor) -> KeyCodes | None:
         if self.pattern is not Pattern.CAUSAL_SELF or isinstance(self.est_bits, str) or self.scoring == "int8":
             return None
-        k = at_least_fp32(k.detach())
+        k = k.detach()
         if served_by_kernel(self.backend, "latte", (k,), None):
-            codes, unit = self.encoded(k.flatten(0, 1))
+            codes, unit = self.encoded(kernel.readable(k).flatten(0, 1))
             return KeyCodes(codes.unflatten(0, k.shape[:2]), unit.unflatten(0, k.shape[:2])[..., None])
-        codes, unit = quantise(k, per_token=True)
+        codes, unit = quantise(at_least_fp32(k), per_token=True)
         return KeyCodes(split_codes(codes, self.est_bits, self.split).high.to(torch.int8), unit)
 
     def differences(self, q: Tensor, k: Tensor, call: Call) -> Differences:

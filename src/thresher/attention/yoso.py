@@ -35,16 +35,15 @@ from torch.nn import functional as F
 from thresher.attention.backends import Backend, check_backend, served_by_kernel
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
 from thresher.attention.dense import attend_densely
-from thresher.attention.functional import at_least_fp32, expand_heads, fill_hidden
-from thresher.attention.hashing import (
-    LEAST,
-    MAX_BITS,
-    Pack,
-    gaussian_codes,
-    hadamard_codes,
-    hadamard_width,
+from thresher.attention.functional import (
+    LEAST_LENGTH,
+    at_least_fp32,
+    expand_heads,
+    fill_hidden,
+    gradient_to_vectors,
     unit_vectors,
 )
+from thresher.attention.hashing import MAX_BITS, Pack, gaussian_codes, hadamard_codes, hadamard_width
 from thresher.attention.options import check_choice, check_flags, check_integer
 from thresher.attention.tables import causal_collision_sums, collision_sums, collisions
 from thresher.attention.visibility import (
@@ -162,7 +161,9 @@ class Yoso(Mechanism):
             mean = mean.view(b, h, n, mean.shape[-1])
             seen, _ = seen_tokens(call, self.pattern, n, m)
             length = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
-            out = mean * (1 / length.clamp_min(LEAST)).masked_fill(length == 0, 0)  # of nothing nothing, nor a gradient
+            out = mean * (1 / length.clamp_min(LEAST_LENGTH)).masked_fill(
+                length == 0, 0
+            )  # of nothing nothing, nor a gradient
             if self.filters is not None:
                 out = out + self.convolved(at_least_fp32(v), n, call)
             if seen is not None:
@@ -352,14 +353,8 @@ class _TableAttention(torch.autograd.Function):
             grad_q, grad_k = kernel.bound(q, k, v, grad, codes_q, codes_k, seen, way.slots, way.shift, slope)
         else:
             grad_q, grad_k = _bound(q, k, v, grad, codes_q, codes_k, way)
-        return _to_vectors(long_q, q, grad_q), _to_vectors(long_k, k, grad_k), grad_v, None, None, None, None
-
-
-def _to_vectors(x: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
-    """Return the gradient to vectors from that to their unit vectors."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    along = (unit * grad).sum(-1, keepdim=True).masked_fill(length < LEAST, 0)
-    return (grad - unit * along) / length.clamp_min(LEAST)
+        grad_q, grad_k = gradient_to_vectors(long_q, q, grad_q), gradient_to_vectors(long_k, k, grad_k)
+        return grad_q, grad_k, grad_v, None, None, None, None
 
 
 def _bound(

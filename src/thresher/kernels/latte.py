@@ -1,4 +1,8 @@
-"""LATTE's operators on CPUs: estimates from integer codes, and exact work for kept pairs only."""
+"""LATTE's operators on CPUs: estimates from integer codes, and exact work for kept pairs only.
+
+Queries, keys and values are fp32, fp64 or bf16; whatever else is a real number is of the type that sums are made in,
+fp32 with bf16, where processors that have such instructions multiply pairs of bf16.
+"""
 
 from typing import Any, NamedTuple
 
@@ -58,14 +62,15 @@ def encode(x: Tensor, per_token: bool, bits: int, truncate: bool) -> tuple[Tenso
     """
     x = x.contiguous()
     g, n, d = x.shape
-    codes, unit = torch.empty_like(x, dtype=torch.int8), x.new_empty(g, n if per_token else 1)
+    codes, unit = torch.empty_like(x, dtype=torch.int8), x.new_empty(g, n if per_token else 1, dtype=_summed(x))
     call("latte", "encode", x.dtype, x, g, n, d, int(per_token), bits, int(truncate), codes, unit)
     return codes, unit
 
 
 @encode.register_fake
 def _(x: Tensor, per_token: bool, bits: int, truncate: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], x.shape[1] if per_token else 1)
+    unit = x.new_empty(x.shape[0], x.shape[1] if per_token else 1, dtype=_summed(x))
+    return torch.empty_like(x, dtype=torch.int8), unit
 
 
 @torch.library.custom_op("thresher::latte_attend", mutates_args=())
@@ -99,12 +104,12 @@ def attend(
         scale: What products of queries and keys are multiplied by to be scores.
 
     Returns:
-        Outputs [g, n, dv]; the number of pairs kept [g], in the type of q; of each query [g, n] the best score of its
-        kept keys, and the sum of the exponentials of their scores below it.
+        Outputs [g, n, dv]; the number of pairs kept [g], in the type of sums; of each query [g, n] the best score of
+        its kept keys, and the sum of the exponentials of their scores below it.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    (g, n, _), dv = q.shape, v.shape[2]
-    out, top, mass = q.new_empty(g, n, dv), q.new_empty(g, n), q.new_empty(g, n)
+    (g, n, _), dv, dtype = q.shape, v.shape[2], _summed(q)
+    out, top, mass = (q.new_empty(*size, dtype=dtype) for size in ((g, n, dv), (g, n), (g, n)))
     kept = q.new_empty(g, n, dtype=torch.int32)
     gate = Gate(
         *(q_codes, k_codes, q_unit, k_unit, shown_q, shown_k, theta, tau, shift, spread, always_keep, step),
@@ -112,13 +117,14 @@ def attend(
         inside=inside,
     )
     call("latte", "attend", q.dtype, *_passed(q, v, gate), q, k, v, scale, out, kept, top, mass)
-    return out, kept.sum(-1).to(q.dtype), top, mass
+    return out, kept.sum(-1).to(dtype), top, mass
 
 
 @attend.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *gate: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (g, n, _), dv = q.shape, v.shape[2]
-    return q.new_empty(g, n, dv), q.new_empty(g), q.new_empty(g, n), q.new_empty(g, n)
+    out, kept, top, mass = (q.new_empty(*size, dtype=_summed(q)) for size in ((g, n, dv), (g,), (g, n), (g, n)))
+    return out, kept, top, mass
 
 
 @torch.library.custom_op("thresher::latte_back", mutates_args=())
@@ -154,7 +160,8 @@ def back(
         into_scores=into_scores,
         inside=inside,
     )
-    into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(theta)
+    into_q, into_k, into_v = (torch.empty_like(x, dtype=_summed(x)) for x in (q, k, v))
+    into = into_q, into_k, into_v, torch.empty_like(theta)
     given = grad, grad_kept, q, k, v, scale, out, top, mass
     width = 0.0 if tau is None else 3 * float(tau)
     call("latte", "back", q.dtype, *_passed(q, v, gate), *given, width, int(inside), int(into_scores), *into)
@@ -165,7 +172,8 @@ def back(
 def _(
     grad: Tensor, grad_kept: Tensor, out: Tensor, top: Tensor, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, *gate: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), q.new_empty(gate[6].shape)
+    into_q, into_k, into_v = (x.new_empty(x.shape, dtype=_summed(x)) for x in (q, k, v))
+    return into_q, into_k, into_v, gate[6].new_empty(gate[6].shape)
 
 
 @torch.library.custom_op("thresher::latte_decode", mutates_args=())
@@ -201,21 +209,31 @@ def decode(
         spread: This, and what follows, is as in a `Gate` and in `attend`.
 
     Returns:
-        Outputs [g, r, dv], and the number of keys kept [g, r], in the type of q.
+        Outputs [g, r, dv], and the number of keys kept [g, r], in the type of sums.
     """
     q, k, v, q_codes, k_codes = (x.contiguous() for x in (q, k, v, q_codes, k_codes))
     (g, rows, d), m, dv = q.shape, v.shape[1], v.shape[2]
-    out, kept = q.new_empty(g, rows, dv), q.new_empty(g, rows, dtype=torch.int32)
+    out, kept = q.new_empty(g, rows, dv, dtype=_summed(q)), q.new_empty(g, rows, dtype=torch.int32)
     shown = None if shown_k is None else shown_k.contiguous()
     judged = q_codes, k_codes, q_unit.contiguous(), k_unit.contiguous(), shown, theta.contiguous()
     sizes = g, rows, m, d, dv, int(spread), always_keep, step
     call("latte", "decode", q.dtype, *judged, *sizes, q, k, v, scale, out, kept)
-    return out, kept.to(q.dtype)
+    return out, kept.to(out.dtype)
 
 
 @decode.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2])
+    return q.new_empty(*q.shape[:2], v.shape[2], dtype=_summed(q)), q.new_empty(q.shape[:2], dtype=_summed(q))
+
+
+def readable(x: Tensor) -> Tensor:
+    """Return queries, keys or values as operators read them: fp16 becomes fp32."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def _summed(x: Tensor) -> torch.dtype:
+    """Return the type that sums of such numbers are made in."""
+    return torch.float32 if x.dtype == torch.bfloat16 else x.dtype
 
 
 def _passed(q: Tensor, v: Tensor, gate: Gate) -> list[Tensor | int | float | None]:
@@ -234,7 +252,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, grad_kept: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    into_q, into_k, into_v, into_theta = back(grad, grad_kept, *ctx.saved_tensors, *ctx.settings)
+    *into, into_theta = back(grad, grad_kept, *ctx.saved_tensors, *ctx.settings)
+    into_q, into_k, into_v = (x.to(ctx.saved_tensors[3].dtype) for x in into)
     return into_q, into_k, into_v, *(None,) * 6, into_theta, *(None,) * 8
 
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "bf16.h"
 #include "exponential.h"
 #include "matrix.h"
 
@@ -61,27 +62,36 @@ inline T dot(const T* x, const T* y, int64_t d) {
 }
 
 // Dot products of x with rows of y.
-template <class T, class At>
-inline void dots(const T* x, const T* y, int64_t d, int64_t number, const At& at, T* to) {
+template <class X, class Y, class At>
+inline void dots(const X* x, const Y* y, int64_t d, int64_t number, const At& at, Number<X>* to) {
+    using T = Number<X>;
     constexpr int64_t LANES = Wide<T>::LANES, MANY = ROWS_AT_ONCE;
     for (int64_t i = 0; i < number; i += MANY) {
         const bool all_there = i + MANY <= number;
-        const T* row[MANY];
+        const Y* row[MANY];
         if (all_there)
             for (int64_t z = 0; z < MANY; ++z) row[z] = y + at(i + z) * d;
         else
             for (int64_t z = 0; z < MANY; ++z) row[z] = y + at(std::min(i + z, number - 1)) * d;
         Vector<T> sum[MANY] = {};
         int64_t c = 0;
+#if defined(__AVX512BF16__)
+        if constexpr (std::is_same_v<X, Bf16> && std::is_same_v<Y, Bf16>)
+            for (; c + 2 * LANES <= d; c += 2 * LANES) {
+                const auto pairs = [](const Bf16* p) { return (__m512bh)_mm512_loadu_si512(p); };
+                const __m512bh some = pairs(x + c);
+                for (int64_t z = 0; z < MANY; ++z) sum[z] = _mm512_dpbf16_ps(sum[z], some, pairs(row[z] + c));
+            }
+#endif
         for (; c + LANES <= d; c += LANES) {
-            const Vector<T> some = load(x + c);
-            for (int64_t z = 0; z < MANY; ++z) sum[z] += some * load(row[z] + c);
+            const Vector<T> some = load_numbers(x + c);
+            for (int64_t z = 0; z < MANY; ++z) sum[z] += some * load_numbers(row[z] + c);
         }
         T some[MANY];
         T* all = all_there ? to + i : some;
         totals<T>(sum, all);
         for (; c < d; ++c)
-            for (int64_t z = 0; z < MANY; ++z) all[z] += x[c] * row[z][c];
+            for (int64_t z = 0; z < MANY; ++z) all[z] += as_number(x[c]) * as_number(row[z][c]);
         if (!all_there) std::copy_n(some, number - i, to + i);
     }
 }
@@ -102,22 +112,29 @@ inline int64_t in_vectors(int64_t d, const Take& take) {
 }
 
 // Add rows of y times their share to `to`.
-template <class T, class At>
-inline void add_rows(T* to, const T* share, const T* y, int64_t d, int64_t number, const At& at) {
+template <class T, class Y, class At>
+inline void add_rows(T* to, const T* share, const Y* y, int64_t d, int64_t number, const At& at) {
     constexpr int64_t LANES = Wide<T>::LANES;
     const int64_t rest = in_vectors<T>(d, [&](auto many, int64_t c) {
         constexpr int MANY = decltype(many)::value;
-        Vector<T> sum[MANY];
-        for (int64_t z = 0; z < MANY; ++z) sum[z] = load(to + c + z * LANES);
-        for (int64_t i = 0; i < number; ++i) {
-            const T* row = y + at(i) * d + c;
-            for (int64_t z = 0; z < MANY; ++z) sum[z] += share[i] * load(row + z * LANES);
+        // Two sums of each: an addition waits for the last one to the same sum.
+        Vector<T> sum[2][MANY] = {};
+        const auto add = [&](Vector<T>(&into)[MANY], int64_t i) {
+            const Y* row = y + at(i) * d + c;
+            for (int64_t z = 0; z < MANY; ++z) into[z] += share[i] * load_numbers(row + z * LANES);
+        };
+        int64_t i = 0;
+        for (; i + 2 <= number; i += 2) {
+            add(sum[0], i);
+            add(sum[1], i + 1);
         }
-        for (int64_t z = 0; z < MANY; ++z) store(to + c + z * LANES, sum[z]);
+        if (i < number) add(sum[0], i);
+        for (int64_t z = 0; z < MANY; ++z)
+            store(to + c + z * LANES, load(to + c + z * LANES) + (sum[0][z] + sum[1][z]));
     });
     for (int64_t c = rest; c < d; ++c) {
         T sum = to[c];
-        for (int64_t i = 0; i < number; ++i) sum += share[i] * y[at(i) * d + c];
+        for (int64_t i = 0; i < number; ++i) sum += share[i] * as_number(y[at(i) * d + c]);
         to[c] = sum;
     }
 }

@@ -11,6 +11,7 @@
 #include "gathered.h"
 #include "latte_decode.h"
 #include "latte_encode.h"
+#include "latte_queries.h"
 #include "latte_select.h"
 #include "matrix.h"
 #include "parallel.h"
@@ -25,9 +26,9 @@ constexpr int64_t CACHE = 128 * 1024;    // bytes of keys, or of values, that a 
 constexpr int64_t SPLITS = 16;           // tasks that backward makes at least, if there are queries enough
 constexpr double MAX_EXCESS = 30;        // nats by which a dropped key may outweigh the best kept one
 
-template <class T>
+template <class S, class T>
 int64_t block_of_keys(const Call<T>& s) {
-    const int64_t bytes = std::max<int64_t>(std::max(s.d, s.dv) * int64_t(sizeof(T)), 1);
+    const int64_t bytes = std::max<int64_t>(std::max(s.d, s.dv) * int64_t(sizeof(S)), 1);
     return std::max<int64_t>(CACHE / bytes / KEYS, 1) * KEYS;
 }
 
@@ -48,18 +49,12 @@ struct Lists {
     std::vector<int64_t> kept;
     std::vector<T> unit;
     Buffer<T> score, through;     // room for what is calculated of each listed pair
-    Buffer<T> query;              // the queries, scaled
 
-    explicit Lists(const Call<T>& s) : block(block_of_keys(s)), blocks((s.m + block - 1) / block) {}
+    Lists(const Call<T>& s, int64_t block) : block(block), blocks((s.m + block - 1) / block) {}
     void clear() {
         unit.clear();
         kept.clear();
         start.clear();
-    }
-    const T* scaled(const T* q, int64_t number, T scale) {
-        query.resize(number);
-        for (int64_t x = 0; x < number; ++x) query[x] = q[x] * scale;
-        return query.data();
     }
     void make_room(Buffer<T>& x) const {
         if (int64_t(x.size()) < total()) x.resize(2 * total());
@@ -196,22 +191,33 @@ void shares_of(const int32_t* key, int64_t number, T top, T mass, T constant, T 
     }
 }
 
-template <bool NARROW, class E, class T>
-void attend(const Call<T>& s, const T* q, const T* k, const T* v, T scale, T* out, int32_t* kept, T* top, T* mass,
+// A task's lists and queries; a thread uses them again for its next task.
+template <class S, class T = Number<S>>
+struct Task {
+    Lists<T> lists;
+    Queries<S> queries;
+
+    explicit Task(const Call<T>& s) : lists(s, block_of_keys<S>(s)) {}
+};
+
+template <bool NARROW, class E, class S, class T>
+void attend(const Call<T>& s, const S* q, const S* k, const S* v, T scale, T* out, int32_t* kept, T* top, T* mass,
             int64_t threads) {
     const auto prepared = prepare<T, NARROW>(s, threads);
     const int64_t tasks = (s.n + QUERIES - 1) / QUERIES;
-    parallel_for(s.groups * tasks, threads, [&] { return Lists<T>(s); }, [&](int64_t task, Lists<T>& lists) {
+    parallel_for(s.groups * tasks, threads, [&] { return Task<S>(s); }, [&](int64_t task, Task<S>& of_thread) {
+        Lists<T>& lists = of_thread.lists;
+        Queries<S>& queries = of_thread.queries;
         const int64_t g = task / tasks, part = task % tasks, first = part * QUERIES, row = g * s.n + first;
         list_rows<NARROW, E>(s, g, prepared[g]->keys, prepared[g]->sums[part], first, std::min(s.n, first + QUERIES),
                              Band<T>{}, lists);
-        const T *keys = k + g * s.m * s.d, *values = v + g * s.m * s.dv;
-        const T* queries = lists.scaled(q + row * s.d, lists.queries() * s.d, scale);
+        const S *keys = k + g * s.m * s.d, *values = v + g * s.m * s.dv;
+        queries.take(q + row * s.d, lists.queries() * s.d, scale);
         lists.make_room(lists.score);
         Buffer<T>& weight = lists.score;
         lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
             const auto at = [&](int64_t x) { return int64_t(lists.key[begin + x]); };
-            dots(queries + i * s.d, keys, s.d, end - begin, at, &weight[begin]);
+            queries.scores(i * s.d, keys, s.d, end - begin, at, &weight[begin]);
         });
         for (int64_t i = 0; i < lists.queries(); ++i) {
             const int64_t begin = lists.begin(i), number = lists.end(i) - begin;
@@ -229,8 +235,8 @@ void attend(const Call<T>& s, const T* q, const T* k, const T* v, T scale, T* ou
 }
 
 // What the gradients of the outputs, and of how much is kept, are to queries, keys, values and thresholds.
-template <bool NARROW, class E, class T>
-void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const T* k, const T* v, T scale, const T* out,
+template <bool NARROW, class E, class S, class T>
+void back(const Call<T>& s, const T* grad, const T* grad_kept, const S* q, const S* k, const S* v, T scale, const T* out,
           const T* top, const T* mass, Band<T> band, bool into_scores, T* into_q, T* into_k, T* into_v, T* into_theta,
           int64_t threads) {
     const auto prepared = prepare<T, NARROW>(s, threads);
@@ -239,9 +245,11 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const
     const int64_t size_k = s.m * s.d, size_v = s.m * s.dv;
     std::vector<Buffer<T>> parts(s.groups * splits);  // of keys and of values; the first of a group adds to the results
     std::vector<double> parts_theta(s.groups * splits, 0.0);
-    parallel_for(s.groups * splits, threads, [&] { return Lists<T>(s); }, [&](int64_t task, Lists<T>& lists) {
+    parallel_for(s.groups * splits, threads, [&] { return Task<S>(s); }, [&](int64_t task, Task<S>& of_thread) {
+        Lists<T>& lists = of_thread.lists;
+        Queries<S>& queries = of_thread.queries;
         const int64_t g = task / splits;
-        const T *keys = k + g * size_k, *values = v + g * size_v;
+        const S *keys = k + g * size_k, *values = v + g * size_v;
         const bool own = task % splits != 0;
         if (own) parts[task].resize(size_k + size_v);
         T *to_k = own ? parts[task].data() : into_k + g * size_k, *to_v = own ? to_k + size_k : into_v + g * size_v;
@@ -260,10 +268,10 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const
             lists.make_room(through);
             T* to_q = into_q + row * s.d;
             const int64_t size_q = lists.queries() * s.d;
-            const T* queries = lists.scaled(q + row * s.d, size_q, scale);
+            queries.take(q + row * s.d, size_q, scale);
             std::fill_n(to_q, size_q, T(0));
             lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
-                dots(queries + i * s.d, keys, s.d, end - begin, from(begin), &score[begin]);
+                queries.scores(i * s.d, keys, s.d, end - begin, from(begin), &score[begin]);
             });
             lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
                 dots(grad + (row + i) * s.dv, values, s.dv, end - begin, from(begin), &through[begin]);
@@ -280,7 +288,7 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const T* q, const
             }
             lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
                 add_rows(to_q + i * s.d, &through[begin], keys, s.d, end - begin, from(begin));
-                add_to_rows(to_k, &through[begin], queries + i * s.d, s.d, end - begin, from(begin));
+                add_to_rows(to_k, &through[begin], &queries.scaled[i * s.d], s.d, end - begin, from(begin));
             });
             for (int64_t x = 0; x < size_q; ++x) to_q[x] *= scale;
             lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
@@ -318,19 +326,19 @@ void with_types(const Call<T>& s, Run&& run) {
         int64_t causal, int64_t shift, int64_t spread, int64_t always, int64_t each_key, double step
 #define GIVEN {q_codes, k_codes, q_unit, k_unit, shown_q, shown_k, theta, groups, n, m, d, dv, causal, shift, spread, \
                always, each_key, step}
-#define FOR_TYPE(T, NAME)                                                                                              \
-    extern "C" void encode_##NAME(const T* x, int64_t groups, int64_t n, int64_t d, int64_t each, int64_t bits,        \
+#define FOR_TYPE(S, T, NAME)                                                                                           \
+    extern "C" void encode_##NAME(const S* x, int64_t groups, int64_t n, int64_t d, int64_t each, int64_t bits,        \
                                   int64_t truncate, int8_t* codes, T* unit, int64_t threads) {                         \
         encode(x, groups, n, d, each, bits, truncate, codes, unit, threads);                                           \
     }                                                                                                                  \
-    extern "C" void attend_##NAME(CALL(T), const T* q, const T* k, const T* v, double scale, T* out, int32_t* kept,    \
+    extern "C" void attend_##NAME(CALL(T), const S* q, const S* k, const S* v, double scale, T* out, int32_t* kept,    \
                                   T* top, T* mass, int64_t threads) {                                                  \
         const Call<T> s GIVEN;                                                                                         \
         with_types(s, [&](auto small, auto e) {                                                                        \
             attend<decltype(small)::value, decltype(e)>(s, q, k, v, T(scale), out, kept, top, mass, threads);          \
         });                                                                                                            \
     }                                                                                                                  \
-    extern "C" void back_##NAME(CALL(T), const T* grad, const T* grad_kept, const T* q, const T* k, const T* v,        \
+    extern "C" void back_##NAME(CALL(T), const T* grad, const T* grad_kept, const S* q, const S* k, const S* v,        \
                                 double scale, const T* out, const T* top, const T* mass, double width, int64_t inside, \
                                 int64_t into_scores, T* into_q, T* into_k, T* into_v, T* into_theta, int64_t threads) {\
         const Call<T> s GIVEN;                                                                                         \
@@ -342,12 +350,13 @@ void with_types(const Call<T>& s, Run&& run) {
     }                                                                                                                  \
     extern "C" void decode_##NAME(const int8_t* q_codes, const int8_t* k_codes, const T* q_unit, const T* k_unit,      \
                                   const uint8_t* shown_k, const T* theta, int64_t groups, int64_t rows, int64_t m,     \
-                                  int64_t d, int64_t dv, int64_t spread, int64_t always, double step, const T* q,      \
-                                  const T* k, const T* v, double scale, T* out, int32_t* kept, int64_t threads) {      \
+                                  int64_t d, int64_t dv, int64_t spread, int64_t always, double step, const S* q,      \
+                                  const S* k, const S* v, double scale, T* out, int32_t* kept, int64_t threads) {      \
         const Decoded<T> s{q_codes, k_codes, q_unit, k_unit, shown_k, theta, groups, rows, m, d, dv, spread, always,   \
                            step};                                                                                      \
         decode(s, q, k, v, T(scale), out, kept, threads);                                                              \
     }
 
-FOR_TYPE(float, float32)
-FOR_TYPE(double, float64)
+FOR_TYPE(float, float, float32)
+FOR_TYPE(double, double, float64)
+FOR_TYPE(Bf16, float, bfloat16)

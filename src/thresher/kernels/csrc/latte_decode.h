@@ -9,6 +9,7 @@
 #include "buffer.h"
 #include "gathered.h"
 #include "latte_codes.h"
+#include "latte_queries.h"
 #include "latte_select.h"
 #include "parallel.h"
 #include "softmax.h"
@@ -75,15 +76,16 @@ inline void products_of_rows(const int8_t* query, int32_t all, const int8_t* key
 #endif
 }
 
-template <class T>
+template <class S, class T = Number<S>>
 struct Decoder {
     const Decoded<T>& s;
-    Buffer<T> estimate, weight, query;
+    Buffer<T> estimate, weight;
+    Queries<S> query;
     Buffer<int32_t> key;
     Buffer<int8_t> last;  // codes of the last keys, filled up to SOME
 
     explicit Decoder(const Decoded<T>& call)
-        : s(call), estimate((s.m + KEYS - 1) / KEYS * KEYS), weight(s.m), query(s.d), key(s.m + KEYS) {}
+        : s(call), estimate((s.m + KEYS - 1) / KEYS * KEYS), weight(s.m), key(s.m + KEYS) {}
 
     // Estimate a row's scores; return how they are judged, and the best of them.
     Row<T, T> judge(int64_t row, int64_t g, T& top) {
@@ -156,16 +158,16 @@ struct Decoder {
         return to - key.data();
     }
 
-    int64_t attend(int64_t row, const T* q, const T* k, const T* v, T scale, T* out) {
+    int64_t attend(int64_t row, const S* q, const S* k, const S* v, T scale, T* out) {
         const int64_t g = row / s.rows;
         T top, best, mass;
         const Row<T, T> judged = judge(row, g, top);
         const int64_t number = list(row, g, judged, top);
         std::fill_n(out + row * s.dv, s.dv, T(0));
         if (!number) return 0;
-        for (int64_t c = 0; c < s.d; ++c) query[c] = q[row * s.d + c] * scale;
+        query.take(q + row * s.d, s.d, scale);
         const auto at = [&](int64_t x) { return int64_t(key[x]); };
-        dots(query.data(), k + g * s.m * s.d, s.d, number, at, weight.data());
+        query.scores(0, k + g * s.m * s.d, s.d, number, at, weight.data());
         soften(weight.data(), number, best, mass);
         add_rows(out + row * s.dv, weight.data(), v + g * s.m * s.dv, s.dv, number, at);
         return number;
@@ -173,9 +175,9 @@ struct Decoder {
 };
 
 // Attend with each query to the keys of its group whose estimate lies within theta of the best.
-template <class T>
-void decode(const Decoded<T>& s, const T* q, const T* k, const T* v, T scale, T* out, int32_t* kept, int64_t threads) {
-    parallel_for(s.groups * s.rows, threads, [&] { return Decoder<T>(s); }, [&](int64_t row, Decoder<T>& decoder) {
+template <class S, class T = Number<S>>
+void decode(const Decoded<T>& s, const S* q, const S* k, const S* v, T scale, T* out, int32_t* kept, int64_t threads) {
+    parallel_for(s.groups * s.rows, threads, [&] { return Decoder<S>(s); }, [&](int64_t row, Decoder<S>& decoder) {
         kept[row] = int32_t(decoder.attend(row, q, k, v, scale, out));
     });
 }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "bf16.h"
 #include "exponential.h"
 #include "matrix.h"
 #include "parallel.h"
@@ -29,27 +30,27 @@ inline Vector<T> nearest(Vector<T> x) {
 }
 
 // What a code of `width` numbers stands for; nan if one of them is.
-template <class T>
-inline T unit_of(const T* x, int64_t width) {
+template <class S, class T = Number<S>>
+inline T unit_of(const S* x, int64_t width) {
     constexpr int64_t LANES = Wide<T>::LANES;
     Vector<T> large = Vector<T>{} + std::numeric_limits<T>::min() * 127, sum{};
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) {
-        const Vector<T> some = load(x + i), size = some < 0 ? -some : some;
+        const Vector<T> some = load_numbers(x + i), size = some < 0 ? -some : some;
         large = size > large ? size : large;
         sum += size;
     }
     T most = largest<T>(large), all = total<T>(sum);
     for (; i < width; ++i) {
-        most = std::max(most, std::abs(x[i]));
-        all += std::abs(x[i]);
+        most = std::max(most, std::abs(as_number(x[i])));
+        all += std::abs(as_number(x[i]));
     }
     return all == all ? most / 127 : all;
 }
 
 // Codes of `bits` bits, and what a code of 8 bits stands for: of each token, or of all of a group.
-template <class T>
-void encode(const T* x, int64_t groups, int64_t n, int64_t d, int64_t each, int64_t bits, int64_t truncate, int8_t* codes,
+template <class S, class T = Number<S>>
+void encode(const S* x, int64_t groups, int64_t n, int64_t d, int64_t each, int64_t bits, int64_t truncate, int8_t* codes,
             T* unit, int64_t threads) {
     constexpr int64_t LANES = Wide<T>::LANES;
     using Codes = typename Narrow<T>::Vector;
@@ -67,13 +68,14 @@ void encode(const T* x, int64_t groups, int64_t n, int64_t d, int64_t each, int6
                 const Vector<T> whole = truncate ? (near > share ? near - 1 : near) : near;
                 return __builtin_convertvector(whole == whole ? clamped(whole, -high - 1, high) : Vector<T>{}, Codes);
             };
-            const T* from = x + row * width;
+            const S* from = x + row * width;
             int8_t* to = codes + row * width;
             int64_t i = 0;
-            for (; i + LANES <= width; i += LANES) *reinterpret_cast<typename Narrow<T>::Loose*>(to + i) = code(load(from + i));
+            for (; i + LANES <= width; i += LANES)
+                *reinterpret_cast<typename Narrow<T>::Loose*>(to + i) = code(load_numbers(from + i));
             if (i == width) continue;
             T rest[LANES] = {};
-            std::copy_n(from + i, width - i, rest);
+            for (int64_t c = i; c < width; ++c) rest[c - i] = as_number(from[c]);
             const Codes last = code(load(rest));
             for (int64_t c = i; c < width; ++c) to[c] = last[c - i];
         }
