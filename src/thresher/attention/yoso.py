@@ -161,9 +161,8 @@ class Yoso(Mechanism):
             mean = mean.view(b, h, n, mean.shape[-1])
             seen, _ = seen_tokens(call, self.pattern, n, m)
             length = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
-            out = mean * (1 / length.clamp_min(LEAST_LENGTH)).masked_fill(
-                length == 0, 0
-            )  # of nothing nothing, nor a gradient
+            # A row that meets nothing is zero, and has no gradient.
+            out = mean * (1 / length.clamp_min(LEAST_LENGTH)).masked_fill(length == 0, 0)
             if self.filters is not None:
                 out = out + self.convolved(at_least_fp32(v), n, call)
             if seen is not None:
