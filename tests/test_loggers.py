@@ -30,7 +30,7 @@ def records(folder: Path, which: int = 0) -> Iterator[object]:
     """Yield the records of an offline run, as `wandb sync` would send them.
 
     The file is a log of LevelDB's form: 7 bytes of header, then blocks of 32 KiB with (crc, length, kind) before each
-    fragment; kinds 1 and 4 end a record.
+    fragment; kinds 1 and 4 end a record. What wandb's service is still writing is left out.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -43,6 +43,8 @@ def records(folder: Path, which: int = 0) -> Iterator[object]:
             at += left
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if at + 7 + length > len(data):
+            return
         payload += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
