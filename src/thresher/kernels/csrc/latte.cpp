@@ -216,7 +216,7 @@ void attend(const Call<T>& s, const S* q, const S* k, const S* v, T scale, T* ou
         lists.make_room(lists.score);
         Buffer<T>& weight = lists.score;
         lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
-            const auto at = [&](int64_t x) { return int64_t(lists.key[begin + x]); };
+            const auto at = [key = &lists.key[begin]](int64_t x) { return int64_t(key[x]); };
             queries.scores(i * s.d, keys, s.d, end - begin, at, &weight[begin]);
         });
         for (int64_t i = 0; i < lists.queries(); ++i) {
@@ -228,7 +228,7 @@ void attend(const Call<T>& s, const S* q, const S* k, const S* v, T scale, T* ou
             if (number) soften(&weight[begin], number, top[row + i], mass[row + i]);
         }
         lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
-            const auto at = [&](int64_t x) { return int64_t(lists.key[begin + x]); };
+            const auto at = [key = &lists.key[begin]](int64_t x) { return int64_t(key[x]); };
             add_rows(out + (row + i) * s.dv, &weight[begin], values, s.dv, end - begin, at);
         });
     });
