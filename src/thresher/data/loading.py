@@ -221,12 +221,12 @@ class Seeded(Dataset[Any]):
 
 @contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
-    """Seed the generators of Python, NumPy and PyTorch, and put them back afterwards."""
+    """Seed the generators of Python, NumPy and PyTorch on the CPU, and put them back afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([]):
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, which nobody puts back
         try:
             yield
         finally:
