@@ -162,7 +162,8 @@ class Yoso(Mechanism):
             seen, _ = seen_tokens(call, self.pattern, n, m)
             length = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
             # A row that meets nothing is zero, and has no gradient.
-            out = mean * (1 / length.clamp_min(LEAST_LENGTH)).masked_fill(length == 0, 0)
+            share = (1 / length.clamp_min(LEAST_LENGTH)).masked_fill(length == 0, 0)
+            out = mean * share if mean.requires_grad else mean.mul_(share)  # the sums of this call, and nobody else's
             if self.filters is not None:
                 out = out + self.convolved(at_least_fp32(v), n, call)
             if seen is not None:
