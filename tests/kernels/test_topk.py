@@ -12,7 +12,8 @@ from thresher.kernels import topk as kernel
 from thresher.kernels.build import usable
 
 pytestmark = pytest.mark.skipif(not usable("topk"), reason="there is no C++ compiler that builds the kernel")
-SIZES = [(60, 60), (61, 273), (190, 40), (1, 33)]
+SIZES = [(60, 60), (61, 273), (190, 40), (1, 33), (9, 133)]
+FEW_AND_MANY = [9, 300]  # queries: keys are read as they lie, or packed
 
 
 def pair(pattern: Pattern = Pattern.NONCAUSAL_SELF, head_dim: int = 16, keys: float = 0.3) -> tuple[TopK, TopK]:
@@ -53,7 +54,8 @@ def test_outputs_gradients_and_costs_are_those_of_pytorch(
 
 @pytest.mark.parametrize("keys", [1, 3, 64, 128, 600, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_largest_scores_are_kept_of_equal_ones_the_lower_index(keys: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("queries", [1, 20])
+def test_the_largest_scores_are_kept_of_equal_ones_the_lower_index(keys: int, dtype: torch.dtype, queries: int) -> None:
     """With one dimension and a query of 1 the keys are the scores: ties, zeros of both signs, infinities and nan."""
     torch.manual_seed(0)
     scores = torch.randn(40, 1000, dtype=dtype)
@@ -64,17 +66,19 @@ def test_the_largest_scores_are_kept_of_equal_ones_the_lower_index(keys: int, dt
     scores[13, ::7], scores[13, ::5], scores[13, ::3] = float("inf"), -float("inf"), -0.0
     scores[14, 5::9], scores[14, ::4] = float("nan"), float("inf")
     scores[15:20] *= torch.tensor(1e30, dtype=dtype)
-    limit = torch.full((40, 1), keys)
-    q, k = torch.ones(40, 1, 1, dtype=dtype), scores[..., None]
+    limit = torch.full((40, queries), keys)
+    q, k = torch.ones(40, queries, 1, dtype=dtype), scores[..., None]
     _, _, index = kernel.attend(q, k, torch.zeros_like(k), None, limit, keys, None)
-    assert torch.equal(index[:, 0].long(), largest(scores, keys).sort(-1).values)
+    wanted = largest(scores, keys).sort(-1).values
+    assert torch.equal(index.long(), wanted[:, None].expand(40, queries, keys))
 
 
 @pytest.mark.parametrize("pattern", Pattern)
 @pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
-def test_rounding_is_within_twice_that_of_pytorch(pattern: Pattern, spread: float) -> None:
+@pytest.mark.parametrize("n", FEW_AND_MANY)
+def test_rounding_is_within_twice_that_of_pytorch(pattern: Pattern, spread: float, n: int) -> None:
     ours, plain = pair(pattern, 32, keys=40)
-    inputs = draw(ours, lengths=(300, 300), dtype=torch.float32, spread=spread)
+    inputs = draw(ours, lengths=(n, 300 if pattern.cross else n), dtype=torch.float32, spread=spread)
     wide = Inputs(*(x.double() for x in (inputs.q, inputs.k, inputs.v)))
     found = []
     for mechanism, given in ((ours, inputs), (plain, inputs), (plain, wide)):
@@ -85,9 +89,10 @@ def test_rounding_is_within_twice_that_of_pytorch(pattern: Pattern, spread: floa
 
 
 @pytest.mark.parametrize("pattern", Pattern)
-def test_results_do_not_depend_on_the_number_of_threads(pattern: Pattern) -> None:
+@pytest.mark.parametrize("n", FEW_AND_MANY)
+def test_results_do_not_depend_on_the_number_of_threads(pattern: Pattern, n: int) -> None:
     ours, _ = pair(pattern, 40)
-    inputs = draw(ours, lengths=(300, 300), dtype=torch.float32)
+    inputs = draw(ours, lengths=(n, 300 if pattern.cross else n), dtype=torch.float32)
     threads, found = torch.get_num_threads(), []
     try:
         for number in (1, 2, 5):

@@ -1,6 +1,6 @@
 // Attention over the k largest scores of each query, and its gradients.
 //
-// Scores of a few queries at a time are written as whole numbers that are ordered as the floats are, nan the largest.
+// Scores of some queries at a time are written as whole numbers that are ordered as the floats are, nan the largest.
 // The k-th largest of the maxima of groups of keys is a bound that at least k scores reach, and hardly more do: only
 // those are looked at again, to find the k-th largest itself. Of equal scores the lower index wins.
 
@@ -28,6 +28,7 @@ namespace {
 constexpr int64_t SCORES = 320 * 1024;  // bytes of scores in memory, to stay in the L2 cache
 constexpr int64_t CHANNELS = 32;        // of keys and values that one task of backward adds up
 constexpr int64_t QUERIES = 64;         // of a task
+constexpr int64_t FEW = 16;             // queries, as in decoding, for which keys are not worth packing
 
 template <class T>
 using Key = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
@@ -165,52 +166,93 @@ void panels_of(const T* k, int64_t m, int64_t d, int64_t panel, T* to) {
 }
 
 template <class T>
-void attend(const T* q, const T* k, const T* v, const uint8_t* seen, const int64_t* limit, T* out, T* weight,
-            int32_t* index, Sizes s, int64_t causal, int64_t shift, int64_t threads) {
+struct Call {
+    const T *q, *k, *v;
+    const uint8_t* seen;
+    const int64_t* limit;
+    T *out, *weight;
+    int32_t* index;
+    int64_t causal, shift;
+};
+
+// Keys that query i sees lie before this one.
+template <class T>
+int64_t reach(const Call<T>& call, Sizes s, int64_t i) {
+    return call.causal ? std::clamp<int64_t>(i + call.shift + 1, 0, s.m) : s.m;
+}
+
+// What is left to do for query i of group g once its scores are known.
+template <class T>
+void finish(const Call<T>& call, Sizes s, int64_t g, int64_t i, Key<T>* score, Selector<T>& selector) {
+    const int64_t row = g * s.n + i, kept = call.limit[row], ahead = reach(call, s, i);
+    if (call.seen) {
+        const uint8_t* shown = call.seen + g * s.m;
+        for (int64_t j = 0; j < ahead; ++j) score[j] = shown[j] ? score[j] : NOTHING<T>;
+    }
+    T* w = call.weight + row * s.most;
+    int32_t* x = call.index + row * s.most;
+    if (kept) {
+        selector.select(score, ahead, kept, x);
+        for (int64_t j = 0; j < kept; ++j) w[j] = number_of<T>(score[x[j]]);
+        T top, mass;
+        soften(w, kept, top, mass);
+    }
+    std::fill_n(call.out + row * s.dv, s.dv, T(0));
+    add_rows(call.out + row * s.dv, w, call.v + g * s.m * s.dv, s.dv, kept, [=](int64_t j) { return int64_t(x[j]); });
+    std::fill(w + kept, w + s.most, T(0));
+    std::fill(x + kept, x + s.most, -1);
+}
+
+// Keys are packed for products of many queries with them.
+template <class T>
+void attend_many(const Call<T>& call, Sizes s, int64_t threads) {
     constexpr int64_t ROWS = Wide<T>::ROWS;
     const int64_t panels = (s.m + BLOCK - 1) / BLOCK, width = panels * BLOCK;
     const int64_t rows = std::clamp<int64_t>(SCORES / (width * int64_t(sizeof(T)) + 1) / ROWS, 1, 48 / ROWS) * ROWS;
     std::vector<T> packed(panels * s.d * BLOCK);
     for (int64_t g = 0; g < s.groups; ++g) {
-        parallel_for(panels, threads, [&](int64_t panel) { panels_of(k + g * s.m * s.d, s.m, s.d, panel, packed.data()); });
-        const uint8_t* shown = seen ? seen + g * s.m : nullptr;
+        parallel_for(panels, threads,
+                     [&](int64_t panel) { panels_of(call.k + g * s.m * s.d, s.m, s.d, panel, packed.data()); });
         parallel_for((s.n + QUERIES - 1) / QUERIES, threads, [&](int64_t task) {
             std::vector<Key<T>> scores(rows * width);
             Selector<T> selector;
             const int64_t end = std::min(s.n, (task + 1) * QUERIES);
             for (int64_t i = task * QUERIES; i < end; i += rows) {
-                const int64_t number = std::min(rows, end - i);
-                const int64_t reach = causal ? std::clamp<int64_t>(i + number + shift, 0, s.m) : s.m;
+                const int64_t number = std::min(rows, end - i), last = reach(call, s, i + number - 1);
                 Key<T>* to = scores.data();
-                for (int64_t panel = 0; panel * BLOCK < reach; ++panel)
-                    multiply(Left<T>{q + (g * s.n + i) * s.d, s.d, 1}, &packed[panel * s.d * BLOCK], BLOCK, number, BLOCK,
-                             s.d, [=](int64_t r, int64_t c, Vector<T> x) {
+                for (int64_t panel = 0; panel * BLOCK < last; ++panel)
+                    multiply(Left<T>{call.q + (g * s.n + i) * s.d, s.d, 1}, &packed[panel * s.d * BLOCK], BLOCK, number,
+                             BLOCK, s.d, [=](int64_t r, int64_t c, Vector<T> x) {
                                  *reinterpret_cast<typename Keys<T>::Loose*>(to + r * width + panel * BLOCK + c) =
                                      ordered<T>(x);
                              });
-                for (int64_t r = 0; r < number; ++r) {
-                    const int64_t row = g * s.n + i + r, kept = limit[row];
-                    const int64_t ahead = causal ? std::clamp<int64_t>(i + r + shift + 1, 0, s.m) : s.m;
-                    Key<T>* score = to + r * width;
-                    if (shown)
-                        for (int64_t j = 0; j < ahead; ++j) score[j] = shown[j] ? score[j] : NOTHING<T>;
-                    T* w = weight + row * s.most;
-                    int32_t* x = index + row * s.most;
-                    if (kept) {
-                        selector.select(score, ahead, kept, x);
-                        for (int64_t j = 0; j < kept; ++j) w[j] = number_of<T>(score[x[j]]);
-                        T top, mass;
-                        soften(w, kept, top, mass);
-                    }
-                    std::fill_n(out + row * s.dv, s.dv, T(0));
-                    const auto at = [=](int64_t j) { return int64_t(x[j]); };
-                    add_rows(out + row * s.dv, w, v + g * s.m * s.dv, s.dv, kept, at);
-                    std::fill(w + kept, w + s.most, T(0));
-                    std::fill(x + kept, x + s.most, -1);
-                }
+                for (int64_t r = 0; r < number; ++r) finish(call, s, g, i + r, to + r * width, selector);
             }
         });
     }
+}
+
+// Keys are read as they lie, once for each query.
+template <class T>
+void attend_few(const Call<T>& call, Sizes s, int64_t threads) {
+    parallel_for(s.groups * s.n, threads, [&](int64_t row) {
+        const int64_t g = row / s.n, ahead = reach(call, s, row % s.n), whole = padded(ahead);
+        std::vector<T> product(whole);
+        std::vector<Key<T>> scores(whole);
+        dots(call.q + row * s.d, call.k + g * s.m * s.d, s.d, ahead, [](int64_t j) { return j; }, product.data());
+        for (int64_t j = 0; j < whole; j += Wide<T>::LANES)
+            *reinterpret_cast<typename Keys<T>::Loose*>(&scores[j]) = ordered<T>(load(&product[j]));
+        Selector<T> selector;
+        finish(call, s, g, row % s.n, scores.data(), selector);
+    });
+}
+
+template <class T>
+void attend(const Call<T>& call, Sizes s, int64_t threads) {
+    if (s.n <= FEW)
+        attend_few(call, s, threads);
+    else
+        attend_many(call, s, threads);
 }
 
 template <class T>
@@ -266,7 +308,7 @@ void back(const T* grad, const T* q, const T* k, const T* v, const T* weight, co
     extern "C" void attend_##NAME(const T* q, const T* k, const T* v, const uint8_t* seen, const int64_t* limit,       \
                                   T* out, T* weight, int32_t* index, int64_t groups, int64_t n, int64_t m, int64_t d,  \
                                   int64_t dv, int64_t most, int64_t causal, int64_t shift, int64_t threads) {          \
-        attend(q, k, v, seen, limit, out, weight, index, {groups, n, m, d, dv, most}, causal, shift, threads);         \
+        attend<T>({q, k, v, seen, limit, out, weight, index, causal, shift}, {groups, n, m, d, dv, most}, threads);    \
     }                                                                                                                  \
     extern "C" void back_##NAME(const T* grad, const T* q, const T* k, const T* v, const T* weight,                    \
                                 const int32_t* index, T* into_q, T* into_k, T* into_v, int64_t groups, int64_t n,      \
