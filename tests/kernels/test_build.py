@@ -164,7 +164,10 @@ def test_what_a_library_was_built_with_is_in_its_name(
 def test_what_a_kernel_cannot_serve_is_told_where_it_was_asked_for() -> None:
     mechanism = TopK(2, 16, Pattern.NONCAUSAL_SELF, keys=5, backend="cpu")
     q = torch.zeros(1, 2, 4, 16)
-    with pytest.raises(ValueError, match=r"backend=cpu cannot compute this call of topk: its tensors differ in type"):
+    with pytest.raises(
+        ValueError,
+        match=r"backend=cpu cannot compute this call of topk: some of its tensors are torch.float64, others are not",
+    ):
         mechanism(q, q.double(), q, Call())
 
 

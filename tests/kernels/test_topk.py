@@ -68,7 +68,7 @@ def test_the_largest_scores_are_kept_of_equal_ones_the_lower_index(keys: int, dt
     scores[15:20] *= torch.tensor(1e30, dtype=dtype)
     limit = torch.full((40, queries), keys)
     q, k = torch.ones(40, queries, 1, dtype=dtype), scores[..., None]
-    _, _, index = kernel.attend(q, k, torch.zeros_like(k), None, limit, keys, None)
+    _, _, index = kernel.attend(q, k, torch.zeros_like(k), 1.0, None, limit, keys, None)
     wanted = largest(scores, keys).sort(-1).values
     assert torch.equal(index.long(), wanted[:, None].expand(40, queries, keys))
 
@@ -128,10 +128,10 @@ def test_operators_keep_the_rules_of_torch() -> None:
     limit, seen = torch.randint(0, 5, (2, 20)), torch.arange(20).expand(2, 20) > 5
     for hidden, shift in ((None, None), (seen, None), (None, 0)):
         limited = limit if shift is None else limit.minimum(torch.arange(20) + 1)
-        torch.library.opcheck(kernel.attend, (q, k, v, hidden, limited, 5, shift))
-    out, weight, index = kernel.attend(q, k, v, None, limit, 5, None)
-    given = [x.detach() for x in (noise_like(out), q, k, v, weight, index)]
-    torch.library.opcheck(kernel.back, tuple(given))
+        torch.library.opcheck(kernel.attend, (q, k, v, 0.5, hidden, limited, 5, shift))
+    out, weight, index = kernel.attend(q, k, v, 0.5, None, limit, 5, None)
+    grad, *given = (x.detach() for x in (noise_like(out), q, k, v, weight, index))
+    torch.library.opcheck(kernel.back, (grad, *given[:3], 0.5, *given[3:]))
 
 
 def test_what_the_kernel_cannot_do_is_refused_or_left_to_pytorch() -> None:

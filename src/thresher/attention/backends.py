@@ -33,8 +33,8 @@ def check_backend(backend: Backend, kernel: str) -> None:
 def served_by_kernel(backend: Backend, kernel: str, inputs: tuple[Tensor, ...], obstacle: str | None) -> bool:
     """Decide whether a call goes to the kernel.
 
-    Whoever calls a kernel makes fp32 of fp16, and of bf16 where the kernel does not read it. `torch.compile` can
-    trace this.
+    Whoever calls a kernel gives it one type, fp32 in place of fp16, and of bf16 where the kernel does not read it:
+    `kernels.calling.readable`. `torch.compile` can trace this.
 
     Args:
         backend: The choice of the user.
@@ -61,6 +61,6 @@ def _obstacle(inputs: tuple[Tensor, ...]) -> str | None:
             return f"its tensors are on {x.device.type}"
         if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return f"its tensors are {x.dtype}"
-    if len({x.dtype for x in inputs}) > 1:
-        return "its tensors differ in type"
+    if len({x.dtype == torch.float64 for x in inputs}) > 1:
+        return "some of its tensors are torch.float64, others are not"
     return None

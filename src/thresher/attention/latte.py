@@ -43,6 +43,7 @@ from thresher.attention.quantise import Halves, Split, completed_product, estima
 from thresher.attention.thresholds import Differences, Gate, Surrogate, Thresholds
 from thresher.attention.visibility import count_pairs, hide_tokens, no_pairs, visible_keys_of, visible_pairs
 from thresher.kernels import latte as kernel
+from thresher.kernels.calling import readable
 
 Mode = Literal["ste", "soft", "hard"]
 Scoring = Literal["exact", "int8"]
@@ -182,7 +183,7 @@ class Latte(Mechanism):
         assert isinstance(self.est_bits, int)
         (b, h, n, d), m, dtype = q.shape, k.shape[2], v.dtype
         k, v = expand_heads(k, h), expand_heads(v, h)
-        q, k, v = (kernel.readable(x).flatten(0, 1) for x in hide_tokens(q, k, v, call, self.pattern))
+        q, k, v = (x.flatten(0, 1) for x in readable(*hide_tokens(q, k, v, call, self.pattern)))
         step = 2 ** (8 - self.est_bits)
         q_codes, q_unit = self.encoded(q)
         if call.codes is None:
@@ -218,7 +219,7 @@ class Latte(Mechanism):
         assert isinstance(self.est_bits, int)
         (b, h, n, d), (groups, m), dtype = q.shape, k.shape[1:3], v.dtype
         rows, step = h // groups, 2 ** (8 - self.est_bits)
-        q, k, v = (kernel.readable(x) for x in (q.reshape(b * groups, rows, d), k.flatten(0, 1), v.flatten(0, 1)))
+        q, k, v = readable(q.reshape(b * groups, rows, d), k.flatten(0, 1), v.flatten(0, 1))
         q_codes, q_unit = self.encoded(q)
         k_codes, k_unit = self.encoded(k) if call.codes is None else (x.flatten(0, 1) for x in call.codes)
         out, kept = kernel.decode(
@@ -252,7 +253,8 @@ class Latte(Mechanism):
             return None
         k = k.detach()
         if served_by_kernel(self.backend, "latte", (k,), None):
-            codes, unit = self.encoded(kernel.readable(k).flatten(0, 1))
+            (wide,) = readable(k.flatten(0, 1))
+            codes, unit = self.encoded(wide)
             return KeyCodes(codes.unflatten(0, k.shape[:2]), unit.unflatten(0, k.shape[:2])[..., None])
         codes, unit = quantise(at_least_fp32(k), per_token=True)
         return KeyCodes(split_codes(codes, self.est_bits, self.split).high.to(torch.int8), unit)

@@ -44,6 +44,7 @@ from thresher.attention.past import cluster_past
 from thresher.attention.tiles import Tiles, attend_in_tiles, keys_of, queries_of
 from thresher.attention.visibility import hide_tokens, no_pairs, seen_tokens, visible_keys_of
 from thresher.kernels import smyrf as kernel
+from thresher.kernels.calling import readable
 
 Dedup = Literal["none", "count"]
 Resample = Literal["forward", "never"]
@@ -104,20 +105,21 @@ class Smyrf(Mechanism):
         self.register_buffer("shifts", torch.rand(rounds))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
-        (b, h, n, d), m, dv = q.shape, k.shape[2], v.shape[3]
+        (b, h, n, d), m, dv, dtype = q.shape, k.shape[2], v.shape[3], v.dtype
         if m <= self.cluster or no_pairs(q, k):
             return attend_densely(q, k, v, call, self.pattern, self.dropout if self.training else 0.0)
         k, v = expand_heads(k, h), expand_heads(v, h)
         q, k, v = hide_tokens(q, k, v, call, self.pattern)
         with torch.autocast(q.device.type, enabled=False):
-            wide_q, wide_k, wide_v = (at_least_fp32(x).flatten(0, 1) for x in (q, k, v))
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
             with torch.no_grad():
-                parts = self.assign(wide_q, wide_k, call)
-            by_kernel = served_by_kernel(self.backend, "smyrf", (wide_q, wide_k, wide_v), self.obstacle(call))
-            if by_kernel:
-                out, meetings, kept = self.attend_by_kernel(wide_q, wide_k, wide_v, parts)
+                parts = self.assign(at_least_fp32(q), at_least_fp32(k), call)
+            if served_by_kernel(self.backend, "smyrf", (q, k, v), self.obstacle(call)):
+                q, k, v = readable(q, k, v)
+                out, meetings, kept = self.attend_by_kernel(q, k, v, parts)
             else:
-                out, meetings, kept = self.attend(wide_q, wide_k, wide_v, call, parts)
+                q, k, v = (at_least_fp32(x) for x in (q, k, v))
+                out, meetings, kept = self.attend(q, k, v, call, parts)
         pairs = visible_keys_of(call, self.pattern, n, m, q.device).sum(-1).float().expand(b, h)
         cost = Cost(
             score=meetings.view(b, h) * d,
@@ -127,7 +129,7 @@ class Smyrf(Mechanism):
             kept=kept.view(b, h),
             visible=pairs,
         )
-        return Attended(out.view(b, h, n, dv).to(v.dtype), cost)
+        return Attended(out.view(b, h, n, dv).to(dtype), cost)
 
     def assign(self, q: Float[Tensor, "g n d"], k: Float[Tensor, "g m d"], call: Call) -> list[Clusters]:
         """Hash tokens and cut them into clusters."""

@@ -31,6 +31,7 @@ from thresher.attention.functional import at_least_fp32, drop_weights, expand_he
 from thresher.attention.options import check_integer
 from thresher.attention.visibility import hide_tokens, no_pairs, visible_keys_of, visible_pairs
 from thresher.kernels import topk as kernel
+from thresher.kernels.calling import readable
 
 
 class TopK(Mechanism):
@@ -78,14 +79,14 @@ class TopK(Mechanism):
         cost = self.cost(kept, pairs, v.shape[-1])
         k_most, dropout, outs = most(self.keys, m), self.dropout if self.training else 0.0, []
         with torch.autocast(q.device.type, enabled=False):
-            wide_q, wide_k = at_least_fp32(q) * d**-0.5, at_least_fp32(k)
-            if served_by_kernel(self.backend, "topk", (wide_q, wide_k), self.obstacle(call)):
-                folded = (x.flatten(0, 1) for x in (wide_q, wide_k, at_least_fp32(v)))
+            if served_by_kernel(self.backend, "topk", (q, k, v), self.obstacle(call)):
+                folded = (x.flatten(0, 1) for x in readable(q, k, v))
                 seen = None if call.keys is None else call.keys[:, None].expand(b, h, m).flatten(0, 1)
                 shift = m - n if self.pattern is Pattern.CAUSAL_SELF and n > 1 else None
                 limits = limit.expand(b, h, n).flatten(0, 1)
-                attended, _, _ = kernel.attend(*folded, seen, limits, k_most, shift)
+                attended, _, _ = kernel.attend(*folded, d**-0.5, seen, limits, k_most, shift)
                 return Attended(attended.unflatten(0, (b, h)).to(v.dtype), cost)
+            wide_q, wide_k = at_least_fp32(q) * d**-0.5, at_least_fp32(k)
             biases = [None] * -(-n // self.chunk) if call.bias is None else call.bias.split(self.chunk, 2)
             for start, part, bias in zip(range(0, n, self.chunk), wide_q.split(self.chunk, 2), biases, strict=True):
                 rows = range(start, start + part.shape[2])

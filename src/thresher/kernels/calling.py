@@ -1,6 +1,7 @@
 """How operators call the functions of a library: tensors as pointers, numbers as 64-bit ones."""
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -19,6 +20,17 @@ def call(kernel: str, function: str, dtype: torch.dtype, *arguments: Tensor | in
     run = getattr(library(kernel), f"{function}_{str(dtype).removeprefix('torch.')}")
     run.restype = None
     run(*map(_passed, arguments), ctypes.c_int64(torch.get_num_threads()))
+
+
+def readable(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Return queries, keys and values as operators read them: of one type, fp32 where it would be fp16."""
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs))
+    return tuple(x.to(torch.float32 if dtype == torch.float16 else dtype) for x in inputs)
+
+
+def summed(x: Tensor) -> torch.dtype:
+    """Return the type that sums of such numbers are made in: fp32 for bf16."""
+    return torch.float32 if x.dtype == torch.bfloat16 else x.dtype
 
 
 def _passed(x: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:

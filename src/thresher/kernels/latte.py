@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from thresher.kernels.calling import call
+from thresher.kernels.calling import call, summed
 
 
 class Gate(NamedTuple):
@@ -62,14 +62,14 @@ def encode(x: Tensor, per_token: bool, bits: int, truncate: bool) -> tuple[Tenso
     """
     x = x.contiguous()
     g, n, d = x.shape
-    codes, unit = torch.empty_like(x, dtype=torch.int8), x.new_empty(g, n if per_token else 1, dtype=_summed(x))
+    codes, unit = torch.empty_like(x, dtype=torch.int8), x.new_empty(g, n if per_token else 1, dtype=summed(x))
     call("latte", "encode", x.dtype, x, g, n, d, int(per_token), bits, int(truncate), codes, unit)
     return codes, unit
 
 
 @encode.register_fake
 def _(x: Tensor, per_token: bool, bits: int, truncate: bool) -> tuple[Tensor, Tensor]:
-    unit = x.new_empty(x.shape[0], x.shape[1] if per_token else 1, dtype=_summed(x))
+    unit = x.new_empty(x.shape[0], x.shape[1] if per_token else 1, dtype=summed(x))
     return torch.empty_like(x, dtype=torch.int8), unit
 
 
@@ -108,7 +108,7 @@ def attend(
         its kept keys, and the sum of the exponentials of their scores below it.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    (g, n, _), dv, dtype = q.shape, v.shape[2], _summed(q)
+    (g, n, _), dv, dtype = q.shape, v.shape[2], summed(q)
     out, top, mass = (q.new_empty(*size, dtype=dtype) for size in ((g, n, dv), (g, n), (g, n)))
     kept = q.new_empty(g, n, dtype=torch.int32)
     gate = Gate(
@@ -123,7 +123,7 @@ def attend(
 @attend.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *gate: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (g, n, _), dv = q.shape, v.shape[2]
-    out, kept, top, mass = (q.new_empty(*size, dtype=_summed(q)) for size in ((g, n, dv), (g,), (g, n), (g, n)))
+    out, kept, top, mass = (q.new_empty(*size, dtype=summed(q)) for size in ((g, n, dv), (g,), (g, n), (g, n)))
     return out, kept, top, mass
 
 
@@ -160,7 +160,7 @@ def back(
         into_scores=into_scores,
         inside=inside,
     )
-    into_q, into_k, into_v = (torch.empty_like(x, dtype=_summed(x)) for x in (q, k, v))
+    into_q, into_k, into_v = (torch.empty_like(x, dtype=summed(x)) for x in (q, k, v))
     into = into_q, into_k, into_v, torch.empty_like(theta)
     given = grad, grad_kept, q, k, v, scale, out, top, mass
     width = 0.0 if tau is None else 3 * float(tau)
@@ -172,7 +172,7 @@ def back(
 def _(
     grad: Tensor, grad_kept: Tensor, out: Tensor, top: Tensor, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, *gate: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    into_q, into_k, into_v = (x.new_empty(x.shape, dtype=_summed(x)) for x in (q, k, v))
+    into_q, into_k, into_v = (x.new_empty(x.shape, dtype=summed(x)) for x in (q, k, v))
     return into_q, into_k, into_v, gate[6].new_empty(gate[6].shape)
 
 
@@ -213,7 +213,7 @@ def decode(
     """
     q, k, v, q_codes, k_codes = (x.contiguous() for x in (q, k, v, q_codes, k_codes))
     (g, rows, d), m, dv = q.shape, v.shape[1], v.shape[2]
-    out, kept = q.new_empty(g, rows, dv, dtype=_summed(q)), q.new_empty(g, rows, dtype=torch.int32)
+    out, kept = q.new_empty(g, rows, dv, dtype=summed(q)), q.new_empty(g, rows, dtype=torch.int32)
     shown = None if shown_k is None else shown_k.contiguous()
     judged = q_codes, k_codes, q_unit.contiguous(), k_unit.contiguous(), shown, theta.contiguous()
     sizes = g, rows, m, d, dv, int(spread), always_keep, step
@@ -223,17 +223,7 @@ def decode(
 
 @decode.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:2], v.shape[2], dtype=_summed(q)), q.new_empty(q.shape[:2], dtype=_summed(q))
-
-
-def readable(x: Tensor) -> Tensor:
-    """Return queries, keys or values as operators read them: fp16 becomes fp32."""
-    return x.float() if x.dtype == torch.float16 else x
-
-
-def _summed(x: Tensor) -> torch.dtype:
-    """Return the type that sums of such numbers are made in."""
-    return torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+    return q.new_empty(*q.shape[:2], v.shape[2], dtype=summed(q)), q.new_empty(q.shape[:2], dtype=summed(q))
 
 
 def _passed(q: Tensor, v: Tensor, gate: Gate) -> list[Tensor | int | float | None]:

@@ -1,4 +1,8 @@
-"""SMYRF's operator on CPUs: attention inside clusters, merged by log-sum-exp, with its gradients."""
+"""SMYRF's operator on CPUs: attention inside clusters, merged by log-sum-exp, with its gradients.
+
+Queries, keys and values are fp32, fp64 or bf16; whatever else is a real number is of the type that sums are made in,
+fp32 with bf16.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -6,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from thresher.kernels.calling import call
+from thresher.kernels.calling import call, summed
 
 Tensors = Sequence[Tensor]
 
@@ -44,7 +48,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], shift: int) -
         shift: In causal parts query i sees keys j <= i + shift.
 
     Returns:
-        Outputs [g, n, dv], and for each group how many pairs met, each time counted, and how many had met before.
+        Outputs [g, n, dv] in the type of sums, and for each group how many pairs met, each time counted, and how many
+        had met before.
     """
     layout = [x for part in parts for x in part[:5]]
     kinds = [x for part in parts for x in (int(part.causal), part.times)]
@@ -59,7 +64,7 @@ def merged(
     """Do what `attend` does; also return the log-sum-exp of the scores of each query, [g, n]."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     (g, n, _), dv = q.shape, v.shape[2]
-    out, level = q.new_zeros(g, n, dv), q.new_full((g, n), float("-inf"))
+    out, level = q.new_zeros(g, n, dv, dtype=summed(q)), q.new_full((g, n), float("-inf"), dtype=summed(q))
     met, again = (torch.zeros(g, dtype=torch.long) for _ in range(2))
     for part in _parts(q, k, v, layout, kinds, shift):
         call("smyrf", "attend", q.dtype, q, k, v, out, level, met, again, *part)
@@ -72,7 +77,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (g, n, _), dv = q.shape, v.shape[2]
     met, again = (q.new_empty(g, dtype=torch.long) for _ in range(2))
-    return q.new_empty(g, n, dv), q.new_empty(g, n), met, again
+    out, level = (q.new_empty(size, dtype=summed(q)) for size in ((g, n, dv), (g, n)))
+    return out, level, met, again
 
 
 @torch.library.custom_op("thresher::smyrf_back", mutates_args=())
@@ -89,10 +95,10 @@ def back(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients to queries, keys and values, from scores that are computed again."""
     grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
-    into = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    into_q, into_k, into_v = (torch.zeros_like(x, dtype=summed(x)) for x in (q, k, v))
     for part in _parts(q, k, v, layout, kinds, shift):
-        call("smyrf", "back", q.dtype, grad, q, k, v, out, level, *into, *part)
-    return into
+        call("smyrf", "back", q.dtype, grad, q, k, v, out, level, into_q, into_k, into_v, *part)
+    return into_q, into_k, into_v
 
 
 @back.register_fake
@@ -107,7 +113,8 @@ def _(
     kinds: Sequence[int],
     shift: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    into_q, into_k, into_v = (x.new_empty(x.shape, dtype=summed(x)) for x in (q, k, v))
+    return into_q, into_k, into_v
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -119,7 +126,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     q, k, v, out, level, *layout = ctx.saved_tensors
-    return *back(grad, q, k, v, out, level, layout, ctx.kinds, ctx.shift), [None] * len(layout), None, None
+    into = back(grad, q, k, v, out, level, layout, ctx.kinds, ctx.shift)
+    return *(x.to(q.dtype) for x in into), [None] * len(layout), None, None
 
 
 merged.register_autograd(_backward, setup_context=_setup)

@@ -1,6 +1,7 @@
 // Rows of numbers as they are stored: fp32 and fp64, and bf16, whose numbers are the upper halves of fp32 ones.
 //
-// Sums are never in bf16. Processors with AVX512_BF16 multiply pairs of it and add in fp32; others widen it first.
+// Sums are never in bf16. Processors with AVX512_BF16 multiply pairs of it and add in fp32, taking numbers below 2^-126
+// for zero; others widen it first.
 
 #pragma once
 
@@ -8,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "matrix.h"
+#include "vector.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -20,9 +21,14 @@ struct Bf16 {
     uint16_t bits;
 };
 
+// Two neighbours of a row, multiplied with two others in one step.
+struct Pair {
+    Bf16 first, second;
+};
+
 // What numbers are calculated in.
 template <class S>
-using Number = std::conditional_t<std::is_same_v<S, Bf16>, float, S>;
+using Number = std::conditional_t<std::is_same_v<S, Bf16> || std::is_same_v<S, Pair>, float, S>;
 
 template <class T>
 inline T as_number(T x) { return x; }
@@ -44,6 +50,39 @@ inline Vector<float> load_numbers(const Bf16* p) {
     typedef uint16_t Half __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
     typedef uint32_t Whole __attribute__((vector_size(BYTES)));
     return (Vector<float>)(__builtin_convertvector(*reinterpret_cast<const Half*>(p), Whole) << 16);
+#endif
+}
+
+// What products of rows are made of: numbers, or pairs, of which an odd row's last one ends in zero.
+template <class S>
+using Factor = std::conditional_t<std::is_same_v<S, Bf16>, Pair, S>;
+template <class S>
+inline int64_t factors(int64_t numbers) {
+    return (numbers * int64_t(sizeof(S)) + int64_t(sizeof(Factor<S>)) - 1) / int64_t(sizeof(Factor<S>));
+}
+template <class T>
+inline T factor(const T* row, int64_t i, int64_t) { return row[i]; }
+inline Pair factor(const Bf16* row, int64_t i, int64_t numbers) {
+    return {row[2 * i], 2 * i + 1 < numbers ? row[2 * i + 1] : Bf16{0}};
+}
+
+typedef uint32_t Pairs __attribute__((vector_size(BYTES)));
+inline Pairs load(const Pair* p) {
+    typedef uint32_t Loose __attribute__((vector_size(BYTES), aligned(2), may_alias));
+    return *reinterpret_cast<const Loose*>(p);
+}
+
+template <class T>
+inline Vector<T> with_product(Vector<T> sum, T x, Vector<T> row) { return sum + x * row; }
+inline Vector<float> with_product(Vector<float> sum, Pair x, Pairs row) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const Pairs same = Pairs{} + bits;
+#if defined(__AVX512BF16__)
+    return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)same, (__m512bh)row);
+#else
+    sum += (Vector<float>)(same << 16) * (Vector<float>)(row << 16);
+    return sum + (Vector<float>)(same & 0xffff0000u) * (Vector<float>)(row & 0xffff0000u);
 #endif
 }
 

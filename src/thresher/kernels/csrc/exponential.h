@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "matrix.h"
+#include "vector.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>

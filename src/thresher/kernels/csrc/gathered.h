@@ -8,7 +8,7 @@
 
 #include "bf16.h"
 #include "exponential.h"
-#include "matrix.h"
+#include "vector.h"
 
 #if defined(__AVX__)
 #include <immintrin.h>

@@ -9,8 +9,8 @@
 
 #include "bf16.h"
 #include "exponential.h"
-#include "matrix.h"
 #include "parallel.h"
+#include "vector.h"
 
 namespace thresher {
 

@@ -16,7 +16,7 @@
 
 #include "buffer.h"
 #include "latte_codes.h"
-#include "matrix.h"
+#include "vector.h"
 
 namespace thresher {
 

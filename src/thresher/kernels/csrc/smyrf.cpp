@@ -7,8 +7,10 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
+#include "bf16.h"
 #include "exponential.h"
 #include "matrix.h"
 #include "parallel.h"
@@ -29,8 +31,7 @@ struct Sizes {
     int64_t groups, n, m, d, dv;
 };
 
-// The tokens of a cluster or a tile, and their rows in padded memory.
-template <class T>
+// The tokens of a cluster or a tile.
 struct Rows {
     std::vector<int64_t> tokens;
     int64_t size() const { return static_cast<int64_t>(tokens.size()); }
@@ -42,43 +43,52 @@ struct Rows {
     }
 };
 
-template <class T>
-void gather(const Rows<T>& rows, const T* from, int64_t width, T scale, std::vector<T>& to) {
-    const int64_t wide = padded(width);
+// Rows as numbers, or as factors, padded with zeros.
+template <class E, class S>
+void gather(const Rows& rows, const S* from, int64_t width, std::vector<E>& to) {
+    constexpr bool pairs = !std::is_same_v<E, Number<S>>;
+    const int64_t number = pairs ? factors<S>(width) : width, wide = padded(number);
     if (static_cast<int64_t>(to.size()) < rows.size() * wide) to.resize(rows.size() * wide);
     for (int64_t i = 0; i < rows.size(); ++i) {
-        const T* row = from + rows.tokens[i] * width;
-        T* out = &to[i * wide];
-        for (int64_t c = 0; c < width; ++c) out[c] = row[c] * scale;
-        for (int64_t c = width; c < wide; ++c) out[c] = T(0);
+        const S* row = from + rows.tokens[i] * width;
+        E* out = &to[i * wide];
+        for (int64_t c = 0; c < number; ++c) {
+            if constexpr (pairs)
+                out[c] = factor(row, c, width);
+            else
+                out[c] = as_number(row[c]);
+        }
+        std::fill(out + number, out + wide, E{});
     }
 }
 
 // to[c, i] = x[i, c], rows of `to` padded with zeros.
-template <class T>
-void turn(const std::vector<T>& x, int64_t rows, int64_t width, std::vector<T>& to) {
+template <class E>
+void turn(const std::vector<E>& x, int64_t rows, int64_t width, std::vector<E>& to) {
     const int64_t wide = padded(rows);
     if (static_cast<int64_t>(to.size()) < width * wide) to.resize(width * wide);
     for (int64_t c = 0; c < width; c += 8) {
         for (int64_t i = 0; i < rows; ++i)
             for (int64_t e = 0; e < 8; ++e) to[(c + e) * wide + i] = x[i * width + c + e];
-        for (int64_t e = 0; e < 8; ++e) std::fill(&to[(c + e) * wide] + rows, &to[(c + e) * wide] + wide, T(0));
+        for (int64_t e = 0; e < 8; ++e) std::fill(&to[(c + e) * wide] + rows, &to[(c + e) * wide] + wide, E{});
     }
 }
 
 template <class T>
-void add_rows(const Rows<T>& rows, const std::vector<T>& from, int64_t width, T scale, T* to) {
+void add_rows(const Rows& rows, const std::vector<T>& from, int64_t width, T* to) {
     const int64_t wide = padded(width);
     for (int64_t i = 0; i < rows.size(); ++i)
-        for (int64_t c = 0; c < width; ++c) to[rows.tokens[i] * width + c] += scale * from[i * wide + c];
+        for (int64_t c = 0; c < width; ++c) to[rows.tokens[i] * width + c] += from[i * wide + c];
 }
 
-template <class T>
+template <class S>
 class Cluster {
+    using T = Number<S>;
+
   public:
     Cluster(const Sizes& sizes, const Part& part, int64_t g, int64_t cluster)
         : s(sizes), part(part), g(g), round(cluster / (part.clusters / part.rounds)), d(padded(s.d)), dv(padded(s.dv)),
-          scale(1 / std::sqrt(static_cast<T>(s.d))) {
+          by_factors(padded(factors<S>(s.d))), scale(1 / std::sqrt(static_cast<T>(s.d))) {
         keys.take(part.token_k + (g * part.clusters + cluster) * part.cluster, part.cluster, s.m);
         width = padded(keys.size());
         first = last = cluster;
@@ -89,16 +99,16 @@ class Cluster {
         }
     }
 
-    void attend(const T* q, const T* k, const T* v, T* out, T* level, int64_t& met, int64_t& again) {
+    void attend(const S* q, const S* k, const S* v, T* out, T* level, int64_t& met, int64_t& again) {
         if (!keys.size()) return;
-        gather(keys, k + g * s.m * s.d, s.d, T(1), key);
-        gather(keys, v + g * s.m * s.dv, s.dv, T(1), value);
-        turn(key, keys.size(), d, turned_key);
+        gather(keys, k + g * s.m * s.d, s.d, key);
+        gather(keys, v + g * s.m * s.dv, s.dv, value);
+        turn(key, keys.size(), by_factors, turned_key);
         sums.resize(CHUNK * dv);
         weights.resize(CHUNK * width);
         for (int64_t tile = first; tile <= last; ++tile) {
             queries.take(part.token_q + (g * part.tiles + tile) * part.tile, part.tile, s.n);
-            gather(queries, q + g * s.n * s.d, s.d, scale, query);
+            gather(queries, q + g * s.n * s.d, s.d, query);
             for (int64_t i = 0; i < queries.size(); i += CHUNK) {
                 const int64_t number = std::min(CHUNK, queries.size() - i);
                 score(i, number, met);
@@ -117,12 +127,13 @@ class Cluster {
         }
     }
 
-    void back(const T* grad, const T* q, const T* k, const T* v, const T* out, const T* level, T* into_q, T* into_k,
+    void back(const T* grad, const S* q, const S* k, const S* v, const T* out, const T* level, T* into_q, T* into_k,
               T* into_v) {
         if (!keys.size()) return;
-        gather(keys, k + g * s.m * s.d, s.d, T(1), key);
-        gather(keys, v + g * s.m * s.dv, s.dv, T(1), value);
-        turn(key, keys.size(), d, turned_key);
+        gather(keys, k + g * s.m * s.d, s.d, key);
+        gather(keys, v + g * s.m * s.dv, s.dv, value);
+        const std::vector<T>& key_numbers = numbers(keys, k + g * s.m * s.d, s.d, key, wide_key);
+        turn(key, keys.size(), by_factors, turned_key);
         turn(value, keys.size(), dv, turned_value);
         weights.resize(CHUNK * width);
         through.resize(CHUNK * width);
@@ -131,8 +142,9 @@ class Cluster {
         int64_t met = 0;
         for (int64_t tile = first; tile <= last; ++tile) {
             queries.take(part.token_q + (g * part.tiles + tile) * part.tile, part.tile, s.n);
-            gather(queries, q + g * s.n * s.d, s.d, scale, query);
-            gather(queries, grad + g * s.n * s.dv, s.dv, T(1), grads);
+            gather(queries, q + g * s.n * s.d, s.d, query);
+            const std::vector<T>& query_numbers = numbers(queries, q + g * s.n * s.d, s.d, query, wide_query);
+            gather(queries, grad + g * s.n * s.dv, s.dv, grads);
             sums.resize(queries.size() * d);
             for (int64_t i = 0; i < queries.size(); i += CHUNK) {
                 const int64_t number = std::min(CHUNK, queries.size() - i);
@@ -150,38 +162,51 @@ class Cluster {
                     for (int64_t c = 0; c < width; c += Wide<T>::LANES) {
                         const Vector<T> weight = exponential(load(p + r * width + c) - most);
                         store(p + r * width + c, weight);
-                        store(t + r * width + c, weight * (load(t + r * width + c) - benefit));
+                        store(t + r * width + c, scale * weight * (load(t + r * width + c) - benefit));
                     }
                 }
                 add(Left<T>{p, 1, width}, &grads[i * dv], dv, keys.size(), number, sum_v.data());
-                add(Left<T>{t, 1, width}, &query[i * d], d, keys.size(), number, sum_k.data());
+                add(Left<T>{t, 1, width}, &query_numbers[i * d], d, keys.size(), number, sum_k.data());
                 T* to = &sums[i * d];
                 const int64_t row = d;
-                multiply(Left<T>{t, width, 1}, key.data(), d, number, d, keys.size(),
+                multiply(Left<T>{t, width, 1}, key_numbers.data(), d, number, d, keys.size(),
                          [=](int64_t r, int64_t c, Vector<T> x) { store(to + r * row + c, x); });
             }
-            add_rows(queries, sums, s.d, scale, into_q + g * s.n * s.d);
+            add_rows(queries, sums, s.d, into_q + g * s.n * s.d);
         }
-        add_rows(keys, sum_k, s.d, T(1), into_k + g * s.m * s.d);
-        add_rows(keys, sum_v, s.dv, T(1), into_v + g * s.m * s.dv);
+        add_rows(keys, sum_k, s.d, into_k + g * s.m * s.d);
+        add_rows(keys, sum_v, s.dv, into_v + g * s.m * s.dv);
     }
 
   private:
     const Sizes& s;
     const Part& part;
-    const int64_t g, round, d, dv;
+    const int64_t g, round, d, dv, by_factors;  // widths of rows of numbers, and of factors
     const T scale;
     int64_t width = 0, first = 0, last = 0;
-    Rows<T> keys, queries;
-    std::vector<T> key, value, turned_key, turned_value, query, grads, weights, through, sums, sum_k, sum_v;
+    Rows keys, queries;
+    std::vector<Factor<S>> key, turned_key, query;
+    std::vector<T> wide_key, wide_query, value, turned_value, grads, weights, through, sums, sum_k, sum_v;
+
+    // Queries or keys as numbers: factors, where they are that, or what is put into `room`.
+    static const std::vector<T>& numbers(const Rows& rows, const S* from, int64_t width,
+                                         const std::vector<Factor<S>>& gathered, std::vector<T>& room) {
+        if constexpr (std::is_same_v<Factor<S>, T>) {
+            return gathered;
+        } else {
+            gather(rows, from, width, room);
+            return room;
+        }
+    }
 
     // Scores of `number` queries from the i-th on, -inf where a key is hidden or not there; counts those that are.
     void score(int64_t i, int64_t number, int64_t& met) {
         const T none = -std::numeric_limits<T>::infinity();
         T* to = weights.data();
         const int64_t wide = width;
-        multiply(Left<T>{&query[i * d], d, 1}, turned_key.data(), width, number, width, d,
-                 [=](int64_t r, int64_t c, Vector<T> x) { store(to + r * wide + c, x); });
+        const T times = scale;
+        multiply(Left<Factor<S>>{&query[i * by_factors], by_factors, 1}, turned_key.data(), width, number, width,
+                 factors<S>(s.d), [=](int64_t r, int64_t c, Vector<T> x) { store(to + r * wide + c, x * times); });
         for (int64_t r = 0; r < number; ++r) {
             std::fill(&weights[r * width] + keys.size(), &weights[r * width] + width, none);
             met += keys.size();
@@ -255,8 +280,8 @@ class Cluster {
     }
 };
 
-template <class T>
-void attend(const T* q, const T* k, const T* v, T* out, T* level, int64_t* met, int64_t* again, Sizes sizes, Part part,
+template <class S, class T = Number<S>>
+void attend(const S* q, const S* k, const S* v, T* out, T* level, int64_t* met, int64_t* again, Sizes sizes, Part part,
             int64_t threads) {
     const int64_t each = part.clusters / part.rounds;
     std::vector<int64_t> counts(2 * sizes.groups * part.clusters, 0);
@@ -264,7 +289,7 @@ void attend(const T* q, const T* k, const T* v, T* out, T* level, int64_t* met, 
         parallel_for(sizes.groups * each, threads, [&](int64_t task) {
             const int64_t g = task / each, cluster = round * each + task % each;
             int64_t* count = &counts[2 * (g * part.clusters + cluster)];
-            Cluster<T>(sizes, part, g, cluster).attend(q, k, v, out, level, count[0], count[1]);
+            Cluster<S>(sizes, part, g, cluster).attend(q, k, v, out, level, count[0], count[1]);
         });
     for (int64_t i = 0; i < sizes.groups * part.clusters; ++i) {
         met[i / part.clusters] += counts[2 * i];
@@ -272,13 +297,13 @@ void attend(const T* q, const T* k, const T* v, T* out, T* level, int64_t* met, 
     }
 }
 
-template <class T>
-void back(const T* grad, const T* q, const T* k, const T* v, const T* out, const T* level, T* into_q, T* into_k,
+template <class S, class T = Number<S>>
+void back(const T* grad, const S* q, const S* k, const S* v, const T* out, const T* level, T* into_q, T* into_k,
           T* into_v, Sizes sizes, Part part, int64_t threads) {
     const int64_t each = part.clusters / part.rounds;
     for (int64_t round = 0; round < part.rounds; ++round)
         parallel_for(sizes.groups * each, threads, [&](int64_t task) {
-            Cluster<T>(sizes, part, task / each, round * each + task % each)
+            Cluster<S>(sizes, part, task / each, round * each + task % each)
                 .back(grad, q, k, v, out, level, into_q, into_k, into_v);
         });
 }
@@ -295,15 +320,16 @@ void back(const T* grad, const T* q, const T* k, const T* v, const T* out, const
         Part{token_q, token_k, of_tile, of_query, of_key, tiles, tile, clusters, cluster, rounds, causal, shift, times}, \
         threads
 
-#define FOR_TYPE(T, NAME)                                                                                              \
-    extern "C" void attend_##NAME(const T* q, const T* k, const T* v, T* out, T* level, int64_t* met, int64_t* again,  \
+#define FOR_TYPE(S, T, NAME)                                                                                           \
+    extern "C" void attend_##NAME(const S* q, const S* k, const S* v, T* out, T* level, int64_t* met, int64_t* again,  \
                                   PART) {                                                                              \
         attend(q, k, v, out, level, met, again, GIVEN);                                                                \
     }                                                                                                                  \
-    extern "C" void back_##NAME(const T* grad, const T* q, const T* k, const T* v, const T* out, const T* level,       \
+    extern "C" void back_##NAME(const T* grad, const S* q, const S* k, const S* v, const T* out, const T* level,       \
                                 T* into_q, T* into_k, T* into_v, PART) {                                               \
         back(grad, q, k, v, out, level, into_q, into_k, into_v, GIVEN);                                                \
     }
 
-FOR_TYPE(float, float32)
-FOR_TYPE(double, float64)
+FOR_TYPE(float, float, float32)
+FOR_TYPE(double, double, float64)
+FOR_TYPE(Bf16, float, bfloat16)

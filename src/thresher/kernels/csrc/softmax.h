@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "exponential.h"
-#include "matrix.h"
+#include "vector.h"
 
 namespace thresher {
 

@@ -156,18 +156,22 @@ struct Sizes {
     int64_t groups, n, m, d, dv, most;
 };
 
-// to[p, c, e] = k[16 p + e, c]: panels of 16 keys, the last filled up with zeros.
-template <class T>
-void panels_of(const T* k, int64_t m, int64_t d, int64_t panel, T* to) {
+// to[p, c, e] = factor c of key 16 p + e: panels of 16 keys, the last filled up with zeros.
+template <class S>
+void panels_of(const S* k, int64_t m, int64_t d, int64_t panel, Factor<S>* to) {
+    const int64_t inner = factors<S>(d);
     for (int64_t e = 0; e < BLOCK; ++e) {
         const int64_t j = panel * BLOCK + e;
-        for (int64_t c = 0; c < d; ++c) to[(panel * d + c) * BLOCK + e] = j < m ? k[j * d + c] : T(0);
+        for (int64_t c = 0; c < inner; ++c)
+            to[(panel * inner + c) * BLOCK + e] = j < m ? factor(k + j * d, c, d) : Factor<S>{};
     }
 }
 
-template <class T>
+// Scores are products of queries and keys times `scale`.
+template <class S, class T = Number<S>>
 struct Call {
-    const T *q, *k, *v;
+    const S *q, *k, *v;
+    T scale;
     const uint8_t* seen;
     const int64_t* limit;
     T *out, *weight;
@@ -176,14 +180,14 @@ struct Call {
 };
 
 // Keys that query i sees lie before this one.
-template <class T>
-int64_t reach(const Call<T>& call, Sizes s, int64_t i) {
+template <class S>
+int64_t reach(const Call<S>& call, Sizes s, int64_t i) {
     return call.causal ? std::clamp<int64_t>(i + call.shift + 1, 0, s.m) : s.m;
 }
 
 // What is left to do for query i of group g once its scores are known.
-template <class T>
-void finish(const Call<T>& call, Sizes s, int64_t g, int64_t i, Key<T>* score, Selector<T>& selector) {
+template <class S, class T = Number<S>>
+void finish(const Call<S>& call, Sizes s, int64_t g, int64_t i, Key<T>* score, Selector<T>& selector) {
     const int64_t row = g * s.n + i, kept = call.limit[row], ahead = reach(call, s, i);
     if (call.seen) {
         const uint8_t* shown = call.seen + g * s.m;
@@ -204,27 +208,32 @@ void finish(const Call<T>& call, Sizes s, int64_t g, int64_t i, Key<T>* score, S
 }
 
 // Keys are packed for products of many queries with them.
-template <class T>
-void attend_many(const Call<T>& call, Sizes s, int64_t threads) {
+template <class S, class T = Number<S>>
+void attend_many(const Call<S>& call, Sizes s, int64_t threads) {
     constexpr int64_t ROWS = Wide<T>::ROWS;
-    const int64_t panels = (s.m + BLOCK - 1) / BLOCK, width = panels * BLOCK;
+    const int64_t panels = (s.m + BLOCK - 1) / BLOCK, width = panels * BLOCK, inner = factors<S>(s.d);
     const int64_t rows = std::clamp<int64_t>(SCORES / (width * int64_t(sizeof(T)) + 1) / ROWS, 1, 48 / ROWS) * ROWS;
-    std::vector<T> packed(panels * s.d * BLOCK);
+    std::vector<Factor<S>> packed(panels * inner * BLOCK);
     for (int64_t g = 0; g < s.groups; ++g) {
         parallel_for(panels, threads,
                      [&](int64_t panel) { panels_of(call.k + g * s.m * s.d, s.m, s.d, panel, packed.data()); });
         parallel_for((s.n + QUERIES - 1) / QUERIES, threads, [&](int64_t task) {
             std::vector<Key<T>> scores(rows * width);
+            std::vector<Factor<S>> queries(rows * inner);
             Selector<T> selector;
             const int64_t end = std::min(s.n, (task + 1) * QUERIES);
             for (int64_t i = task * QUERIES; i < end; i += rows) {
                 const int64_t number = std::min(rows, end - i), last = reach(call, s, i + number - 1);
+                const S* q = call.q + (g * s.n + i) * s.d;
+                for (int64_t r = 0; r < number; ++r)
+                    for (int64_t c = 0; c < inner; ++c) queries[r * inner + c] = factor(q + r * s.d, c, s.d);
                 Key<T>* to = scores.data();
+                const T scale = call.scale;
                 for (int64_t panel = 0; panel * BLOCK < last; ++panel)
-                    multiply(Left<T>{call.q + (g * s.n + i) * s.d, s.d, 1}, &packed[panel * s.d * BLOCK], BLOCK, number,
-                             BLOCK, s.d, [=](int64_t r, int64_t c, Vector<T> x) {
+                    multiply(Left<Factor<S>>{queries.data(), inner, 1}, &packed[panel * inner * BLOCK], BLOCK, number,
+                             BLOCK, inner, [=](int64_t r, int64_t c, Vector<T> x) {
                                  *reinterpret_cast<typename Keys<T>::Loose*>(to + r * width + panel * BLOCK + c) =
-                                     ordered<T>(x);
+                                     ordered<T>(x * scale);
                              });
                 for (int64_t r = 0; r < number; ++r) finish(call, s, g, i + r, to + r * width, selector);
             }
@@ -233,31 +242,31 @@ void attend_many(const Call<T>& call, Sizes s, int64_t threads) {
 }
 
 // Keys are read as they lie, once for each query.
-template <class T>
-void attend_few(const Call<T>& call, Sizes s, int64_t threads) {
+template <class S, class T = Number<S>>
+void attend_few(const Call<S>& call, Sizes s, int64_t threads) {
     parallel_for(s.groups * s.n, threads, [&](int64_t row) {
         const int64_t g = row / s.n, ahead = reach(call, s, row % s.n), whole = padded(ahead);
         std::vector<T> product(whole);
         std::vector<Key<T>> scores(whole);
         dots(call.q + row * s.d, call.k + g * s.m * s.d, s.d, ahead, [](int64_t j) { return j; }, product.data());
         for (int64_t j = 0; j < whole; j += Wide<T>::LANES)
-            *reinterpret_cast<typename Keys<T>::Loose*>(&scores[j]) = ordered<T>(load(&product[j]));
+            *reinterpret_cast<typename Keys<T>::Loose*>(&scores[j]) = ordered<T>(load(&product[j]) * call.scale);
         Selector<T> selector;
         finish(call, s, g, row % s.n, scores.data(), selector);
     });
 }
 
-template <class T>
-void attend(const Call<T>& call, Sizes s, int64_t threads) {
+template <class S>
+void attend(const Call<S>& call, Sizes s, int64_t threads) {
     if (s.n <= FEW)
         attend_few(call, s, threads);
     else
         attend_many(call, s, threads);
 }
 
-template <class T>
-void back(const T* grad, const T* q, const T* k, const T* v, const T* weight, const int32_t* index, T* into_q, T* into_k,
-          T* into_v, Sizes s, int64_t threads) {
+template <class S, class T = Number<S>>
+void back(const T* grad, const S* q, const S* k, const S* v, T scale, const T* weight, const int32_t* index, T* into_q,
+          T* into_k, T* into_v, Sizes s, int64_t threads) {
     std::vector<T> through(s.n * s.most);
     for (int64_t g = 0; g < s.groups; ++g) {
         parallel_for((s.n + QUERIES - 1) / QUERIES, threads, [&](int64_t task) {
@@ -271,7 +280,7 @@ void back(const T* grad, const T* q, const T* k, const T* v, const T* weight, co
                 dots(grad + row * s.dv, v + g * s.m * s.dv, s.dv, kept, at, t);
                 T mean = 0;
                 for (int64_t j = 0; j < kept; ++j) mean += w[j] * t[j];
-                for (int64_t j = 0; j < kept; ++j) t[j] = w[j] * (t[j] - mean);
+                for (int64_t j = 0; j < kept; ++j) t[j] = w[j] * (t[j] - mean) * scale;
                 std::fill_n(into_q + row * s.d, s.d, T(0));
                 add_rows(into_q + row * s.d, t, k + g * s.m * s.d, s.d, kept, at);
             }
@@ -282,14 +291,14 @@ void back(const T* grad, const T* q, const T* k, const T* v, const T* weight, co
             const bool keys = task < of_k;
             const int64_t width = keys ? s.d : s.dv, first = (keys ? task : task - of_k) * CHANNELS;
             const int64_t number = std::min(CHANNELS, width - first);
-            const T *from = (keys ? q + g * s.n * s.d : grad + g * s.n * s.dv) + first;
             T* to = (keys ? into_k + g * s.m * s.d : into_v + g * s.m * s.dv) + first;
             for (int64_t j = 0; j < s.m; ++j) std::fill_n(to + j * width, number, T(0));
             for (int64_t i = 0; i < s.n; ++i) {
                 const T* share = keys ? &through[i * s.most] : weight + (g * s.n + i) * s.most;
                 const int32_t* x = index + (g * s.n + i) * s.most;
                 T row[CHANNELS];
-                std::copy_n(from + i * width, number, row);
+                const int64_t from = (g * s.n + i) * width + first;
+                for (int64_t c = 0; c < number; ++c) row[c] = keys ? as_number(q[from + c]) : grad[from + c];
                 for (int64_t j = 0; j < s.most && x[j] >= 0; ++j) {
                     T* sum = to + x[j] * width;
                     if (number == CHANNELS)
@@ -304,17 +313,20 @@ void back(const T* grad, const T* q, const T* k, const T* v, const T* weight, co
 
 }  // namespace
 
-#define FOR_TYPE(T, NAME)                                                                                              \
-    extern "C" void attend_##NAME(const T* q, const T* k, const T* v, const uint8_t* seen, const int64_t* limit,       \
-                                  T* out, T* weight, int32_t* index, int64_t groups, int64_t n, int64_t m, int64_t d,  \
-                                  int64_t dv, int64_t most, int64_t causal, int64_t shift, int64_t threads) {          \
-        attend<T>({q, k, v, seen, limit, out, weight, index, causal, shift}, {groups, n, m, d, dv, most}, threads);    \
+#define FOR_TYPE(S, T, NAME)                                                                                           \
+    extern "C" void attend_##NAME(const S* q, const S* k, const S* v, double scale, const uint8_t* seen,               \
+                                  const int64_t* limit, T* out, T* weight, int32_t* index, int64_t groups, int64_t n,  \
+                                  int64_t m, int64_t d, int64_t dv, int64_t most, int64_t causal, int64_t shift,       \
+                                  int64_t threads) {                                                                   \
+        attend<S>({q, k, v, T(scale), seen, limit, out, weight, index, causal, shift}, {groups, n, m, d, dv, most},    \
+                  threads);                                                                                            \
     }                                                                                                                  \
-    extern "C" void back_##NAME(const T* grad, const T* q, const T* k, const T* v, const T* weight,                    \
+    extern "C" void back_##NAME(const T* grad, const S* q, const S* k, const S* v, double scale, const T* weight,      \
                                 const int32_t* index, T* into_q, T* into_k, T* into_v, int64_t groups, int64_t n,      \
                                 int64_t m, int64_t d, int64_t dv, int64_t most, int64_t threads) {                     \
-        back(grad, q, k, v, weight, index, into_q, into_k, into_v, {groups, n, m, d, dv, most}, threads);              \
+        back<S>(grad, q, k, v, T(scale), weight, index, into_q, into_k, into_v, {groups, n, m, d, dv, most}, threads); \
     }
 
-FOR_TYPE(float, float32)
-FOR_TYPE(double, float64)
+FOR_TYPE(float, float, float32)
+FOR_TYPE(double, double, float64)
+FOR_TYPE(Bf16, float, bfloat16)
