@@ -1,5 +1,9 @@
 """Kernels that read bf16 as it is compute what they compute of the same numbers in fp32; LATTE has its own tests."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -168,3 +172,17 @@ def test_operators_keep_the_rules_of_torch() -> None:
     torch.library.opcheck(smyrf.merged, (q, k, v, layout, [0, 1], 0))
     out, level, _, _ = smyrf.merged(*bare, layout, [0, 1], 0)
     torch.library.opcheck(smyrf.back, (noise_like(out), *bare, out, level, layout, [0, 1], 0))
+
+
+@pytest.mark.slow
+def test_pairs_are_right_where_there_is_no_instruction_for_them() -> None:
+    """Elsewhere kernels make numbers of bf16; this build makes pairs, so that their layout is tested everywhere."""
+    flags = f"{os.environ.get('THRESHER_CXXFLAGS', '')} -DTHRESHER_PAIRS"
+    tests = [__file__, "-k", "outputs or whole or broken or gradients", "-m", "not slow", "-n0", "-q"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *tests],
+        env=os.environ | {"THRESHER_CXXFLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout

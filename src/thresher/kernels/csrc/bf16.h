@@ -53,17 +53,25 @@ inline Vector<float> load_numbers(const Bf16* p) {
 #endif
 }
 
-// What products of rows are made of: numbers, or pairs, of which an odd row's last one ends in zero.
+// What products of rows are made of: numbers, or, of bf16 where there is an instruction for them, pairs, of which an odd
+// row's last one ends in zero. THRESHER_PAIRS makes pairs without it, which is slower: to test them on any processor.
+#if defined(__AVX512BF16__) || defined(THRESHER_PAIRS)
 template <class S>
 using Factor = std::conditional_t<std::is_same_v<S, Bf16>, Pair, S>;
+#else
+template <class S>
+using Factor = Number<S>;
+#endif
 template <class S>
 inline int64_t factors(int64_t numbers) {
-    return (numbers * int64_t(sizeof(S)) + int64_t(sizeof(Factor<S>)) - 1) / int64_t(sizeof(Factor<S>));
+    return std::is_same_v<Factor<S>, Pair> ? (numbers + 1) / 2 : numbers;
 }
-template <class T>
-inline T factor(const T* row, int64_t i, int64_t) { return row[i]; }
-inline Pair factor(const Bf16* row, int64_t i, int64_t numbers) {
-    return {row[2 * i], 2 * i + 1 < numbers ? row[2 * i + 1] : Bf16{0}};
+template <class S>
+inline Factor<S> factor(const S* row, int64_t i, int64_t numbers) {
+    if constexpr (std::is_same_v<Factor<S>, Pair>)
+        return {row[2 * i], 2 * i + 1 < numbers ? row[2 * i + 1] : Bf16{0}};
+    else
+        return as_number(row[i]);
 }
 
 typedef uint32_t Pairs __attribute__((vector_size(BYTES)));

@@ -46,7 +46,7 @@ struct Rows {
 // Rows as numbers, or as factors, padded with zeros.
 template <class E, class S>
 void gather(const Rows& rows, const S* from, int64_t width, std::vector<E>& to) {
-    constexpr bool pairs = !std::is_same_v<E, Number<S>>;
+    constexpr bool pairs = std::is_same_v<E, Pair>;
     const int64_t number = pairs ? factors<S>(width) : width, wide = padded(number);
     if (static_cast<int64_t>(to.size()) < rows.size() * wide) to.resize(rows.size() * wide);
     for (int64_t i = 0; i < rows.size(); ++i) {
