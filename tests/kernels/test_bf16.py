@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.attention.helpers import Inputs, attend, cast, draw, gradients, noise_like, padded
+from tests.kernels.threads import check_threads
 from thresher.attention import Call, Mechanism, Pattern
 from thresher.attention.latte import Latte
 from thresher.attention.smyrf import Smyrf
@@ -25,15 +26,13 @@ ROUNDED = 2**-8  # of a number that becomes bf16
 NAMES = ["smyrf", "topk"]
 
 
-def made(
-    name: str, pattern: Pattern = Pattern.NONCAUSAL_SELF, head_dim: int = 64, backend: str = "cpu", keys: int = 24
-) -> Mechanism:
+def made(name: str, pattern: Pattern = Pattern.NONCAUSAL_SELF, head_dim: int = 64, backend: str = "cpu") -> Mechanism:
     """Return a mechanism, with the same hashes each time."""
     torch.manual_seed(0)
     of: dict[str, Mechanism] = {
         "latte": Latte(2, head_dim, pattern, theta=1.0, surrogate="inside", backend=backend),  # type: ignore[arg-type]
         "smyrf": Smyrf(2, head_dim, pattern, cluster=17, rounds=2, backend=backend),  # type: ignore[arg-type]
-        "topk": TopK(2, head_dim, pattern, keys=keys, backend=backend),  # type: ignore[arg-type]
+        "topk": TopK(2, head_dim, pattern, keys=24, backend=backend),  # type: ignore[arg-type]
     }
     return of[name].eval()
 
@@ -125,16 +124,7 @@ def test_broken_rows_stay_alone_and_strides_do_not_matter(name: str, head_dim: i
 def test_results_do_not_depend_on_the_number_of_threads(name: str, n: int) -> None:
     ours = made(name, Pattern.CAUSAL_SELF, 40).train()
     inputs = cast(draw(ours, lengths=(n, n), dtype=torch.float32), torch.bfloat16)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            attended, grads = gradients(ours, inputs)
-            found.append([attended.out, *(grads[leaf] for leaf in "qkv")])
-    finally:
-        torch.set_num_threads(threads)
-    for others in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+    check_threads(ours, inputs)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "latte"])
@@ -186,3 +176,5 @@ def test_pairs_are_right_where_there_is_no_instruction_for_them() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout, done.stdout  # as they are where this build fails

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tests.attention.checks import check_compiled_equals_eager
 from tests.attention.helpers import Inputs, attend, draw, gradients, noise_like, padded
+from tests.kernels.threads import with_threads
 from thresher.attention import Attended, Call, Pattern
 from thresher.attention.latte import Latte
 from thresher.kernels import latte as kernel
@@ -64,13 +65,7 @@ def test_rounding_is_within_twice_that_of_pytorch(pattern: Pattern, spread: floa
 def test_results_do_not_depend_on_the_number_of_threads(pattern: Pattern) -> None:
     ours, _ = pair(pattern, 40)
     inputs = draw(ours, lengths=(300, 300), dtype=torch.float32)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            found.append(attend(ours, inputs))
-    finally:
-        torch.set_num_threads(threads)
+    found = with_threads(lambda: attend(ours, inputs))
     for other in found[1:]:
         assert torch.equal(found[0].out, other.out)
         assert_same_costs(found[0], other)
@@ -176,13 +171,7 @@ def test_gradients_do_not_depend_on_the_number_of_threads(training: bool) -> Non
     ours, _ = pair(head_dim=40, **TRAINED)
     ours.train(training)
     inputs = draw(ours, lengths=(700, 300), dtype=torch.float32)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            found.append(gradients(ours, inputs)[1])
-    finally:
-        torch.set_num_threads(threads)
+    found = with_threads(lambda: gradients(ours, inputs)[1])
     for others in found[1:]:
         assert all(torch.equal(x, others[name]) for name, x in found[0].items())  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.attention.helpers import Inputs, attend, draw, noise_like, padded
 from tests.kernels.test_latte import assert_same_costs
+from tests.kernels.threads import with_threads
 from thresher.attention import Attended, Call, KeyCodes, Pattern
 from thresher.attention.latte import Latte
 from thresher.kernels import latte as kernel
@@ -148,13 +149,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     ours, _ = pair(40)
     inputs = draw(ours, lengths=(3000, 3000), dtype=torch.float32, groups=2)
     one = last(inputs, Call(), ours.codes_of(inputs.k))
-    threads, found = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            found.append(attend(ours, *one))
-    finally:
-        torch.set_num_threads(threads)
+    found = with_threads(lambda: attend(ours, *one))
     for other in found[1:]:
         assert torch.equal(found[0].out, other.out)
         assert_same_costs(found[0], other)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tests.attention.checks import check_compiled_equals_eager
 from tests.attention.helpers import draw, gradients, padded
+from tests.kernels.threads import with_threads
 from thresher.attention import Call, Pattern
 from thresher.attention.mca import Mca, sampling_chances
 from thresher.kernels import mca as kernel
@@ -131,13 +132,7 @@ def test_what_is_no_number_stays_none() -> None:
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     inputs = given(2, 300, 40, 2, 24, 2, torch.float32)
     grad = torch.randn(2, 2, 300, 24)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            found.append([kernel.encode(*inputs), *kernel.back(grad, *inputs)])
-    finally:
-        torch.set_num_threads(threads)
+    found = with_threads(lambda: [kernel.encode(*inputs), *kernel.back(grad, *inputs)])
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 

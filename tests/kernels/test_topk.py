@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tests.attention.checks import check_compiled_equals_eager
 from tests.attention.helpers import Inputs, attend, draw, gradients, noise_like, padded
+from tests.kernels.threads import check_threads
 from thresher.attention import Call, Pattern
 from thresher.attention.topk import TopK, largest
 from thresher.kernels import topk as kernel
@@ -93,16 +94,7 @@ def test_rounding_is_within_twice_that_of_pytorch(pattern: Pattern, spread: floa
 def test_results_do_not_depend_on_the_number_of_threads(pattern: Pattern, n: int) -> None:
     ours, _ = pair(pattern, 40)
     inputs = draw(ours, lengths=(n, 300 if pattern.cross else n), dtype=torch.float32)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            attended, grads = gradients(ours, inputs)
-            found.append([attended.out, *(grads[name] for name in "qkv")])
-    finally:
-        torch.set_num_threads(threads)
-    for others in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+    check_threads(ours, inputs)
 
 
 @pytest.mark.parametrize("pattern", Pattern)

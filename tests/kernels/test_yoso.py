@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.attention.checks import check_compiled_equals_eager
 from tests.attention.helpers import Inputs, attend, draw, gradients, noise_like, padded
+from tests.kernels.threads import check_threads
 from thresher.attention import Call, Pattern
 from thresher.attention.hashing import pack_signs
 from thresher.attention.yoso import Yoso, _bound, _read_keys, _read_queries, _Way
@@ -84,16 +85,7 @@ def test_packed_signs_are_those_of_pytorch(bits: int, hashes: int, n: int, dtype
 def test_results_do_not_depend_on_the_number_of_threads(pattern: Pattern) -> None:
     ours, _ = pair(pattern, 40, bits=2)
     inputs = draw(ours, lengths=(700, 700), dtype=torch.float32)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            attended, grads = gradients(ours, inputs)
-            found.append([attended.out, *(grads[name] for name in "qkv")])
-    finally:
-        torch.set_num_threads(threads)
-    for others in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+    check_threads(ours, inputs)
 
 
 @pytest.mark.parametrize("pattern", Pattern)
