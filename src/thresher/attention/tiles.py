@@ -105,12 +105,16 @@ class _MergedAttention(torch.autograd.Function):
             level = level.gather(-1, part.queries.slot.clamp_max(level.shape[-1] - 1)) + math.log(part.times)
             levels.append(level.masked_fill(unplaced(part.queries), float("-inf")))
             outs.append(out.flatten(1, 2))
-        merged = torch.cat(levels).logsumexp(0)
-        merged = merged.masked_fill(merged == float("-inf"), float("inf"))
+        # Shares are not exp(level - merged): where scores are huge, rounding takes the sum of rounds out of that.
+        top = torch.cat(levels).amax(0)
+        top = top.masked_fill(top == float("-inf"), 0)
+        shares = [(level - top).exp() for level in levels]
+        total = torch.cat(shares).sum(0)
         out = _sum(
-            from_slots(out, part.queries, (level - merged).exp())
-            for out, part, level in zip(outs, parts, levels, strict=True)
+            from_slots(out, part.queries, share / total.masked_fill(total == 0, 1))
+            for out, part, share in zip(outs, parts, shares, strict=True)
         )
+        merged = (top + total.log()).masked_fill(total == 0, float("inf"))
         ctx.clusters_and_times = [(part.clusters, part.times) for part in parts]
         ctx.dropout, ctx.fused = dropout, fused
         ctx.save_for_backward(q, k, v, out, merged, *extras, *(x for part in parts for x in _tensors_of(part)))

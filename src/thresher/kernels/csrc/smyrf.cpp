@@ -242,12 +242,16 @@ class Cluster {
     void merge(T* out, T& level, const T* fresh, T top, T sum) const {
         if (sum == 0) return;
         const T other = top + std::log(sum) + std::log(static_cast<T>(part.times));
-        const bool none = level == -std::numeric_limits<T>::infinity();
-        const T high = none || other > level ? other : level;
-        const T merged = none ? other : high + std::log(std::exp(level - high) + std::exp(other - high));
-        const T old_share = none ? T(0) : std::exp(level - merged), share = std::exp(other - merged) / sum;
-        for (int64_t c = 0; c < s.dv; ++c) out[c] = (none ? T(0) : out[c] * old_share) + fresh[c] * share;
-        level = merged;
+        if (level == -std::numeric_limits<T>::infinity()) {
+            for (int64_t c = 0; c < s.dv; ++c) out[c] = fresh[c] / sum;
+            level = other;
+            return;
+        }
+        const bool more = other > level;
+        const T less = std::exp(more ? level - other : other - level), all = 1 + less;
+        const T old_share = (more ? less : 1) / all, share = (more ? 1 : less) / (all * sum);
+        for (int64_t c = 0; c < s.dv; ++c) out[c] = out[c] * old_share + fresh[c] * share;
+        level = (more ? other : level) + std::log1p(less);
     }
 
     void add(Left<T> left, const T* b, int64_t columns, int64_t rows, int64_t inner, T* into) const {
