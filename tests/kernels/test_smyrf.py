@@ -6,9 +6,10 @@ from torch import Tensor
 
 from tests.attention.checks import check_compiled_equals_eager
 from tests.attention.helpers import Inputs, attend, draw, gradients, noise_like, padded
-from tests.kernels.threads import check_threads
+from tests.kernels.threads import check_threads, with_threads
 from thresher.attention import Call, Pattern
 from thresher.attention.clusters import Clusters
+from thresher.attention.layout import rank_of
 from thresher.attention.smyrf import Smyrf
 from thresher.kernels import smyrf as kernel
 from thresher.kernels.build import usable
@@ -85,6 +86,25 @@ def test_results_do_not_depend_on_the_number_of_threads(pattern: Pattern) -> Non
     check_threads(ours, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [0, 1, 2, 17, 5000])
+def test_ranks_are_those_of_a_stable_sort(n: int, dtype: torch.dtype) -> None:
+    hashes = torch.randn(2, 3, n, dtype=dtype, generator=torch.Generator().manual_seed(n))
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), -float("nan")], dtype=dtype)
+    for x in (
+        hashes,
+        hashes * 1e30,
+        (hashes * 3).floor(),  # many are equal
+        (hashes > 0).to(dtype) * -1.0,  # -0 and -1
+        special[hashes.gt(0).long() + hashes.gt(0.5).long() * 2 + hashes.gt(1).long()],
+        special[torch.randint(6, hashes.shape, generator=torch.Generator().manual_seed(n))],
+        hashes.mT.contiguous().mT,
+        hashes[:0],
+    ):
+        assert torch.equal(kernel.rank_of(x), rank_of(x))
+        assert all(torch.equal(rank, rank_of(x)) for rank in with_threads(lambda x=x: kernel.rank_of(x)))
+
+
 @pytest.mark.parametrize("pattern", Pattern)
 def test_strided_empty_huge_and_broken_inputs(pattern: Pattern) -> None:
     ours, plain = pair(pattern)
@@ -118,6 +138,7 @@ def test_operators_keep_the_rules_of_torch() -> None:
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]  # type: ignore[attr-defined]
     torch.library.opcheck(original, (*leaves, *rest))
     out, level, _, _ = original(q, k, v, *rest)
+    torch.library.opcheck(kernel.rank_of, (torch.randn(2, 3, 30),))
     torch.library.opcheck(kernel.back, (noise_like(out), q, k, v, out, level, *rest))
 
 

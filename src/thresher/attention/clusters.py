@@ -1,5 +1,6 @@
 """Clusters of queries and keys, as SMYRF forms them: hash tokens, sort them by hash value, cut them into parts."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from thresher.attention.layout import Layout, layout_of, rank_of
+
+Rank = Callable[[Tensor], Tensor]  # as rank_of does; a kernel may be faster
 
 
 class Directions(NamedTuple):
@@ -100,6 +103,7 @@ def cluster_tokens(
     *,
     apart: bool,
     alike: bool,
+    rank: Rank = rank_of,
 ) -> Clusters:
     """Cut tokens into clusters of about `cluster` keys; hidden tokens belong to none.
 
@@ -111,6 +115,7 @@ def cluster_tokens(
         cluster: Largest number of keys in a cluster.
         apart: Place each query by its own value between the keys, in place of ranking queries together.
         alike: As many queries are seen as keys, or all keys are seen.
+        rank: What sorts hash values.
     """
     n, m = hash_q.shape[-1], hash_k.shape[-1]
     number = -(-m // cluster)
@@ -120,15 +125,15 @@ def cluster_tokens(
     if seen_k is not None:
         count = seen_k.sum(-1, keepdim=True).clamp_min(1)
         clusters, size = -(-count // cluster), cluster
-    of_key, slot_k = _cut(hash_k, seen_k, clusters, size)
+    of_key, slot_k = _cut(hash_k, seen_k, clusters, size, rank)
     if alike and not apart:
         tile, of_tile = size if n == m else -(-n // number), None
-        of_query, slot_q = _cut(hash_q, seen_q, clusters, tile)
+        of_query, slot_q = _cut(hash_q, seen_q, clusters, tile, rank)
     else:
         if apart:
             of_query = _place(hash_q, _hide(hash_k, seen_k), clusters, count, number)
         else:
-            of_query, _ = _cut(hash_q, seen_q, clusters, 1)
+            of_query, _ = _cut(hash_q, seen_q, clusters, 1, rank)
         tile = -(-n // number)
         of_tile, slot_q = lay_out(_hide(of_query, seen_q, number), number, tile, most=n)
     return assemble(of_query, of_key, of_tile, slot_q, slot_k, seen_q, seen_k, (number, tile, size))
@@ -188,13 +193,13 @@ def lay_out(
 
 
 def _cut(
-    values: Float[Tensor, "r g n"], seen: Bool[Tensor, "g n"] | None, clusters: Tensor | int, size: int
+    values: Float[Tensor, "r g n"], seen: Bool[Tensor, "g n"] | None, clusters: Tensor | int, size: int, rank: Rank
 ) -> tuple[Int[Tensor, "r g n"], Int[Tensor, "r g n"]]:
     """Cut tokens in the order of their values into clusters that differ by one at most; return cluster and slot."""
     count = values.shape[-1] if seen is None else seen.sum(-1, keepdim=True).clamp_min(1)
-    rank = rank_of(_hide(values, seen))
-    of = rank * clusters // count
-    return of, of * size + rank + (-of * count) // clusters
+    place = rank(_hide(values, seen))
+    of = place * clusters // count
+    return of, of * size + place + (-of * count) // clusters
 
 
 def _place(

@@ -13,7 +13,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from thresher.attention.clusters import Clusters, Directions, assemble, hash_keys, hash_queries, lay_out, project
+from thresher.attention.clusters import (
+    Clusters,
+    Directions,
+    Rank,
+    assemble,
+    hash_keys,
+    hash_queries,
+    lay_out,
+    project,
+)
 from thresher.attention.layout import layout_of, rank_of
 
 
@@ -26,6 +35,7 @@ def cluster_past(
     cluster: int,
     *,
     alike: bool,
+    rank: Rank = rank_of,
 ) -> list[Clusters]:
     """Return the blocks, in which no hash is needed, then the clusters of each level of segments.
 
@@ -37,6 +47,7 @@ def cluster_past(
         directions: What tokens are hashed with.
         cluster: Number of keys in a cluster; a block holds two, so that there is something to choose in every segment.
         alike: Every query stands at a visible key of its own.
+        rank: What sorts hash values.
     """
     n, m = q.shape[1], k.shape[1]
     seen_q, seen_k = (
@@ -67,8 +78,8 @@ def cluster_past(
         hash_k = hash_keys(projected_k[:, :, here], rest, directions)
         pair = (position_q // (2 * length)).clamp(0, pairs - 1)
         hash_q = hash_queries(unit_q * largest.gather(-1, pair), torch.zeros_like(norm_q), directions)
-        rank = rank_of(hash_k.flatten(1, 2)).view_as(hash_k)
-        slots = (rank + torch.arange(pairs, device=q.device)[:, None] * length).flatten(2)
+        ordered = rank(hash_k.flatten(1, 2)).view_as(hash_k)
+        slots = (ordered + torch.arange(pairs, device=q.device)[:, None] * length).flatten(2)
         place = position_k // (2 * length) * length + position_k % length
         slot_k = slots.gather(-1, place.clamp(0, pairs * length - 1).expand(len(slots), -1, -1))
         number = pairs * length // cluster

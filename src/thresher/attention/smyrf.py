@@ -35,10 +35,10 @@ from torch.nn import functional as F
 
 from thresher.attention.backends import Backend, check_backend, served_by_kernel
 from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
-from thresher.attention.clusters import Clusters, Directions, cluster_tokens, hash_tokens
+from thresher.attention.clusters import Clusters, Directions, Rank, cluster_tokens, hash_tokens
 from thresher.attention.dense import attend_densely
 from thresher.attention.functional import at_least_fp32, expand_heads
-from thresher.attention.layout import to_slots, unplaced
+from thresher.attention.layout import rank_of, to_slots, unplaced
 from thresher.attention.options import check_choice, check_flags, check_integer, check_number
 from thresher.attention.past import cluster_past
 from thresher.attention.tiles import Tiles, attend_in_tiles, keys_of, queries_of
@@ -112,9 +112,11 @@ class Smyrf(Mechanism):
         q, k, v = hide_tokens(q, k, v, call, self.pattern)
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+            by_kernel = served_by_kernel(self.backend, "smyrf", (q, k, v), self.obstacle(call))
             with torch.no_grad():
-                parts = self.assign(at_least_fp32(q), at_least_fp32(k), call)
-            if served_by_kernel(self.backend, "smyrf", (q, k, v), self.obstacle(call)):
+                rank = kernel.rank_of if by_kernel else rank_of
+                parts = self.assign(at_least_fp32(q), at_least_fp32(k), call, rank)
+            if by_kernel:
                 q, k, v = readable(q, k, v)
                 out, meetings, kept = self.attend_by_kernel(q, k, v, parts)
             else:
@@ -131,7 +133,9 @@ class Smyrf(Mechanism):
         )
         return Attended(out.view(b, h, n, dv).to(dtype), cost)
 
-    def assign(self, q: Float[Tensor, "g n d"], k: Float[Tensor, "g m d"], call: Call) -> list[Clusters]:
+    def assign(
+        self, q: Float[Tensor, "g n d"], k: Float[Tensor, "g m d"], call: Call, rank: Rank = rank_of
+    ) -> list[Clusters]:
         """Hash tokens and cut them into clusters."""
         (g, n, _), m = q.shape, k.shape[1]
         seen_q, seen_k = (
@@ -144,10 +148,11 @@ class Smyrf(Mechanism):
             directions = directions._replace(of_round=fresh[0], shifts=fresh[1])
         alike = call.pairs is None and (call.keys is None or (n == m and call.queries is call.keys))
         if self.pattern is Pattern.CAUSAL_SELF:
-            return cluster_past(q, k, seen_q, seen_k, directions, max(self.cluster // 2, 1), alike=alike and n == m)
+            half, alike = max(self.cluster // 2, 1), alike and n == m
+            return cluster_past(q, k, seen_q, seen_k, directions, half, alike=alike, rank=rank)
         apart = self.pattern.causal
         hash_q, hash_k = hash_tokens(q, k, directions, apart=apart)
-        return [cluster_tokens(hash_q, hash_k, seen_q, seen_k, self.cluster, apart=apart, alike=alike)]
+        return [cluster_tokens(hash_q, hash_k, seen_q, seen_k, self.cluster, apart=apart, alike=alike, rank=rank)]
 
     def hashing(self, parts: Sequence[Clusters], d: int) -> Float[Tensor, " g"]:
         """Count the MACs of hashing: a token is projected once in each round, and completed in each part."""

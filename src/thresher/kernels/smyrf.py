@@ -57,6 +57,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], shift: int) -
     return out, met, again
 
 
+@torch.library.custom_op("thresher::smyrf_rank", mutates_args=())
+def rank_of(x: Tensor) -> Tensor:
+    """Return the place of each hash value, fp32 or fp64 [r, g, n], in ascending order, of equal ones the first first.
+
+    As `attention.layout.rank_of` does.
+    """
+    x = x.contiguous()
+    rank = torch.empty_like(x, dtype=torch.long)
+    call("smyrf", "rank", x.dtype, x, x.shape[0] * x.shape[1], x.shape[2], rank)
+    return rank
+
+
+@rank_of.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.long)
+
+
 @torch.library.custom_op("thresher::smyrf_attend", mutates_args=())
 def merged(
     q: Tensor, k: Tensor, v: Tensor, layout: Tensors, kinds: Sequence[int], shift: int
@@ -64,10 +81,12 @@ def merged(
     """Do what `attend` does; also return the log-sum-exp of the scores of each query, [g, n]."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     (g, n, _), dv = q.shape, v.shape[2]
-    out, level = q.new_zeros(g, n, dv, dtype=summed(q)), q.new_full((g, n), float("-inf"), dtype=summed(q))
+    out, level = q.new_empty(g, n, dv, dtype=summed(q)), q.new_full((g, n), float("-inf"), dtype=summed(q))
     met, again = (torch.zeros(g, dtype=torch.long) for _ in range(2))
     for part in _parts(q, k, v, layout, kinds, shift):
         call("smyrf", "attend", q.dtype, q, k, v, out, level, met, again, *part)
+    if (alone := level == float("-inf")).any():
+        out.masked_fill_(alone[..., None], 0)
     return out, level, met, again
 
 

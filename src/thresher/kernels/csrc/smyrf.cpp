@@ -14,12 +14,14 @@
 #include "exponential.h"
 #include "matrix.h"
 #include "parallel.h"
+#include "ranks.h"
 
 using namespace thresher;
 
 namespace {
 
 constexpr int64_t CHUNK = 48;  // queries whose scores are in cache at a time
+constexpr int64_t LINE = 64;   // bytes of a line of the cache
 
 // Which queries meet which keys; a token that is not there has the number of all tokens.
 struct Part {
@@ -62,6 +64,16 @@ void gather(const Rows& rows, const S* from, int64_t width, std::vector<E>& to) 
     }
 }
 
+// Ask for rows that are read soon, while something else is computed: they lie apart, and no processor foresees them.
+// Inlined, for GCC takes a function that only asks for one without effect, and drops the call.
+template <class S>
+__attribute__((always_inline)) inline void fetch(const Rows& rows, int64_t from, int64_t to, const S* x, int64_t width) {
+    for (int64_t i = from; i < std::min(to, rows.size()); ++i) {
+        const char* row = reinterpret_cast<const char*>(x + rows.tokens[i] * width);
+        for (int64_t byte = 0; byte < width * int64_t(sizeof(S)); byte += LINE) __builtin_prefetch(row + byte);
+    }
+}
+
 // to[c, i] = x[i, c], rows of `to` padded with zeros.
 template <class E>
 void turn(const std::vector<E>& x, int64_t rows, int64_t width, std::vector<E>& to) {
@@ -81,14 +93,19 @@ void add_rows(const Rows& rows, const std::vector<T>& from, int64_t width, T* to
         for (int64_t c = 0; c < width; ++c) to[rows.tokens[i] * width + c] += from[i * wide + c];
 }
 
+// A cluster at a time; a thread uses its room again for its next one.
 template <class S>
 class Cluster {
     using T = Number<S>;
 
   public:
-    Cluster(const Sizes& sizes, const Part& part, int64_t g, int64_t cluster)
-        : s(sizes), part(part), g(g), round(cluster / (part.clusters / part.rounds)), d(padded(s.d)), dv(padded(s.dv)),
-          by_factors(padded(factors<S>(s.d))), scale(1 / std::sqrt(static_cast<T>(s.d))) {
+    Cluster(const Sizes& sizes, const Part& part)
+        : s(sizes), part(part), d(padded(s.d)), dv(padded(s.dv)), by_factors(padded(factors<S>(s.d))),
+          scale(1 / std::sqrt(static_cast<T>(s.d))), log_times(std::log(static_cast<T>(part.times))) {}
+
+    void take(int64_t group, int64_t cluster) {
+        g = group;
+        round = cluster / (part.clusters / part.rounds);
         keys.take(part.token_k + (g * part.clusters + cluster) * part.cluster, part.cluster, s.m);
         width = padded(keys.size());
         first = last = cluster;
@@ -102,8 +119,9 @@ class Cluster {
     void attend(const S* q, const S* k, const S* v, T* out, T* level, int64_t& met, int64_t& again) {
         if (!keys.size()) return;
         gather(keys, k + g * s.m * s.d, s.d, key);
-        gather(keys, v + g * s.m * s.dv, s.dv, value);
+        fetch(keys, 0, keys.size(), v + g * s.m * s.dv, s.dv);
         turn(key, keys.size(), by_factors, turned_key);
+        gather(keys, v + g * s.m * s.dv, s.dv, value);
         sums.resize(CHUNK * dv);
         weights.resize(CHUNK * width);
         for (int64_t tile = first; tile <= last; ++tile) {
@@ -111,6 +129,7 @@ class Cluster {
             gather(queries, q + g * s.n * s.d, s.d, query);
             for (int64_t i = 0; i < queries.size(); i += CHUNK) {
                 const int64_t number = std::min(CHUNK, queries.size() - i);
+                fetch(queries, i, i + number, out + g * s.n * s.dv, s.dv);
                 score(i, number, met);
                 T tops[CHUNK], totals[CHUNK];
                 for (int64_t r = 0; r < number; ++r) soften(&weights[r * width], tops[r], totals[r]);
@@ -157,7 +176,7 @@ class Cluster {
                     const int64_t token = g * s.n + queries.tokens[i + r];
                     T benefit = 0;
                     for (int64_t c = 0; c < s.dv; ++c) benefit += grad[token * s.dv + c] * out[token * s.dv + c];
-                    T most = level[token] - std::log(static_cast<T>(part.times));
+                    T most = level[token] - log_times;
                     if (level[token] == -std::numeric_limits<T>::infinity()) most = -most;  // it met nothing
                     for (int64_t c = 0; c < width; c += Wide<T>::LANES) {
                         const Vector<T> weight = exponential(load(p + r * width + c) - most);
@@ -181,9 +200,9 @@ class Cluster {
   private:
     const Sizes& s;
     const Part& part;
-    const int64_t g, round, d, dv, by_factors;  // widths of rows of numbers, and of factors
-    const T scale;
-    int64_t width = 0, first = 0, last = 0;
+    const int64_t d, dv, by_factors;  // widths of rows of numbers, and of factors
+    const T scale, log_times;
+    int64_t g = 0, round = 0, width = 0, first = 0, last = 0;
     Rows keys, queries;
     std::vector<Factor<S>> key, turned_key, query;
     std::vector<T> wide_key, wide_query, value, turned_value, grads, weights, through, sums, sum_k, sum_v;
@@ -241,7 +260,7 @@ class Cluster {
 
     void merge(T* out, T& level, const T* fresh, T top, T sum) const {
         if (sum == 0) return;
-        const T other = top + std::log(sum) + std::log(static_cast<T>(part.times));
+        const T other = top + std::log(sum) + log_times;
         if (level == -std::numeric_limits<T>::infinity()) {
             for (int64_t c = 0; c < s.dv; ++c) out[c] = fresh[c] / sum;
             level = other;
@@ -265,7 +284,7 @@ class Cluster {
         int64_t found = 0;
         if (!round) return found;
         std::vector<int32_t> of(round * keys.size());
-        std::vector<uint8_t> seen(keys.size());
+        std::vector<int32_t> seen(keys.size());
         for (int64_t r = 0; r < round; ++r)
             for (int64_t j = 0; j < keys.size(); ++j)
                 of[r * keys.size() + j] = static_cast<int32_t>(part.of_key[(r * s.groups + g) * s.m + keys.tokens[j]]);
@@ -288,12 +307,14 @@ template <class S, class T = Number<S>>
 void attend(const S* q, const S* k, const S* v, T* out, T* level, int64_t* met, int64_t* again, Sizes sizes, Part part,
             int64_t threads) {
     const int64_t each = part.clusters / part.rounds;
+    const auto make = [&] { return Cluster<S>(sizes, part); };
     std::vector<int64_t> counts(2 * sizes.groups * part.clusters, 0);
     for (int64_t round = 0; round < part.rounds; ++round)
-        parallel_for(sizes.groups * each, threads, [&](int64_t task) {
+        parallel_for(sizes.groups * each, threads, make, [&](int64_t task, Cluster<S>& of_thread) {
             const int64_t g = task / each, cluster = round * each + task % each;
             int64_t* count = &counts[2 * (g * part.clusters + cluster)];
-            Cluster<S>(sizes, part, g, cluster).attend(q, k, v, out, level, count[0], count[1]);
+            of_thread.take(g, cluster);
+            of_thread.attend(q, k, v, out, level, count[0], count[1]);
         });
     for (int64_t i = 0; i < sizes.groups * part.clusters; ++i) {
         met[i / part.clusters] += counts[2 * i];
@@ -305,11 +326,18 @@ template <class S, class T = Number<S>>
 void back(const T* grad, const S* q, const S* k, const S* v, const T* out, const T* level, T* into_q, T* into_k,
           T* into_v, Sizes sizes, Part part, int64_t threads) {
     const int64_t each = part.clusters / part.rounds;
+    const auto make = [&] { return Cluster<S>(sizes, part); };
     for (int64_t round = 0; round < part.rounds; ++round)
-        parallel_for(sizes.groups * each, threads, [&](int64_t task) {
-            Cluster<S>(sizes, part, task / each, round * each + task % each)
-                .back(grad, q, k, v, out, level, into_q, into_k, into_v);
+        parallel_for(sizes.groups * each, threads, make, [&](int64_t task, Cluster<S>& of_thread) {
+            of_thread.take(task / each, round * each + task % each);
+            of_thread.back(grad, q, k, v, out, level, into_q, into_k, into_v);
         });
+}
+
+template <class T>
+void rank(const T* x, int64_t rows, int64_t n, int64_t* to, int64_t threads) {
+    parallel_for(rows, threads, [] { return Ranks<T>(); },
+                 [&](int64_t row, Ranks<T>& ranks) { ranks.take(x + row * n, n, to + row * n); });
 }
 
 }  // namespace
@@ -337,3 +365,11 @@ void back(const T* grad, const S* q, const S* k, const S* v, const T* out, const
 FOR_TYPE(float, float, float32)
 FOR_TYPE(double, double, float64)
 FOR_TYPE(Bf16, float, bfloat16)
+
+#define FOR_HASHES(T, NAME)                                                                                            \
+    extern "C" void rank_##NAME(const T* x, int64_t rows, int64_t n, int64_t* to, int64_t threads) {                   \
+        rank(x, rows, n, to, threads);                                                                                 \
+    }
+
+FOR_HASHES(float, float32)
+FOR_HASHES(double, float64)
