@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "places.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -21,14 +22,13 @@ namespace thresher {
 #define THRESHER_VNNI
 #endif
 
-constexpr int64_t KEYS = 64;    // side by side in packed codes
+// KEYS lie side by side in packed codes.
 constexpr int64_t AT_ONCE = 4;  // queries whose estimates are in memory
 #if defined(THRESHER_VNNI)
 constexpr int64_t GROUP = 4;    // dimensions of a key side by side in packed codes
 #else
 constexpr int64_t GROUP = 2;
 #endif
-using Bits = uint64_t;          // one for each of KEYS
 
 template <class T>
 struct Call {

@@ -12,13 +12,10 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "gathered.h"
 #include "matrix.h"
 #include "parallel.h"
+#include "places.h"
 #include "softmax.h"
 
 using namespace thresher;
@@ -105,26 +102,29 @@ class Selector {
         const int64_t vectors = m / LANES, each = vectors * LANES / (2 * k);
         K bound = NOTHING<T> + 1;
         if (each >= 2) {
-            highest.clear();
-            for (int64_t i = 0; i < vectors; i += each) {
+            highest.resize((vectors + each - 1) / each * LANES);
+            K* to = highest.data();
+            for (int64_t i = 0; i < vectors; i += each, to += LANES) {
                 auto best = *reinterpret_cast<const typename Keys<T>::Loose*>(row + i * LANES);
                 for (int64_t j = i + 1; j < std::min(vectors, i + each); ++j) {
                     const auto x = *reinterpret_cast<const typename Keys<T>::Loose*>(row + j * LANES);
                     best = x > best ? x : best;
                 }
-                for (int e = 0; e < LANES; ++e) highest.push_back(best[e]);
+                *reinterpret_cast<typename Keys<T>::Loose*>(to) = best;
             }
             bound = std::max<K>(bound, bound_of(highest.data(), highest.size(), k, k + k / 16));
         }
-        if (static_cast<int64_t>(place.size()) < m + 8) place.resize(m + 8), value.resize(m + 8);
+        if (static_cast<int64_t>(place.size()) < m + KEYS) place.resize(m + KEYS), value.resize(m + KEYS);
         const int64_t found = filter(row, m, bound);
         for (int64_t i = 0; i < found; ++i) value[i] = row[place[i]];
         const K last = found > k ? bound_of(value.data(), found, k, 0) : NOTHING<T>;
-        const int64_t above = found > k ? (last < std::numeric_limits<K>::max() ? count_from<K>(value.data(), found, last + 1) : 0) : found;
-        int64_t equals = k - above, number = 0;
+        int64_t equals = k, number = 0;  // that are kept
+        for (int64_t i = 0; i < found; ++i) equals -= value[i] > last;
         for (int64_t i = 0; i < found && number < k; ++i) {
-            if (value[i] < last || (found > k && value[i] == last && equals-- <= 0)) continue;
-            index[number++] = place[i];
+            const bool equal = value[i] == last;
+            index[number] = place[i];
+            number += (value[i] > last) | (equal & (equals > 0));
+            equals -= equal;
         }
     }
 
@@ -133,22 +133,15 @@ class Selector {
     std::vector<int32_t> place;
 
     int64_t filter(const Key<T>* row, int64_t m, Key<T> bound) {
-        int64_t found = 0, j = 0;
-#if defined(__AVX2__)
-        if constexpr (sizeof(T) == 4) {
-            const __m256i below = _mm256_set1_epi32(bound - 1);
-            for (; j + 8 <= m; j += 8) {
-                const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + j));
-                unsigned mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(x, below))));
-                for (; mask; mask &= mask - 1) place[found++] = static_cast<int32_t>(j + __builtin_ctz(mask));
-            }
-        }
-#endif
+        int32_t* to = place.data();
+        int64_t j = 0;
+        if constexpr (sizeof(T) == 4)
+            for (; j + KEYS <= m; j += KEYS) to = write_places(reach(row + j, bound), j, to);
         for (; j < m; ++j) {
-            place[found] = static_cast<int32_t>(j);
-            found += row[j] >= bound;
+            *to = static_cast<int32_t>(j);
+            to += row[j] >= bound;
         }
-        return found;
+        return to - place.data();
     }
 };
 
@@ -181,14 +174,14 @@ struct Call {
 
 // Keys that query i sees lie before this one.
 template <class S>
-int64_t reach(const Call<S>& call, Sizes s, int64_t i) {
+int64_t end_of(const Call<S>& call, Sizes s, int64_t i) {
     return call.causal ? std::clamp<int64_t>(i + call.shift + 1, 0, s.m) : s.m;
 }
 
 // What is left to do for query i of group g once its scores are known.
 template <class S, class T = Number<S>>
 void finish(const Call<S>& call, Sizes s, int64_t g, int64_t i, Key<T>* score, Selector<T>& selector) {
-    const int64_t row = g * s.n + i, kept = call.limit[row], ahead = reach(call, s, i);
+    const int64_t row = g * s.n + i, kept = call.limit[row], ahead = end_of(call, s, i);
     if (call.seen) {
         const uint8_t* shown = call.seen + g * s.m;
         for (int64_t j = 0; j < ahead; ++j) score[j] = shown[j] ? score[j] : NOTHING<T>;
@@ -223,7 +216,7 @@ void attend_many(const Call<S>& call, Sizes s, int64_t threads) {
             Selector<T> selector;
             const int64_t end = std::min(s.n, (task + 1) * QUERIES);
             for (int64_t i = task * QUERIES; i < end; i += rows) {
-                const int64_t number = std::min(rows, end - i), last = reach(call, s, i + number - 1);
+                const int64_t number = std::min(rows, end - i), last = end_of(call, s, i + number - 1);
                 const S* q = call.q + (g * s.n + i) * s.d;
                 for (int64_t r = 0; r < number; ++r)
                     for (int64_t c = 0; c < inner; ++c) queries[r * inner + c] = factor(q + r * s.d, c, s.d);
@@ -245,7 +238,7 @@ void attend_many(const Call<S>& call, Sizes s, int64_t threads) {
 template <class S, class T = Number<S>>
 void attend_few(const Call<S>& call, Sizes s, int64_t threads) {
     parallel_for(s.groups * s.n, threads, [&](int64_t row) {
-        const int64_t g = row / s.n, ahead = reach(call, s, row % s.n), whole = padded(ahead);
+        const int64_t g = row / s.n, ahead = end_of(call, s, row % s.n), whole = padded(ahead);
         std::vector<T> product(whole);
         std::vector<Key<T>> scores(whole);
         dots(call.q + row * s.d, call.k + g * s.m * s.d, s.d, ahead, [](int64_t j) { return j; }, product.data());
