@@ -278,12 +278,12 @@ void back(const Call<T>& s, const T* grad, const T* grad_kept, const S* q, const
             });
             for (int64_t i = 0; i < lists.queries(); ++i) {
                 const int64_t begin = lists.begin(i), number = lists.end(i) - begin;
-                T* slope = band.width > 0 ? &lists.slope[begin] : nullptr;
+                T* slope = band.width > 0 ? lists.slope.data() + begin : nullptr;
                 if (slope) parts_theta[task] += double(grad_kept[g]) * sum_of(slope, number);
                 const T total = mass[row + i], worth = into_scores ? 1 / std::max(lists.unit[i], T(1)) : T(0);
                 const T constant = dot(grad + (row + i) * s.dv, out + (row + i) * s.dv, s.dv);
-                shares_of(&lists.key[begin], number, top[row + i], total, constant, worth, &score[begin],
-                          &through[begin], slope);
+                shares_of(lists.key.data() + begin, number, top[row + i], total, constant, worth, score.data() + begin,
+                          through.data() + begin, slope);
                 if (slope) parts_theta[task] += sum_of(slope, number);
             }
             lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
