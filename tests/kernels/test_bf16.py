@@ -160,8 +160,8 @@ def test_operators_keep_the_rules_of_torch() -> None:
     of = torch.arange(20).div(10, rounding_mode="floor").expand(1, 2, 20)
     layout = [token.unflatten(1, (2, 10)), token.unflatten(1, (2, 10)), token.new_empty(0), of, of]
     torch.library.opcheck(smyrf.merged, (q, k, v, layout, [0, 1], 0))
-    out, level, _, _ = smyrf.merged(*bare, layout, [0, 1], 0)
-    torch.library.opcheck(smyrf.back, (noise_like(out), *bare, out, level, layout, [0, 1], 0))
+    out, top, mass, _, _ = smyrf.merged(*bare, layout, [0, 1], 0)
+    torch.library.opcheck(smyrf.back, (noise_like(out), *bare, out, top, mass, layout, [0, 1], 0))
 
 
 @pytest.mark.slow

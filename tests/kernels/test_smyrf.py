@@ -86,6 +86,23 @@ def test_results_do_not_depend_on_the_number_of_threads(pattern: Pattern) -> Non
     check_threads(ours, inputs)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("pattern", Pattern)
+@pytest.mark.parametrize("rounds", [2, 3, 5])
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e8, 1e15])
+def test_scores_however_huge_make_means_of_values(scale: float, rounds: int, pattern: Pattern, backend: str) -> None:
+    """PyTorch's fused attention, which needs values as wide as keys, has a log-sum-exp, and loses this to rounding."""
+    mechanism = pair(pattern, cluster=4, rounds=rounds, backend=backend)[0]
+    inputs = draw(mechanism, lengths=(64, 64), value_dim=3, dtype=torch.float32)
+    same = inputs.k[:, :, :1].expand_as(inputs.k)  # every key has the same score
+    inputs = Inputs(inputs.q * scale, same, torch.ones_like(inputs.v))
+    attended, grads = gradients(mechanism, inputs)
+    torch.testing.assert_close(attended.out, torch.ones_like(attended.out))
+    probe = noise_like(attended.out)
+    assert grads["v"] is not None
+    torch.testing.assert_close(grads["v"].sum(2), probe.sum(2), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [0, 1, 2, 17, 5000])
 def test_ranks_are_those_of_a_stable_sort(n: int, dtype: torch.dtype) -> None:
@@ -113,7 +130,6 @@ def test_strided_empty_huge_and_broken_inputs(pattern: Pattern) -> None:
     assert torch.equal(attend(ours, strided).out, attend(ours, inputs).out)
     huge = Inputs(inputs.q * 1e12, inputs.k * 1e12, inputs.v * 1e15)
     torch.testing.assert_close(attend(ours, huge).out, attend(plain, huge).out)
-    assert attend(ours, huge).out.abs().max() <= huge.v.abs().max()  # a mean of values, whatever the rounds agree on
     nobody = Inputs(*(x[:0] for x in (inputs.q, inputs.k, inputs.v)))
     assert attend(ours, nobody).out.shape == (0, 2, 50, 8)
     half = Inputs(*(x.bfloat16() for x in (inputs.q, inputs.k, inputs.v)))
@@ -137,9 +153,9 @@ def test_operators_keep_the_rules_of_torch() -> None:
     q, k, v, *rest = given[0]
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]  # type: ignore[attr-defined]
     torch.library.opcheck(original, (*leaves, *rest))
-    out, level, _, _ = original(q, k, v, *rest)
+    out, top, mass, _, _ = original(q, k, v, *rest)
     torch.library.opcheck(kernel.rank_of, (torch.randn(2, 3, 30),))
-    torch.library.opcheck(kernel.back, (noise_like(out), q, k, v, out, level, *rest))
+    torch.library.opcheck(kernel.back, (noise_like(out), q, k, v, out, top, mass, *rest))
 
 
 @pytest.mark.parametrize("dedup", ["none", "count"])

@@ -1,9 +1,9 @@
 """Softmax attention inside tiles, a few queries and the keys that they meet, merged by log-sum-exp.
 
-With lse_i of the keys that a query meets in its i-th tile, LSE = log sum_i exp(lse_i), merged outputs are
-sum_i exp(lse_i - LSE) out_i, and dL/dscore = exp(score - LSE) (g.v - g.out): what attention over all keys at once would
-give. A backward pass that is told out and LSE in place of those of its tile therefore finds the merged gradient,
-PyTorch's fused one included.
+With lse_i of the keys that a query meets in its i-th tile, its share is s_i = exp(lse_i) / sum_j exp(lse_j), and merged
+outputs are out = sum_i s_i out_i. Where weights_i are those of its tile alone, those over all keys at once are
+s_i weights_i, and dL/dscore = s_i weights_i (g.v - g.out). A backward pass that is told out in place of that of its
+tile, and s_i g in place of g, therefore finds the merged gradient, PyTorch's fused one included.
 """
 
 import math
@@ -97,55 +97,67 @@ class _MergedAttention(torch.autograd.Function):
         fused: bool,
         *extras: Tensor | None,
     ) -> Tensor:
-        outs, levels = [], []
+        outs, levels, of_tiles = [], [], []
         for part, extra in zip(parts, extras, strict=True):
             tiles = _in_tiles(q, k, v, part)
             out, level = _fused(*tiles, part.shown) if fused else _plain(*tiles, part, extra, dropout)
+            of_tiles.append(level if fused else None)
             level = level.flatten(1).expand(len(part.queries.slot), -1, -1)
             level = level.gather(-1, part.queries.slot.clamp_max(level.shape[-1] - 1)) + math.log(part.times)
             levels.append(level.masked_fill(unplaced(part.queries), float("-inf")))
             outs.append(out.flatten(1, 2))
-        # Shares are not exp(level - merged): where scores are huge, rounding takes the sum of rounds out of that.
-        top = torch.cat(levels).amax(0)
-        top = top.masked_fill(top == float("-inf"), 0)
-        shares = [(level - top).exp() for level in levels]
-        total = torch.cat(shares).sum(0)
-        out = _sum(
-            from_slots(out, part.queries, share / total.masked_fill(total == 0, 1))
-            for out, part, share in zip(outs, parts, shares, strict=True)
-        )
-        merged = (top + total.log()).masked_fill(total == 0, float("inf"))
+        shares = _shares(levels)
+        out = _sum(from_slots(out, part.queries, share) for out, part, share in zip(outs, parts, shares, strict=True))
         ctx.clusters_and_times = [(part.clusters, part.times) for part in parts]
         ctx.dropout, ctx.fused = dropout, fused
-        ctx.save_for_backward(q, k, v, out, merged, *extras, *(x for part in parts for x in _tensors_of(part)))
+        tensors = (x for part in parts for x in _tensors_of(part))
+        ctx.save_for_backward(q, k, v, out, *shares, *of_tiles, *extras, *tensors)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, merged, *rest = ctx.saved_tensors
+        q, k, v, out, *rest = ctx.saved_tensors
         number = len(ctx.clusters_and_times)
         total: list[Tensor] = []
         into_extras: list[Tensor | None] = []
         for i, (clusters, times) in enumerate(ctx.clusters_and_times):
-            extra, tensors = rest[i], rest[number + 7 * i : number + 7 * (i + 1)]
+            share, level, extra = rest[i], rest[number + i], rest[2 * number + i]
+            tensors = rest[3 * number + 7 * i : 3 * number + 7 * (i + 1)]
             queries, keys = Layout(*tensors[:2]), Layout(*tensors[2:4])
             of_tile, shown, drop = tensors[4:]
             part = Tiles(queries, keys, of_tile, shown, drop, clusters, times)
             token = queries_of(part)
             tiles = _in_tiles(q, k, v, part)
-            level = merged.gather(-1, token.flatten(1).clamp_max(q.shape[1] - 1)).view(token.shape) - math.log(times)
-            level = level.masked_fill(token == q.shape[1], float("inf"))
-            results = _gather(grad, token), _gather(out, token), level
+            shared = _gather(grad, token) * _of_slots(share, token)[..., None], _gather(out, token)
             through = None
             if ctx.fused:
-                found = _fused_backward(*results, *tiles, part.shown)
+                found = _fused_backward(*shared, level, *tiles, part.shown)
             else:
-                found, through = _plain_backward(*results, *tiles, part, extra, ctx.dropout)
+                found, through = _plain_backward(*shared, *tiles, part, extra, ctx.dropout)
             grads = _from_tiles(*found, part)
             total = [_sum(pair) for pair in zip(total, grads, strict=True)] if total else list(grads)
             into_extras.append(through if ctx.needs_input_grad[6 + i] else None)
         return *total, None, None, None, *into_extras
+
+
+def _shares(levels: Sequence[Tensor]) -> list[Tensor]:
+    """Return what each round of each part counts for each query, [r, g, n].
+
+    The log of their sum is no way there: huge scores round it off.
+    """
+    top = torch.cat(list(levels)).amax(0)
+    top = top.masked_fill(top == float("-inf"), 0)
+    shares = [(level - top).exp() for level in levels]
+    total = torch.cat(shares).sum(0)
+    return [share / total.masked_fill(total == 0, 1) for share in shares]
+
+
+def _of_slots(share: Float[Tensor, "r g n"], token: Int[Tensor, "g tiles s"]) -> Float[Tensor, "g tiles s"]:
+    """Return the share of the query in each slot; none where there is no query."""
+    of_round = token.unflatten(1, (len(share), -1)).flatten(2)
+    found = share.transpose(0, 1).gather(-1, of_round.clamp_max(share.shape[-1] - 1))
+    return found.masked_fill(of_round == share.shape[-1], 0).view(token.shape)
 
 
 def _sum(each: Iterable[Tensor]) -> Tensor:
@@ -201,17 +213,9 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, part: Tiles, extra: Tensor | None, d
 
 
 def _plain_backward(
-    grad: Tensor,
-    out: Tensor,
-    level: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    part: Tiles,
-    extra: Tensor | None,
-    dropout: float,
+    grad: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, part: Tiles, extra: Tensor | None, dropout: float
 ) -> tuple[Three, Tensor]:
-    weights = (_scores(q, k, part, extra) - level[..., None]).exp_()
+    weights = _scores(q, k, part, extra).softmax(-1)
     through = drop_weights(grad @ v.mT, part.drop, dropout) - (grad * out).sum(-1, keepdim=True)
     through *= weights
     scale = q.shape[-1] ** -0.5
@@ -220,7 +224,7 @@ def _plain_backward(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, shown: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Do what `_plain` does in PyTorch's fused attention."""
+    """Do what `_plain` does in PyTorch's fused attention, whose backward rounds weights off where scores are huge."""
     tiles = (x.flatten(0, 1)[:, None] for x in (q, k, v))
     out, level = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tiles, attn_mask=_as_bias(shown, q))
     return out.view_as(q), level.view(q.shape[:-1])

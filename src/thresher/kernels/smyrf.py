@@ -1,4 +1,4 @@
-"""SMYRF's operator on CPUs: attention inside clusters, merged by log-sum-exp, with its gradients.
+"""SMYRF's operators on CPUs: hash values sorted, and attention inside clusters, merged, with its gradients.
 
 Queries, keys and values are fp32, fp64 or bf16; whatever else is a real number is of the type that sums are made in,
 fp32 with bf16.
@@ -53,7 +53,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], shift: int) -
     """
     layout = [x for part in parts for x in part[:5]]
     kinds = [x for part in parts for x in (int(part.causal), part.times)]
-    out, _, met, again = merged(q, k, v, layout, kinds, shift)
+    out, _, _, met, again = merged(q, k, v, layout, kinds, shift)
     return out, met, again
 
 
@@ -77,27 +77,32 @@ def _(x: Tensor) -> Tensor:
 @torch.library.custom_op("thresher::smyrf_attend", mutates_args=())
 def merged(
     q: Tensor, k: Tensor, v: Tensor, layout: Tensors, kinds: Sequence[int], shift: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Do what `attend` does; also return the log-sum-exp of the scores of each query, [g, n]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Do what `attend` does; also return the best score of each query and the sum of exp(score - best), [g, n]."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    (g, n, _), dv = q.shape, v.shape[2]
-    out, level = q.new_empty(g, n, dv, dtype=summed(q)), q.new_full((g, n), float("-inf"), dtype=summed(q))
-    met, again = (torch.zeros(g, dtype=torch.long) for _ in range(2))
+    out, top, mass, met, again = _results(q, k, v)
+    top.fill_(float("-inf"))
+    for x in (mass, met, again):
+        x.zero_()
     for part in _parts(q, k, v, layout, kinds, shift):
-        call("smyrf", "attend", q.dtype, q, k, v, out, level, met, again, *part)
-    if (alone := level == float("-inf")).any():
+        call("smyrf", "attend", q.dtype, q, k, v, out, top, mass, met, again, *part)
+    if (alone := mass == 0).any():
         out.masked_fill_(alone[..., None], 0)
-    return out, level, met, again
+    return out, top, mass, met, again
+
+
+def _results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (g, n, _), dv = q.shape, v.shape[2]
+    out, top, mass = (q.new_empty(size, dtype=summed(q)) for size in ((g, n, dv), (g, n), (g, n)))
+    met, again = (q.new_empty(g, dtype=torch.long) for _ in range(2))
+    return out, top, mass, met, again
 
 
 @merged.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, layout: Tensors, kinds: Sequence[int], shift: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (g, n, _), dv = q.shape, v.shape[2]
-    met, again = (q.new_empty(g, dtype=torch.long) for _ in range(2))
-    out, level = (q.new_empty(size, dtype=summed(q)) for size in ((g, n, dv), (g, n)))
-    return out, level, met, again
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _results(q, k, v)
 
 
 @torch.library.custom_op("thresher::smyrf_back", mutates_args=())
@@ -107,7 +112,8 @@ def back(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    level: Tensor,
+    top: Tensor,
+    mass: Tensor,
     layout: Tensors,
     kinds: Sequence[int],
     shift: int,
@@ -116,7 +122,7 @@ def back(
     grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
     into_q, into_k, into_v = (torch.zeros_like(x, dtype=summed(x)) for x in (q, k, v))
     for part in _parts(q, k, v, layout, kinds, shift):
-        call("smyrf", "back", q.dtype, grad, q, k, v, out, level, into_q, into_k, into_v, *part)
+        call("smyrf", "back", q.dtype, grad, q, k, v, out, top, mass, into_q, into_k, into_v, *part)
     return into_q, into_k, into_v
 
 
@@ -127,7 +133,8 @@ def _(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    level: Tensor,
+    top: Tensor,
+    mass: Tensor,
     layout: Tensors,
     kinds: Sequence[int],
     shift: int,
@@ -138,14 +145,14 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, layout, ctx.kinds, ctx.shift = inputs
-    out, level, met, again = output
-    ctx.mark_non_differentiable(level, met, again)
-    ctx.save_for_backward(q, k, v, out, level, *layout)
+    out, top, mass, met, again = output
+    ctx.mark_non_differentiable(top, mass, met, again)
+    ctx.save_for_backward(q, k, v, out, top, mass, *layout)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    q, k, v, out, level, *layout = ctx.saved_tensors
-    into = back(grad, q, k, v, out, level, layout, ctx.kinds, ctx.shift)
+    q, k, v, out, top, mass, *layout = ctx.saved_tensors
+    into = back(grad, q, k, v, out, top, mass, layout, ctx.kinds, ctx.shift)
     return *(x.to(q.dtype) for x in into), [None] * len(layout), None, None
 
 

@@ -12,7 +12,8 @@
 
 namespace thresher {
 
-// Sorts by digits of 11 bits, the lowest first. A thread uses its room again for its next row.
+// Sorts by digits of 11 bits, the lowest first, or, where there are fewer numbers than it would pay to count values of
+// digits for, by comparing. A thread uses its room again for its next row.
 template <class T>
 class Ranks {
     using Key = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
@@ -21,10 +22,19 @@ class Ranks {
         int32_t index;
     };
     static constexpr int BITS = 8 * sizeof(T), DIGIT = 11, DIGITS = (BITS + DIGIT - 1) / DIGIT, VALUES = 1 << DIGIT;
+    static constexpr int64_t SHORT = 48 * DIGITS;
 
   public:
     void take(const T* x, int64_t n, int64_t* rank) {
         entries.resize(n);
+        if (n < SHORT) {
+            for (int64_t i = 0; i < n; ++i) entries[i] = {key_of(x[i]), int32_t(i)};
+            std::sort(entries.begin(), entries.end(), [](const Entry& one, const Entry& other) {
+                return one.key != other.key ? one.key < other.key : one.index < other.index;
+            });
+            for (int64_t i = 0; i < n; ++i) rank[entries[i].index] = i;
+            return;
+        }
         sorted.resize(n);
         count.assign(DIGITS * VALUES, 0);
         for (int64_t i = 0; i < n; ++i) {

@@ -1,4 +1,8 @@
-// Softmax attention of tiles of queries inside clusters of keys, merged by log-sum-exp, and its gradients.
+// Softmax attention of tiles of queries inside clusters of keys, merged, and its gradients; ranks of hash values, which
+// clusters are cut by.
+//
+// A query's top is the best of its scores, its mass the sum of exp(score - top): their log-sum-exp as one number would
+// lose the mass to rounding where scores are huge.
 //
 // Inside a round a query is in one tile and a key in one cluster, so clusters are independent tasks; rounds follow one
 // another. Sums run in one order whatever the number of threads.
@@ -101,7 +105,7 @@ class Cluster {
   public:
     Cluster(const Sizes& sizes, const Part& part)
         : s(sizes), part(part), d(padded(s.d)), dv(padded(s.dv)), by_factors(padded(factors<S>(s.d))),
-          scale(1 / std::sqrt(static_cast<T>(s.d))), log_times(std::log(static_cast<T>(part.times))) {}
+          scale(1 / std::sqrt(static_cast<T>(s.d))) {}
 
     void take(int64_t group, int64_t cluster) {
         g = group;
@@ -116,7 +120,7 @@ class Cluster {
         }
     }
 
-    void attend(const S* q, const S* k, const S* v, T* out, T* level, int64_t& met, int64_t& again) {
+    void attend(const S* q, const S* k, const S* v, T* out, T* top, T* mass, int64_t& met, int64_t& again) {
         if (!keys.size()) return;
         gather(keys, k + g * s.m * s.d, s.d, key);
         fetch(keys, 0, keys.size(), v + g * s.m * s.dv, s.dv);
@@ -139,15 +143,15 @@ class Cluster {
                          [=](int64_t r, int64_t c, Vector<T> x) { store(to + r * wide + c, x); });
                 for (int64_t r = 0; r < number; ++r) {
                     const int64_t token = g * s.n + queries.tokens[i + r];
-                    merge(out + token * s.dv, level[token], &sums[r * dv], tops[r], totals[r]);
+                    merge(out + token * s.dv, top[token], mass[token], &sums[r * dv], tops[r], totals[r]);
                 }
             }
             again += count_again();
         }
     }
 
-    void back(const T* grad, const S* q, const S* k, const S* v, const T* out, const T* level, T* into_q, T* into_k,
-              T* into_v) {
+    void back(const T* grad, const S* q, const S* k, const S* v, const T* out, const T* top, const T* mass, T* into_q,
+              T* into_k, T* into_v) {
         if (!keys.size()) return;
         gather(keys, k + g * s.m * s.d, s.d, key);
         gather(keys, v + g * s.m * s.dv, s.dv, value);
@@ -176,10 +180,11 @@ class Cluster {
                     const int64_t token = g * s.n + queries.tokens[i + r];
                     T benefit = 0;
                     for (int64_t c = 0; c < s.dv; ++c) benefit += grad[token * s.dv + c] * out[token * s.dv + c];
-                    T most = level[token] - log_times;
-                    if (level[token] == -std::numeric_limits<T>::infinity()) most = -most;  // it met nothing
+                    const bool none = mass[token] == 0;  // it met nothing
+                    const T most = none ? std::numeric_limits<T>::infinity() : top[token];
+                    const T each = none ? T(0) : part.times / mass[token];
                     for (int64_t c = 0; c < width; c += Wide<T>::LANES) {
-                        const Vector<T> weight = exponential(load(p + r * width + c) - most);
+                        const Vector<T> weight = exponential(load(p + r * width + c) - most) * each;
                         store(p + r * width + c, weight);
                         store(t + r * width + c, scale * weight * (load(t + r * width + c) - benefit));
                     }
@@ -201,7 +206,7 @@ class Cluster {
     const Sizes& s;
     const Part& part;
     const int64_t d, dv, by_factors;  // widths of rows of numbers, and of factors
-    const T scale, log_times;
+    const T scale;
     int64_t g = 0, round = 0, width = 0, first = 0, last = 0;
     Rows keys, queries;
     std::vector<Factor<S>> key, turned_key, query;
@@ -258,19 +263,21 @@ class Cluster {
         sum = total<T>(part_sum);
     }
 
-    void merge(T* out, T& level, const T* fresh, T top, T sum) const {
+    void merge(T* out, T& top, T& mass, const T* fresh, T of_fresh, T sum) const {
         if (sum == 0) return;
-        const T other = top + std::log(sum) + log_times;
-        if (level == -std::numeric_limits<T>::infinity()) {
+        if (mass == 0) {
             for (int64_t c = 0; c < s.dv; ++c) out[c] = fresh[c] / sum;
-            level = other;
+            top = of_fresh;
+            mass = part.times * sum;
             return;
         }
-        const bool more = other > level;
-        const T less = std::exp(more ? level - other : other - level), all = 1 + less;
-        const T old_share = (more ? less : 1) / all, share = (more ? 1 : less) / (all * sum);
+        const bool better = of_fresh > top;
+        const T lower = std::exp(better ? top - of_fresh : of_fresh - top);
+        const T before = mass * (better ? lower : 1), times = part.times * (better ? 1 : lower);
+        top = better ? of_fresh : top;
+        mass = before + times * sum;
+        const T old_share = before / mass, share = times / mass;
         for (int64_t c = 0; c < s.dv; ++c) out[c] = out[c] * old_share + fresh[c] * share;
-        level = (more ? other : level) + std::log1p(less);
     }
 
     void add(Left<T> left, const T* b, int64_t columns, int64_t rows, int64_t inner, T* into) const {
@@ -304,8 +311,8 @@ class Cluster {
 };
 
 template <class S, class T = Number<S>>
-void attend(const S* q, const S* k, const S* v, T* out, T* level, int64_t* met, int64_t* again, Sizes sizes, Part part,
-            int64_t threads) {
+void attend(const S* q, const S* k, const S* v, T* out, T* top, T* mass, int64_t* met, int64_t* again, Sizes sizes,
+            Part part, int64_t threads) {
     const int64_t each = part.clusters / part.rounds;
     const auto make = [&] { return Cluster<S>(sizes, part); };
     std::vector<int64_t> counts(2 * sizes.groups * part.clusters, 0);
@@ -314,7 +321,7 @@ void attend(const S* q, const S* k, const S* v, T* out, T* level, int64_t* met, 
             const int64_t g = task / each, cluster = round * each + task % each;
             int64_t* count = &counts[2 * (g * part.clusters + cluster)];
             of_thread.take(g, cluster);
-            of_thread.attend(q, k, v, out, level, count[0], count[1]);
+            of_thread.attend(q, k, v, out, top, mass, count[0], count[1]);
         });
     for (int64_t i = 0; i < sizes.groups * part.clusters; ++i) {
         met[i / part.clusters] += counts[2 * i];
@@ -323,14 +330,14 @@ void attend(const S* q, const S* k, const S* v, T* out, T* level, int64_t* met, 
 }
 
 template <class S, class T = Number<S>>
-void back(const T* grad, const S* q, const S* k, const S* v, const T* out, const T* level, T* into_q, T* into_k,
-          T* into_v, Sizes sizes, Part part, int64_t threads) {
+void back(const T* grad, const S* q, const S* k, const S* v, const T* out, const T* top, const T* mass, T* into_q,
+          T* into_k, T* into_v, Sizes sizes, Part part, int64_t threads) {
     const int64_t each = part.clusters / part.rounds;
     const auto make = [&] { return Cluster<S>(sizes, part); };
     for (int64_t round = 0; round < part.rounds; ++round)
         parallel_for(sizes.groups * each, threads, make, [&](int64_t task, Cluster<S>& of_thread) {
             of_thread.take(task / each, round * each + task % each);
-            of_thread.back(grad, q, k, v, out, level, into_q, into_k, into_v);
+            of_thread.back(grad, q, k, v, out, top, mass, into_q, into_k, into_v);
         });
 }
 
@@ -353,13 +360,13 @@ void rank(const T* x, int64_t rows, int64_t n, int64_t* to, int64_t threads) {
         threads
 
 #define FOR_TYPE(S, T, NAME)                                                                                           \
-    extern "C" void attend_##NAME(const S* q, const S* k, const S* v, T* out, T* level, int64_t* met, int64_t* again,  \
-                                  PART) {                                                                              \
-        attend(q, k, v, out, level, met, again, GIVEN);                                                                \
+    extern "C" void attend_##NAME(const S* q, const S* k, const S* v, T* out, T* top, T* mass, int64_t* met,           \
+                                  int64_t* again, PART) {                                                              \
+        attend(q, k, v, out, top, mass, met, again, GIVEN);                                                            \
     }                                                                                                                  \
-    extern "C" void back_##NAME(const T* grad, const S* q, const S* k, const S* v, const T* out, const T* level,       \
-                                T* into_q, T* into_k, T* into_v, PART) {                                               \
-        back(grad, q, k, v, out, level, into_q, into_k, into_v, GIVEN);                                                \
+    extern "C" void back_##NAME(const T* grad, const S* q, const S* k, const S* v, const T* out, const T* top,         \
+                                const T* mass, T* into_q, T* into_k, T* into_v, PART) {                                \
+        back(grad, q, k, v, out, top, mass, into_q, into_k, into_v, GIVEN);                                            \
     }
 
 FOR_TYPE(float, float, float32)
