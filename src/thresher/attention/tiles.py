@@ -6,7 +6,6 @@ s_i weights_i, and dL/dscore = s_i weights_i (g.v - g.out). A backward pass that
 tile, and s_i g in place of g, therefore finds the merged gradient, PyTorch's fused one included.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
@@ -97,16 +96,18 @@ class _MergedAttention(torch.autograd.Function):
         fused: bool,
         *extras: Tensor | None,
     ) -> Tensor:
-        outs, levels, of_tiles = [], [], []
+        outs, tops, masses, of_tiles = [], [], [], []
         for part, extra in zip(parts, extras, strict=True):
             tiles = _in_tiles(q, k, v, part)
-            out, level = _fused(*tiles, part.shown) if fused else _plain(*tiles, part, extra, dropout)
-            of_tiles.append(level if fused else None)
-            level = level.flatten(1).expand(len(part.queries.slot), -1, -1)
-            level = level.gather(-1, part.queries.slot.clamp_max(level.shape[-1] - 1)) + math.log(part.times)
-            levels.append(level.masked_fill(unplaced(part.queries), float("-inf")))
+            out, top, mass = _fused(*tiles, part.shown) if fused else _plain(*tiles, part, extra, dropout)
+            of_tiles.append(top if fused else None)
+            slot, none = part.queries.slot, unplaced(part.queries)
+            top, mass = (x.flatten(1).expand(len(slot), -1, -1) for x in (top, mass))
+            top, mass = (x.gather(-1, slot.clamp_max(x.shape[-1] - 1)) for x in (top, mass))
+            tops.append(top.masked_fill(none, float("-inf")))
+            masses.append(mass * part.times)
             outs.append(out.flatten(1, 2))
-        shares = _shares(levels)
+        shares = _shares(tops, masses)
         out = _sum(from_slots(out, part.queries, share) for out, part, share in zip(outs, parts, shares, strict=True))
         ctx.clusters_and_times = [(part.clusters, part.times) for part in parts]
         ctx.dropout, ctx.fused = dropout, fused
@@ -141,14 +142,11 @@ class _MergedAttention(torch.autograd.Function):
         return *total, None, None, None, *into_extras
 
 
-def _shares(levels: Sequence[Tensor]) -> list[Tensor]:
-    """Return what each round of each part counts for each query, [r, g, n].
-
-    The log of their sum is no way there: huge scores round it off.
-    """
-    top = torch.cat(list(levels)).amax(0)
+def _shares(tops: Sequence[Tensor], masses: Sequence[Tensor]) -> list[Tensor]:
+    """Return what each round of each part counts for each query, [r, g, n], from log-sum-exps as top + log(mass)."""
+    top = torch.cat(list(tops)).amax(0)
     top = top.masked_fill(top == float("-inf"), 0)
-    shares = [(level - top).exp() for level in levels]
+    shares = [mass * (each - top).exp() for each, mass in zip(tops, masses, strict=True)]
     total = torch.cat(shares).sum(0)
     return [share / total.masked_fill(total == 0, 1) for share in shares]
 
@@ -203,19 +201,20 @@ def _scores(q: Tensor, k: Tensor, part: Tiles, extra: Tensor | None) -> Tensor:
     return scores if part.shown is None else scores.masked_fill_(~part.shown, torch.finfo(q.dtype).min)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, part: Tiles, extra: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
-    """Return the output of each tile and its log-sum-exp."""
+def _plain(q: Tensor, k: Tensor, v: Tensor, part: Tiles, extra: Tensor | None, dropout: float) -> Three:
+    """Return the output of each tile, its best scores, and the sum of exp(score - best): huge scores lose its log."""
     scores = _scores(q, k, part, extra)
     weights = scores.softmax(-1)
-    level = scores.amax(-1) - weights.amax(-1).log()
-    level = level.masked_fill(level <= torch.finfo(q.dtype).min / 2, float("-inf"))
-    return drop_weights(weights, part.drop, dropout) @ v, level
+    top = scores.amax(-1)
+    top = top.masked_fill(top <= torch.finfo(q.dtype).min / 2, float("-inf"))
+    return drop_weights(weights, part.drop, dropout) @ v, top, 1 / weights.amax(-1)
 
 
 def _plain_backward(
     grad: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, part: Tiles, extra: Tensor | None, dropout: float
 ) -> tuple[Three, Tensor]:
-    weights = _scores(q, k, part, extra).softmax(-1)
+    empty = queries_of(part) == part.queries.slot.shape[-1]
+    weights = _scores(q, k, part, extra).softmax(-1).masked_fill_(empty[..., None], 0)
     through = drop_weights(grad @ v.mT, part.drop, dropout) - (grad * out).sum(-1, keepdim=True)
     through *= weights
     scale = q.shape[-1] ** -0.5
@@ -223,11 +222,12 @@ def _plain_backward(
     return ((through @ k) * scale, (through.mT @ q) * scale, into_v), through
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, shown: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Do what `_plain` does in PyTorch's fused attention, whose backward rounds weights off where scores are huge."""
+def _fused(q: Tensor, k: Tensor, v: Tensor, shown: Tensor | None) -> Three:
+    """Do what `_plain` does in PyTorch's fused attention; its log-sum-exp is all that is known of tops and masses."""
     tiles = (x.flatten(0, 1)[:, None] for x in (q, k, v))
     out, level = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tiles, attn_mask=_as_bias(shown, q))
-    return out.view_as(q), level.view(q.shape[:-1])
+    level = level.view(q.shape[:-1])
+    return out.view_as(q), level, torch.ones_like(level)
 
 
 def _fused_backward(

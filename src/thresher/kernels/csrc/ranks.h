@@ -22,7 +22,7 @@ class Ranks {
         int32_t index;
     };
     static constexpr int BITS = 8 * sizeof(T), DIGIT = 11, DIGITS = (BITS + DIGIT - 1) / DIGIT, VALUES = 1 << DIGIT;
-    static constexpr int64_t SHORT = 48 * DIGITS;
+    static constexpr int64_t SHORT = 38 * DIGITS;
 
   public:
     void take(const T* x, int64_t n, int64_t* rank) {
