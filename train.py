@@ -1,4 +1,4 @@
-"""Train a network: `python train.py [overrides]`; `python train.py --help` says what can be overridden."""
+"""Train a network: `python train.py [overrides]`; `python train.py --help` lists what can be overridden."""
 
 import sys
 from pathlib import Path
@@ -11,13 +11,14 @@ CONF = Path(__file__).parent / "conf"
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    from thresher.commands import train
+    from thresher.cli.main import train
 
-    return train(cfg)
+    return train(cfg, CONF)
 
 
 if __name__ == "__main__":
-    from thresher.commands import checked, start
+    from thresher.cli.main import check_arguments, run_hydra
+    from thresher.console import end_command
 
-    checked(CONF, "train", sys.argv[1:])
-    start(main)
+    check_arguments(CONF, "train", sys.argv[1:])
+    end_command(lambda: run_hydra(main))

@@ -5,20 +5,20 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from omegaconf import OmegaConf
 
-from thresher import cli
-from thresher.attention.thresholds import Thresholds
-from thresher.checkpoint import RECORD, load, load_weights
+from thresher.attention.shared.thresholds import Thresholds
+from thresher.checkpoints.format import STATE
+from thresher.checkpoints.rebuild import PROJECT_CONF
+from thresher.checkpoints.weights import load_weights
+from thresher.run.build import build_data, build_task
+from thresher.run.overrides import load_with_overrides
 
 
 def main(path: str) -> None:
-    checkpoint = load(path)
-    cfg = OmegaConf.create(checkpoint[RECORD]["config"])
-    data = cli.make(cfg.data)
-    data.setup("fit")
-    task = cli.build_task(cfg, data)
-    load_weights(task, checkpoint["state_dict"], other_attention=False)
+    cfg, checkpoint, _ = load_with_overrides(Path(path), [], PROJECT_CONF)
+    data = build_data(cfg)
+    task = build_task(cfg, data)
+    load_weights(task, checkpoint[STATE], other_attention=False)
     task.eval()
     seen: dict[str, torch.Tensor] = {}
     thresholds = {name: m for name, m in task.net.named_modules() if isinstance(m, Thresholds)}

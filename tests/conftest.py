@@ -1,6 +1,9 @@
 """What all tests share: one thread, and shapes checked against their annotations."""
 
+import pkgutil
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,10 @@ from jaxtyping import config, install_import_hook
 from tests.assets import demand
 
 torch.set_num_threads(1)
-install_import_hook(["thresher.attention", "thresher.calibration"], "beartype.beartype")
+# torch.compile builds a `Prepared` inside of the graph, and cannot see through the constructor that the hook makes.
+ATTENTION = Path(find_spec("thresher").submodule_search_locations[0]) / "attention"
+PARTS = [m.name for m in pkgutil.iter_modules([str(ATTENTION)]) if m.name != "prepared"]
+install_import_hook([*(f"thresher.attention.{m}" for m in PARTS), "thresher.budget.calibration"], "beartype.beartype")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,10 +1,13 @@
 """A training that takes seconds: the real command, on a few of the real images, with a tiny network."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
-from thresher.overrides import compose_config
+from thresher.config.evaluation import read_request
+from thresher.config.overrides import compose_config
 
 CONF = Path(__file__).parent.parent / "conf"
 TINY = (
@@ -24,3 +27,17 @@ TINY = (
 def tiny_config(folder: Path, *overrides: str) -> DictConfig:
     """Compose conf/train.yaml for a tiny run into `folder`."""
     return compose_config(CONF, "train", [*TINY, f"run.dir='{folder}'", *overrides])
+
+
+def run_eval(arguments: Sequence[str], conf: Path = CONF) -> dict[str, float]:
+    """Evaluate a checkpoint as eval.py does, in this process."""
+    from thresher.run.evaluate import evaluate
+
+    return evaluate(read_request(arguments, conf))
+
+
+def run_dropin(arguments: Sequence[str], conf: Path = CONF) -> list[dict[str, Any]]:
+    """Drop mechanisms in as eval.py does, in this process."""
+    from thresher.run.dropin import evaluate
+
+    return evaluate(read_request(arguments, conf))

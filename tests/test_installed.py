@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from tests.assets import VARIABLE, demand
-from thresher.installed import file_of, located
+from thresher.installed import find_file, resolve_path
 
 
 def test_a_file_of_an_installed_package_is_found_by_path() -> None:
-    assert located("package:pytest/pytest/__init__.py") == str(Path(pytest.__file__))
-    assert located("some/folder") == "some/folder"
+    assert resolve_path("package:pytest/pytest/__init__.py") == str(Path(pytest.__file__))
+    assert resolve_path("some/folder") == "some/folder"
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ def test_a_file_of_an_installed_package_is_found_by_path() -> None:
 )
 def test_what_is_not_there_is_named(package: str, message: str) -> None:
     with pytest.raises(FileNotFoundError, match=message):
-        file_of(package, "pytest/nothing")
+        find_file(package, "pytest/nothing")
 
 
 def test_a_missing_asset_skips_and_where_assets_are_required_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,23 +4,26 @@ The public functions are imported on first use, so that a command line can answe
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from thresher.calibration import calibrate
-    from thresher.compute import ComputeMeter
+    from thresher.budget.calibration import calibrate
+    from thresher.budget.meter import ComputeMeter
+    from thresher.budget.tuning import tune
+    from thresher.checkpoints.rebuild import load_model
     from thresher.hosts import densify, inject, mount, sparsify
-    from thresher.hosts.huggingface_cache import coded_cache
-    from thresher.loading import load_model
+    from thresher.hosts.huggingface.cache import coded_cache
 
-__all__ = ["ComputeMeter", "calibrate", "coded_cache", "densify", "inject", "load_model", "mount", "sparsify"]
-__version__ = "0.1.0"
+__all__ = ["ComputeMeter", "calibrate", "coded_cache", "densify", "inject", "load_model", "mount", "sparsify", "tune"]
+__version__ = version("thresher")
 
 _HOMES = {
-    "calibrate": "thresher.calibration",
-    "coded_cache": "thresher.hosts.huggingface_cache",
-    "ComputeMeter": "thresher.compute",
-    "load_model": "thresher.loading",
+    "calibrate": "thresher.budget.calibration",
+    "coded_cache": "thresher.hosts.huggingface.cache",
+    "ComputeMeter": "thresher.budget.meter",
+    "load_model": "thresher.checkpoints.rebuild",
+    "tune": "thresher.budget.tuning",
 }
 
 

@@ -1,4 +1,4 @@
-"""Files that an installed package carries, read by path; the package itself is never imported."""
+"""Find files of installed packages, without importing the packages."""
 
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 SCHEME = "package:"
 
 
-def file_of(package: str, path: str) -> Path:
-    """Return where an installed package keeps a file or folder.
+def find_file(package: str, path: str) -> Path:
+    """Find a file or folder of an installed package.
 
     Raises:
         FileNotFoundError: The package is not installed, or has nothing there.
@@ -22,8 +22,8 @@ def file_of(package: str, path: str) -> Path:
     return place
 
 
-def located(name: str) -> str:
-    """Return a name as it is, and `package:NAME/PATH` as the path inside that installed package.
+def resolve_path(name: str) -> str:
+    """Resolve `package:NAME/PATH` to the path inside that installed package; return other names unchanged.
 
     Raises:
         FileNotFoundError: The package is not installed, or has nothing there.
@@ -31,4 +31,4 @@ def located(name: str) -> str:
     if not name.startswith(SCHEME):
         return name
     package, _, path = name.removeprefix(SCHEME).partition("/")
-    return str(file_of(package, path))
+    return str(find_file(package, path))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from thresher.attention import Attended, Call, Cost, Mechanism, Pattern
 from thresher.attention.dense import Dense
 from thresher.attention.mean import Mean
+from thresher.attention.prepared import Prepared
 
 Forward = Callable[[Tensor, Tensor, Tensor, Call], Attended]
 
@@ -39,12 +40,29 @@ class Seen:
         return self.mechanism.visible(self.q, self.k, self.call)
 
 
+class Around(Dense):
+    """A mechanism that goes around the template: `attend` stands in for `forward`, and `whole` is what that was."""
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        return Mechanism.forward(self, q, k, v, call)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        return self.whole(q, k, v, call)
+
+
+def _attend(mechanism: Around, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+    return mechanism.attend(q, k, v, call)
+
+
+Around.forward = _attend  # which no class body may define
+
+
 def breaks(change: Callable[[Seen], Attended]) -> type[Mechanism]:
     """Return dense attention with another forward."""
 
-    class Broken(Dense):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
-            return change(Seen(self, super().forward, q, k, v, call))
+    class Broken(Around):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+            return change(Seen(self, self.whole, q, k, v, call))
 
     Broken.__name__ = change.__name__
     return Broken
@@ -147,6 +165,24 @@ class RanksNothing(Dense):
     ranks_queries = True
 
 
+class PoolsNothing(Dense):
+    pools_tokens = True
+
+
+class SlidesAfterAll(Dense):
+    slides = False
+
+
+@breaks_output
+def centres_keys(s: Seen) -> Tensor:
+    return s.dense(s.q, s.k, s.v - s.v.mean(2, keepdim=True), s.call).out
+
+
+@breaks
+def always_hides_the_future(s: Seen) -> Attended:
+    return s.dense(s.q, s.k, s.v, replace(s.call, whole_mask=False))
+
+
 @breaks_output
 def shows_only_gradients_to_hidden_queries(s: Seen) -> Tensor:
     return s.out + (s.q - s.q.detach())
@@ -189,9 +225,9 @@ def forgets_keys_in_backward(s: Seen) -> Attended:
 
 
 class LooksAtQueries(Mean):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
-        attended = super().forward(q, k, v, call)
-        return attended._replace(out=attended.out + q * 1e-9)
+    def reference(self, x: Prepared) -> Attended:
+        attended = super().reference(x)
+        return attended._replace(out=attended.out + x.q * 1e-9)
 
 
 @breaks
@@ -245,11 +281,11 @@ class UndeclaredDeterminism(Dense):
     stochastic = True
 
 
-class RandomInEvaluation(Dense):
+class RandomInEvaluation(Around):
     stochastic = True
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
-        attended = super().forward(q, k, v, call)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        attended = self.whole(q, k, v, call)
         return attended._replace(out=attended.out + torch.randn_like(attended.out))
 
 
@@ -312,8 +348,8 @@ def drops_in_evaluation(s: Seen) -> Tensor:
     return F.dropout(s.out, s.mechanism.dropout, not s.mechanism.training)
 
 
-class NeverDrops(Dense):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+class NeverDrops(Around):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
         plain = Dense(self.num_heads, self.head_dim, self.pattern)
         return plain(q, k, v, call)
 
@@ -338,7 +374,7 @@ def differs_when_compiled(s: Seen) -> Attended:
     return s.dense(s.q * 2 if torch.compiler.is_compiling() else s.q, s.k, s.v, s.call)
 
 
-class Noisy(Dense):
+class Noisy(Around):
     """Attention plus noise that falls with the number of samples, as a stochastic mechanism should."""
 
     stochastic = True
@@ -351,12 +387,12 @@ class Noisy(Dense):
         rng = None if self.training else torch.Generator().manual_seed(0)
         return torch.randn(x.shape, generator=rng, dtype=x.dtype) / self.samples**0.5
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
-        attended = super().forward(q, k, v, call)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        attended = self.whole(q, k, v, call)
         return attended._replace(out=attended.out + self.noise(attended.out))
 
     def expectation(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        return super().forward(q, k, v, call).out
+        return self.whole(q, k, v, call).out
 
 
 class AsNoisyAsEver(Noisy):
@@ -369,15 +405,15 @@ class Biased(Noisy):
         return super().noise(x) + 1
 
 
-class FromSource(Dense):
+class FromSource(Around):
     """Dense attention that projects its values itself, as a mechanism that saves in the projection does."""
 
     needs_source = True
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
         assert call.source is not None
         projected = F.linear(*call.source).unflatten(-1, (k.shape[1], -1)).transpose(1, 2)
-        return super().forward(q, k, projected + torch.zeros_like(v), call)
+        return self.whole(q, k, projected + torch.zeros_like(v), call)
 
 
 @breaks_output

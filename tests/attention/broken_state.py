@@ -3,94 +3,94 @@
 import torch
 from torch import Tensor, nn
 
+from tests.attention.broken import Around
 from thresher.attention import Attended, Call, Pattern
-from thresher.attention.dense import Dense
 
 
-class WithTheta(Dense):
+class WithThreshold(Around):
     """Dense attention with a parameter for each head that is added to the output."""
 
     def __init__(self, num_heads: int, head_dim: int, pattern: Pattern) -> None:
         super().__init__(num_heads, head_dim, pattern)
-        self.theta = nn.Parameter(torch.full((num_heads,), -1.0))
+        self.threshold = nn.Parameter(torch.full((num_heads,), -1.0))
 
     def shift(self) -> Tensor:
-        return self.theta
+        return self.threshold
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
-        attended = super().forward(q, k, v, call)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        attended = self.whole(q, k, v, call)
         return attended._replace(out=attended.out + self.shift()[:, None, None])
 
 
-class DeadThreshold(WithTheta):
+class DeadThreshold(WithThreshold):
     def shift(self) -> Tensor:
-        return self.theta.clamp_min(0)
+        return self.threshold.clamp_min(0)
 
 
-class UnusedThreshold(WithTheta):
+class UnusedThreshold(WithThreshold):
     def shift(self) -> Tensor:
-        return self.theta.detach()
+        return self.threshold.detach()
 
 
-class ThresholdDeadInOneHead(WithTheta):
+class ThresholdDeadInOneHead(WithThreshold):
     def shift(self) -> Tensor:
-        return self.theta * (torch.arange(self.num_heads) == 0)
+        return self.threshold * (torch.arange(self.num_heads) == 0)
 
 
-class InfiniteGradient(WithTheta):
+class InfiniteGradient(WithThreshold):
     def shift(self) -> Tensor:
-        return (self.theta + 1).sqrt()
+        return (self.threshold + 1).sqrt()
 
 
-class ScalarThreshold(WithTheta):
+class ScalarThreshold(WithThreshold):
     def __init__(self, num_heads: int, head_dim: int, pattern: Pattern) -> None:
         super().__init__(num_heads, head_dim, pattern)
-        self.theta = nn.Parameter(torch.tensor(1.0))
+        self.threshold = nn.Parameter(torch.tensor(1.0))
 
 
-class ThresholdInBf16(WithTheta):
+class ThresholdInBf16(WithThreshold):
     def __init__(self, num_heads: int, head_dim: int, pattern: Pattern) -> None:
         super().__init__(num_heads, head_dim, pattern)
-        self.theta = nn.Parameter(torch.ones(num_heads, dtype=torch.bfloat16))
+        self.threshold = nn.Parameter(torch.ones(num_heads, dtype=torch.bfloat16))
 
 
-class CountsCalls(Dense):
+class CountsCalls(Around):
     def __init__(self, num_heads: int, head_dim: int, pattern: Pattern) -> None:
         super().__init__(num_heads, head_dim, pattern)
         self.register_buffer("calls", torch.zeros(()))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
         self.calls += 1
-        return super().forward(q, k, v, call)
+        return self.whole(q, k, v, call)
 
 
-class RemembersTheLastCall(Dense):
+class RemembersTheLastCall(Around):
     last = 0.0
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
-        attended = super().forward(q, k, v, call)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        attended = self.whole(q, k, v, call)
         out = attended.out + self.last * 1e-9
         self.last = attended.out.abs().max().item()
         return attended._replace(out=out)
 
 
-class ForgetsABuffer(Dense):
+class ForgetsABuffer(Around):
     def __init__(self, num_heads: int, head_dim: int, pattern: Pattern) -> None:
         super().__init__(num_heads, head_dim, pattern)
         self.register_buffer("shift", torch.zeros(()), persistent=False)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
-        attended = super().forward(q, k, v, call)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
+        attended = self.whole(q, k, v, call)
         return attended._replace(out=attended.out + self.shift)
 
 
-class RefusesDenseCheckpoints(WithTheta):
+class RefusesDenseCheckpoints(WithThreshold):
     def __init__(self, num_heads: int, head_dim: int, pattern: Pattern) -> None:
         super().__init__(num_heads, head_dim, pattern)
         self._load_state_dict_pre_hooks.clear()
 
 
-class AcceptsPartOfItself(WithTheta):
+class AcceptsPartOfItself(WithThreshold):
     def __init__(self, num_heads: int, head_dim: int, pattern: Pattern) -> None:
         super().__init__(num_heads, head_dim, pattern)
         self.base = nn.Parameter(torch.ones(num_heads))
@@ -102,11 +102,11 @@ class AcceptsPartOfItself(WithTheta):
             state.setdefault(name, own)
 
 
-class ResetsOnDenseCheckpoints(WithTheta):
+class ResetsOnDenseCheckpoints(WithThreshold):
     def __init__(self, num_heads: int, head_dim: int, pattern: Pattern) -> None:
         super().__init__(num_heads, head_dim, pattern)
         self.register_load_state_dict_pre_hook(self.reset)
 
     @staticmethod
     def reset(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-        state[f"{prefix}theta"] = torch.zeros(module.num_heads)
+        state[f"{prefix}threshold"] = torch.zeros(module.num_heads)

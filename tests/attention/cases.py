@@ -7,31 +7,39 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.attention.helpers import Inputs, draw
 from thresher.attention import Call, Mechanism, Pattern, find
-from thresher.attention.hashing import hadamard_width
+from thresher.attention.options import nest_options
+from thresher.attention.yoso.hashing import find_hadamard_width
+from thresher.testing.inputs import Inputs, draw
 
 FLAGS = st.booleans()
 BACKENDS = st.sampled_from(["auto", "reference"])  # cpu is auto, but refuses what the kernel cannot do
 RESAMPLE = st.sampled_from(["forward", "never"])
 SHARES = st.floats(0, 1, exclude_min=True)
+TAILS = st.sampled_from(["none", "mean"])
 OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "dense": {},
     "mean": {},
     "none": {},
-    "topk": {"keys": st.one_of(st.integers(1, 20), SHARES), "chunk": st.integers(1, 12), "backend": BACKENDS},
+    "topk": {
+        "keys": st.one_of(st.integers(1, 20), SHARES),
+        "tail": TAILS,
+        "chunk": st.integers(1, 12),
+        "backend": BACKENDS,
+    },
     "latte": {
-        "est_bits": st.sampled_from([2, 4, 8, "exact"]),
-        "split": st.sampled_from(["round", "truncate"]),
-        "scoring": st.sampled_from(["exact", "int8"]),
-        "mode": st.sampled_from(["ste", "soft", "hard"]),
+        "estimate.bits": st.sampled_from([2, 4, 8, "exact"]),
+        "estimate.split": st.sampled_from(["round", "truncate"]),
+        "estimate.scoring": st.sampled_from(["exact", "int8"]),
+        "gate.mode": st.sampled_from(["ste", "soft", "hard"]),
+        "gate.surrogate": st.sampled_from(["sigmoid", "compact", "inside"]),
+        "gate.tau": st.floats(0.01, 10),
+        "gate.into_scores": FLAGS,
         "unit": st.sampled_from(["spread", "nats"]),
-        "theta": st.one_of(st.just(float("inf")), st.floats(0, 20)),
-        "tau": st.floats(0.01, 10),
-        "surrogate": st.sampled_from(["sigmoid", "compact", "inside"]),
+        "threshold": st.one_of(st.just(float("inf")), st.floats(0, 20)),
         "trainable": FLAGS,
-        "gate_grad_to_scores": FLAGS,
         "always_keep": st.integers(0, 12),
+        "tail": TAILS,
         "backend": BACKENDS,
     },
     "smyrf": {
@@ -45,25 +53,25 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "yoso": {
         "hashes": st.integers(1, 9),
-        "bits": st.integers(0, 8),
+        "hash.bits": st.integers(0, 8),
         "expectation": FLAGS,
         "grad": st.sampled_from(["bound", "exact"]),
-        "hash": st.sampled_from(["gaussian", "hadamard"]),
+        "hash.kind": st.sampled_from(["gaussian", "hadamard"]),
         "conv": st.sampled_from([0, 0, 1, 3, 9]),
         "dense_below": st.sampled_from([0, 4, 1024]),
-        "resample": RESAMPLE,
+        "hash.resample": RESAMPLE,
         "backend": BACKENDS,
     },
     "mca": {
         "alpha": st.one_of(st.just(0.0), st.floats(0, 4)),
-        "sampler": st.sampled_from(["multinomial", "poisson"]),
+        "sampling.distribution": st.sampled_from(["multinomial", "poisson"]),
         "grad": st.sampled_from(["sampled", "exact"]),
-        "draws": st.sampled_from(["token", "shared"]),
+        "sampling.draws": st.sampled_from(["token", "shared"]),
         "path": st.sampled_from(["dense", "gather"]),
         "reproduce_paper": FLAGS,
         "allow_noncausal_budget": FLAGS,
-        "resample": RESAMPLE,
-        "seed": st.integers(0, 2**40),
+        "sampling.resample": RESAMPLE,
+        "sampling.seed": st.integers(0, 2**40),
         "backend": BACKENDS,
     },
 }
@@ -91,7 +99,7 @@ class Case:
 
     def build(self) -> Mechanism:
         torch.manual_seed(self.seed)
-        built = find(self.name)(self.heads, self.dims[0], self.pattern, **self.options)
+        built = find(self.name)(self.heads, self.dims[0], self.pattern, **nest_options(self.options))
         built.dropout = self.dropout if built.drops_weights else 0.0
         return built.train(self.training)
 
@@ -127,16 +135,18 @@ class Case:
         supports = frozenset(Pattern) if o.get("allow_noncausal_budget") else find(self.name).supports
         if self.pattern not in supports:
             return "does not support"
-        if o.get("hash") == "hadamard" and not 1 <= o["bits"] <= hadamard_width(self.dims[0]):
+        if o.get("hash.kind") == "hadamard" and not 1 <= o["hash.bits"] <= find_hadamard_width(self.dims[0]):
             return "bits"
         empty = 0 in (self.batch, n, m)
         if o.get("conv") and (self.pattern.cross or (self.hidden[2] != "none" and not empty)):
             return "conv|as many keys as queries"
-        if o.get("path") == "gather" and (o["draws"], o["sampler"]) != ("shared", "multinomial"):
+        if o.get("path") == "gather" and (o["sampling.draws"], o["sampling.distribution"]) != ("shared", "multinomial"):
             return "path=gather"
-        if o.get("mode") == "soft" and o.get("surrogate", "sigmoid") != "sigmoid":
-            return f"surrogate={o['surrogate']} is for mode=ste"
-        if n > m and not self.pattern.cross and (n > 1 or self.name == "none"):  # a single query is the last token
+        if o.get("gate.mode") == "soft" and o["gate.surrogate"] != "sigmoid":
+            return f"gate.surrogate={o['gate.surrogate']} is for gate.mode=ste"
+        if (
+            n > m and not self.pattern.cross and (n > 1 or (self.name == "none" and not empty))
+        ):  # a single query is the last token
             return "as many keys as queries|value for every query"
         return None
 

@@ -1,19 +1,22 @@
 """What LATTE computes, written out in plain PyTorch for its tests."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from tests.attention.helpers import Inputs, attend
 from thresher.attention import Call, Mechanism, Pattern
-from thresher.attention.latte import Latte
+from thresher.attention.latte.mechanism import Latte
+from thresher.testing.inputs import Inputs, attend
 
 SELF, CAUSAL = Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF
-EXACT = {"est_bits": "exact", "gate_grad_to_scores": False}
+EXACT = {"estimate": {"bits": "exact"}, "gate": {"into_scores": False}}
 
 
-def latte(pattern: Pattern = SELF, *, num_heads: int = 2, **hyperparameters: object) -> Latte:
-    """Build LATTE by the rule of the paper, unless another unit is asked for."""
-    return Latte(num_heads, 8, pattern, **({"unit": "nats"} | hyperparameters)).double()  # type: ignore[arg-type]
+def latte(pattern: Pattern = SELF, *, num_heads: int = 2, gate: dict[str, Any] | None = None, **others: Any) -> Latte:
+    """Build LATTE by the rule of the paper, with a gradient that reaches every pair, unless it is given others."""
+    options = {"unit": "nats", **others, "gate": {"surrogate": "sigmoid", **(gate or {})}}
+    return Latte(num_heads, 8, pattern, **options).double()
 
 
 def scores_of(inputs: Inputs, bias: Tensor | None = None) -> Tensor:

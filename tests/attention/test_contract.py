@@ -1,16 +1,16 @@
 """Every mechanism of `conf/attention` keeps the promises of the contract, in every pattern that it supports."""
 
-import inspect
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from tests.attention import checks, leaks
-from tests.attention.helpers import CONF, configured
+from tests.attention.configured import CONF, configured
+from tests.shapes import OF_SHAPES, without_shape_checks
 from thresher.attention import Mechanism, Pattern, available, find, hyperparameters
+from thresher.testing import CONTRACT, Check, checks
 
 
 class Cell(NamedTuple):
@@ -59,73 +59,20 @@ def test_a_mechanism_without_heads_or_dimensions_is_refused(cell: Cell, size: di
         cell.make(**({"num_heads": 2, "head_dim": 8, "pattern": cell.pattern} | size))
 
 
-@over(SUPPORTED)
+def promises(cell: Cell) -> list[Check]:
+    return [check for check in CONTRACT if check.applies(cell.build(**check.changes(cell.cls)))]
+
+
 @pytest.mark.parametrize(
-    "check",
-    [
-        checks.check_shapes_and_costs,
-        checks.check_sizes,
-        leaks.check_hidden_tokens_change_nothing,
-        leaks.check_masks_hide_together,
-        leaks.check_hidden_tokens_get_nothing,
-        leaks.check_examples_are_independent,
-        leaks.check_queries_are_independent,
-        checks.check_gradients_arrive,
-        checks.check_parameters_can_be_sharded,
-        leaks.check_randomness_is_declared,
-        leaks.check_calls_leave_nothing_behind,
-        checks.check_layout_does_not_matter,
-        checks.check_any_float_type,
-        checks.check_state_survives_saving,
-        checks.check_dense_checkpoint_loads,
-    ],
+    ("cell", "check"),
+    [pytest.param(cell, check, id=f"{cell}-{check.name}") for cell in SUPPORTED for check in promises(cell)],
 )
-def test_every_mechanism(check: Callable[[Mechanism], None], cell: Cell) -> None:
-    check(cell.build())
+def test_every_mechanism(cell: Cell, check: Check) -> None:
+    with without_shape_checks(check.run not in OF_SHAPES):
+        check.run(cell.build(**check.changes(cell.cls)))
 
 
-@over(SUPPORTED)
-def test_dropout_acts_on_weights_or_is_refused(cell: Cell) -> None:
-    if cell.cls.drops_weights:
-        checks.check_dropout_is_for_training(cell.build())
-    else:
-        with pytest.raises(ValueError, match="no attention weights"):
-            cell.build().dropout = 0.1
-
-
-@over([cell for cell in SUPPORTED if cell.pattern.causal])
-def test_rows_ignore_what_follows(cell: Cell) -> None:
-    leaks.check_rows_ignore_what_follows(cell.build())
-
-
-@over([cell for cell in SUPPORTED if cell.pattern is Pattern.CAUSAL_SELF])
-def test_decoding_continues_the_sequence(cell: Cell) -> None:
-    checks.check_decoding_continues_the_sequence(cell.build())
-
-
-@over([cell for cell in SUPPORTED if not cell.cls.content_based])
-def test_content_is_ignored_where_declared(cell: Cell) -> None:
-    leaks.check_content_is_ignored(cell.build())
-
-
-@over([cell for cell in SUPPORTED if cell.cls.dense_limit is not None])
-@pytest.mark.parametrize("check", [checks.check_dense_limit, checks.check_low_precision])
-def test_at_its_dense_limit(check: Callable[[Mechanism], None], cell: Cell) -> None:
-    assert cell.cls.dense_limit is not None
-    check(cell.build(num_heads=4, **cell.cls.dense_limit))
-
-
-@over(SUPPORTED)
-def test_expectation_is_what_more_samples_bring_it_near(cell: Cell) -> None:
-    if cell.cls.stochastic:
-        assert cell.cls.precise, "a stochastic mechanism names the hyper-parameters at which it is precise"
-        checks.check_samples_bring_it_near_expectation(cell.build(), cell.build(**cell.cls.precise))
-    else:
-        assert cell.cls.precise is None, "only a stochastic mechanism has something to be precise about"
-        checks.check_expectation_is_forward(cell.build())
-
-
-@pytest.mark.parametrize("name", ["base", "functional", "thresholds", "quantise", "__init__", "../latte"])
+@pytest.mark.parametrize("name", ["contract", "mechanism", "shared", "options", "__init__", "../latte"])
 def test_a_file_without_a_mechanism_is_no_mechanism(name: str) -> None:
     with pytest.raises(ValueError, match="there is no attention"):
         find(name)
@@ -138,12 +85,21 @@ def test_every_mechanism_has_a_file_of_hyper_parameters() -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_yaml_repeats_the_constructor(name: str) -> None:
     make = MAKERS[name]
-    keywords = {p.name: p.default for p in inspect.signature(make.func).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    written = dict(make.keywords)
-    assert written == keywords
-    assert {key: type(value) for key, value in written.items()} == {key: type(value) for key, value in keywords.items()}
-    assert list(written) == list(keywords), "the YAML lists the hyper-parameters in another order"
-    assert written == hyperparameters(find(name))
+    written, defaults = hyperparameters_written(make), hyperparameters(find(name))
+    assert written == defaults
+    assert _types(written) == _types(defaults)
+    for group in (written, *(each for each in written.values() if isinstance(each, dict))):
+        own = defaults if group is written else next(d for d in defaults.values() if d == group)
+        assert list(group) == list(own), "the YAML lists the hyper-parameters in another order"
+    assert len(written) <= 8, "options that belong together make a group"
+
+
+def hyperparameters_written(make: partial[Mechanism]) -> dict[str, object]:
+    return {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in make.keywords.items()}
+
+
+def _types(options: dict[str, object]) -> dict[str, object]:
+    return {key: _types(value) if isinstance(value, dict) else type(value) for key, value in options.items()}
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.attention.helpers import noise_like
-from thresher.attention.functional import (
+from thresher.attention.shared.functional import (
     MAX_EXCESS,
+    attach_slope,
     expand_heads,
     gated_softmax,
     masked_softmax,
     straight_through,
-    with_slope,
 )
+from thresher.testing.inputs import noise_like
 
 CPU = torch.device("cpu")
 
@@ -76,7 +76,7 @@ def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other() -
 def test_with_slope_has_the_value_and_the_slope_given_also_at_infinity(variable: Tensor) -> None:
     variable = variable.clone().requires_grad_()
     value, slope = torch.tensor([[3.0, 4.0], [5.0, 6.0]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    result = with_slope(value, slope, variable)
+    result = attach_slope(value, slope, variable)
     assert torch.equal(result, value)
     (gradient,) = torch.autograd.grad((result * torch.tensor([[1.0], [10.0]])).sum(), variable)
     assert gradient.tolist() == [31.0, 42.0]

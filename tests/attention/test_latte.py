@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.attention import checks
-from tests.attention.helpers import Inputs, attend, draw, first, gradients, noise_like, padded
 from tests.attention.latte_reference import (
     CAUSAL,
     EXACT,
@@ -26,8 +24,10 @@ from tests.attention.latte_reference import (
 )
 from thresher import sparsify
 from thresher.attention import Call, Pattern
-from thresher.attention.latte import Latte
-from thresher.attention.quantise import completed_product, estimated_product, split_codes
+from thresher.attention.latte.mechanism import Latte
+from thresher.attention.latte.quantise import complete_product, estimate_product, split_codes
+from thresher.testing import checks
+from thresher.testing.inputs import Inputs, attend, draw, first, gradients, noise_like, padded
 
 
 @pytest.mark.parametrize("pattern", Pattern)
@@ -36,7 +36,9 @@ from thresher.attention.quantise import completed_product, estimated_product, sp
 def test_t1_an_infinite_threshold_is_softmax_attention(mode: str, est_bits: int | str, pattern: Pattern) -> None:
     """Padding, causality, cross attention, shared heads and bias are all in this check of the contract."""
     checks.check_dense_limit(
-        Latte(4, 8, pattern, theta=math.inf, mode=mode, est_bits=est_bits)  # type: ignore[arg-type]
+        Latte(
+            4, 8, pattern, threshold=math.inf, gate={"mode": mode, "surrogate": "sigmoid"}, estimate={"bits": est_bits}
+        )
     )
 
 
@@ -48,7 +50,7 @@ def test_t2_the_nibble_identity_holds_for_all_pairs_of_codes(split: str, bits: i
     high, low, step = halves.high.int(), halves.low.int(), halves.step
     terms = step**2 * high @ high.mT + step * (high @ low.mT + low @ high.mT) + low @ low.mT
     assert torch.equal(terms, (codes @ codes.mT).int())
-    product = completed_product(estimated_product(halves, halves), halves, halves)
+    product = complete_product(estimate_product(halves, halves), halves, halves)
     assert torch.equal(product.int(), (codes @ codes.mT).int())
 
 
@@ -56,7 +58,7 @@ def test_t2_the_nibble_identity_holds_for_all_pairs_of_codes(split: str, bits: i
 @pytest.mark.parametrize("gamma", [0.5, 0.05, 1e-3])
 def test_t3_a_key_is_kept_iff_its_probability_is_gamma_times_the_largest(gamma: float, pattern: Pattern) -> None:
     theta = -math.log(gamma)
-    mechanism = latte(pattern, theta=theta, **EXACT).eval()
+    mechanism = latte(pattern, threshold=theta, **EXACT).eval()
     inputs = draw(mechanism, spread=1.5)
     for call in (Call(), padded(pattern), padded(pattern, left=True)):
         visible = mechanism.visible(inputs.q, inputs.k, call)
@@ -79,7 +81,7 @@ def test_t3_a_key_is_kept_iff_its_probability_is_gamma_times_the_largest(gamma: 
 def test_t4_gradients_are_those_of_softmax_attention_under_the_frozen_mask(
     pattern: Pattern, est_bits: int | str
 ) -> None:
-    mechanism = latte(pattern, theta=1.5, est_bits=est_bits, gate_grad_to_scores=False)
+    mechanism = latte(pattern, threshold=1.5, estimate={"bits": est_bits}, gate={"into_scores": False})
     for call in (Call(), padded(pattern)):
         inputs = draw(mechanism, spread=1.5)
         keep = kept_by(mechanism, inputs, call)
@@ -93,7 +95,7 @@ def test_t4_gradients_are_those_of_softmax_attention_under_the_frozen_mask(
 
 
 def test_t5_the_gradient_of_theta_is_the_closed_form() -> None:
-    mechanism = latte(theta=1.5, tau=0.7, est_bits="exact")
+    mechanism = latte(threshold=1.5, gate={"tau": 0.7}, estimate={"bits": "exact"})
     inputs, call = draw(mechanism, spread=1.5), padded(SELF)
     attended, found = gradients(mechanism, inputs, call, cost=0)
     visible = mechanism.visible(inputs.q, inputs.k, call)
@@ -118,8 +120,8 @@ def test_t5_all_gradients_are_those_of_a_straight_through_gate(
     surrogate: str, tau: float, unit: str, est_bits: int | str, into_scores: bool
 ) -> None:
     theta = 1.5 if unit == "nats" else 0.6137  # no ratio of small integers, as estimates are
-    settings = {"tau": tau, "surrogate": surrogate, "gate_grad_to_scores": into_scores}
-    mechanism = latte(theta=theta, unit=unit, est_bits=est_bits, **settings)
+    settings = {"gate": {"tau": tau, "surrogate": surrogate, "into_scores": into_scores}}
+    mechanism = latte(threshold=theta, unit=unit, estimate={"bits": est_bits}, **settings)
     mechanism.thresholds.base.fill_(theta)  # in fp64
     inputs = draw(mechanism, spread=1.5)
     inputs.k[1, :, 5:] = 0
@@ -150,7 +152,12 @@ def test_t5_all_gradients_of_soft_mode_are_those_of_its_formula(
     unit: str, est_bits: int | str, into_scores: bool
 ) -> None:
     """softmax(S + log sigmoid((theta - difference) / tau)), the best score and the estimate's error held constant."""
-    mechanism = latte(theta=1.5, tau=0.5, mode="soft", unit=unit, est_bits=est_bits, gate_grad_to_scores=into_scores)
+    mechanism = latte(
+        threshold=1.5,
+        gate={"tau": 0.5, "mode": "soft", "into_scores": into_scores},
+        unit=unit,
+        estimate={"bits": est_bits},
+    )
     inputs = draw(mechanism, spread=1.5)
     attended, found = gradients(mechanism, inputs, cost=0)
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.leaves().items()}
@@ -174,7 +181,7 @@ def test_t5_all_gradients_of_soft_mode_are_those_of_its_formula(
 
 @pytest.mark.parametrize("call", [Call(), padded(SELF)], ids=["all", "padded"])
 def test_t5_the_gradient_of_theta_in_soft_mode_is_the_finite_difference(call: Call) -> None:
-    mechanism = latte(theta=1.5, mode="soft")
+    mechanism = latte(threshold=1.5, gate={"mode": "soft"})
     inputs = draw(mechanism, spread=1.5)
     _, found = gradients(mechanism, inputs, call, cost=0)
     for head in range(2):
@@ -192,7 +199,7 @@ def test_t6_a_larger_threshold_keeps_a_superset(est_bits: int | str) -> None:
     before = torch.zeros(2, 2, 7, 7, dtype=torch.bool)
     counts = []
     for theta in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, math.inf):
-        mechanism = latte(theta=theta, est_bits=est_bits).eval()
+        mechanism = latte(threshold=theta, estimate={"bits": est_bits}).eval()
         inputs = draw(mechanism, spread=1.5)
         keep = kept_by(mechanism, inputs)
         assert (keep | ~before).all()
@@ -204,7 +211,7 @@ def test_t6_a_larger_threshold_keeps_a_superset(est_bits: int | str) -> None:
 
 @pytest.mark.parametrize("theta", [0.5, 2.0, 4.0])
 def test_t7_the_error_is_bounded_by_the_mass_that_was_dropped(theta: float) -> None:
-    mechanism = latte(theta=theta, **EXACT).eval()
+    mechanism = latte(threshold=theta, **EXACT).eval()
     inputs = draw(mechanism, lengths=(24, 24), spread=1.5)
     probabilities, keep = scores_of(inputs).softmax(-1), kept_by(mechanism, inputs)
     dropped = (probabilities * ~keep).sum(-1)
@@ -222,7 +229,7 @@ def test_t7_the_error_is_bounded_by_the_mass_that_was_dropped(theta: float) -> N
 @pytest.mark.parametrize("pattern", Pattern)
 @pytest.mark.parametrize("est_bits", [4, "exact"])
 def test_t8_a_constant_added_to_a_row_of_scores_changes_nothing(est_bits: int | str, pattern: Pattern) -> None:
-    mechanism = latte(pattern, theta=1.5, est_bits=est_bits)
+    mechanism = latte(pattern, threshold=1.5, estimate={"bits": est_bits})
     inputs = draw(mechanism, spread=1.5)
     (b, h, n, _), m = inputs.q.shape, inputs.k.shape[2]
     shift = noise_like(torch.empty(b, h, n, 1).double(), 20.0).expand(b, h, n, m)
@@ -236,7 +243,7 @@ def test_t8_a_constant_added_to_a_row_of_scores_changes_nothing(est_bits: int | 
 @pytest.mark.parametrize("pattern", [SELF, Pattern.NONCAUSAL_CROSS])
 @pytest.mark.parametrize("est_bits", [2, 4, 8, "exact"])
 def test_t9_permuted_keys_permute_the_mask(est_bits: int | str, pattern: Pattern) -> None:
-    mechanism = latte(pattern, theta=1.5, est_bits=est_bits).eval()
+    mechanism = latte(pattern, threshold=1.5, estimate={"bits": est_bits}).eval()
     inputs = draw(mechanism, spread=1.5)
     order = torch.randperm(inputs.k.shape[2], generator=torch.Generator().manual_seed(0))
     permuted = Inputs(inputs.q, inputs.k[:, :, order], inputs.v[:, :, order])
@@ -269,7 +276,7 @@ def test_t10_a_causal_case_is_counted_as_by_hand(
     est_bits: int | str, keep: Tensor, score: float, value: float, select: float
 ) -> None:
     """Ten visible pairs of four dimensions: dense costs 10 * (4 + 4)."""
-    mechanism = Latte(1, 4, CAUSAL, theta=1.0, unit="nats", est_bits=est_bits).double()
+    mechanism = Latte(1, 4, CAUSAL, threshold=1.0, unit="nats", estimate={"bits": est_bits}).double()
     assert torch.equal(kept_by(mechanism, by_hand())[0, 0], keep)
     for training in (True, False):
         cost = attend(mechanism.train(training), by_hand()).cost
@@ -279,7 +286,7 @@ def test_t10_a_causal_case_is_counted_as_by_hand(
 @pytest.mark.parametrize("pattern", Pattern)
 @pytest.mark.parametrize("est_bits", [4, "exact"])
 def test_t10_padding_never_changes_a_count(est_bits: int | str, pattern: Pattern) -> None:
-    mechanism = latte(pattern, theta=1.5, est_bits=est_bits)
+    mechanism = latte(pattern, threshold=1.5, estimate={"bits": est_bits})
     inputs = draw(mechanism, spread=1.5)
     (b, h, n, d), m = inputs.q.shape, inputs.k.shape[2]
     junk = noise_like(torch.empty(b, h, 3, d).double(), 50.0)
@@ -293,7 +300,7 @@ def test_t10_padding_never_changes_a_count(est_bits: int | str, pattern: Pattern
 
 @pytest.mark.parametrize("value_dim", [8, 5])
 def test_t10_four_bits_cost_an_eighth_plus_seven_eighths_of_what_is_kept(value_dim: int) -> None:
-    mechanism = latte(theta=1.5, est_bits=4)
+    mechanism = latte(threshold=1.5, estimate={"bits": 4})
     cost = attend(mechanism, draw(mechanism, spread=1.5, value_dim=value_dim), padded(SELF)).cost
     kept = cost.kept / cost.visible
     assert ((kept > 0.1) & (kept < 0.9)).all()
@@ -305,7 +312,7 @@ def test_t10_four_bits_cost_an_eighth_plus_seven_eighths_of_what_is_kept(value_d
 
 @pytest.mark.parametrize(("start", "target"), [(6.9, 0.15), (0.1, 0.5)])
 def test_t11_the_budget_alone_drives_the_kept_share_to_its_target(start: float, target: float) -> None:
-    mechanism = latte(theta=start)
+    mechanism = latte(threshold=start)
     optimiser = torch.optim.Adam([mechanism.thresholds.offset], lr=0.05)
     for step in range(280):
         inputs = draw(mechanism, batch=4, lengths=(16, 16), spread=2.0, seed=step)
@@ -320,7 +327,7 @@ def test_t11_the_budget_alone_drives_the_kept_share_to_its_target(start: float, 
 @pytest.mark.parametrize("mode", ["ste", "soft"])
 def test_t11_the_task_alone_does_not_drive_theta_to_zero(mode: str) -> None:
     """The task is to imitate dense attention: the threshold should rise, and its loss fall."""
-    mechanism = latte(theta=1.0, mode=mode)
+    mechanism = latte(threshold=1.0, gate={"mode": mode})
     optimiser = torch.optim.Adam([mechanism.thresholds.offset], lr=0.05)
     losses = []
     for step in range(100):
@@ -353,7 +360,7 @@ def images(batch: int = 2) -> Tensor:
 
 
 def test_t12_saving_and_loading_keeps_theta() -> None:
-    mechanism, other = latte(theta=1.5), latte(theta=3.0)
+    mechanism, other = latte(threshold=1.5), latte(threshold=3.0)
     with torch.no_grad():
         mechanism.thresholds.offset.copy_(torch.tensor([0.25, -0.5]))
     other.load_state_dict(mechanism.state_dict(), strict=True)
@@ -366,7 +373,7 @@ def test_t12_a_dense_checkpoint_loads_and_is_dense_at_gamma_zero(est_bits: int |
     with torch.no_grad():
         for parameter in dense.parameters():
             parameter += noise_like(parameter, 0.1)
-    sparsify(sparse, "latte", theta=math.inf, est_bits=est_bits)
+    sparsify(sparse, "latte", threshold=math.inf, estimate={"bits": est_bits})
     sparse.double()
     sparse.load_state_dict(dense.state_dict(), strict=True)
     for training in (True, False):
@@ -377,7 +384,7 @@ def test_t12_a_dense_checkpoint_loads_and_is_dense_at_gamma_zero(est_bits: int |
 
 def test_t12_a_dense_checkpoint_keeps_the_thresholds_of_the_model() -> None:
     dense, sparse = tiny_vit(), tiny_vit()
-    sparsify(sparse, "latte", theta=2.5)
+    sparsify(sparse, "latte", threshold=2.5)
     sparse.load_state_dict(dense.state_dict(), strict=True)
     thresholds = [m.thresholds.values() for m in sparse.modules() if isinstance(m, Latte)]
     assert len(thresholds) == 2

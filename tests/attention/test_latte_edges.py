@@ -8,10 +8,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from tests.attention.helpers import Inputs, attend, draw, first, gradients, noise_like, padded
 from tests.attention.latte_reference import (
     CAUSAL,
-    EXACT,
     SELF,
     difference_of,
     estimate_of,
@@ -23,7 +21,8 @@ from tests.attention.latte_reference import (
     weights_of,
 )
 from thresher.attention import Call, Pattern
-from thresher.attention.latte import Latte
+from thresher.attention.latte.mechanism import Latte
+from thresher.testing.inputs import Inputs, attend, draw, first, gradients, noise_like, padded
 
 # Estimates and scores
 
@@ -32,7 +31,7 @@ from thresher.attention.latte import Latte
 @pytest.mark.parametrize("split", ["round", "truncate"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_estimate_that_decides_is_the_product_of_the_top_bits(bits: int, split: str, pattern: Pattern) -> None:
-    mechanism = latte(pattern, theta=1.5, est_bits=bits, split=split).eval()
+    mechanism = latte(pattern, threshold=1.5, estimate={"bits": bits, "split": split}).eval()
     inputs = draw(mechanism, spread=1.5)
     visible = mechanism.visible(inputs.q, inputs.k, Call())
     difference = difference_of(estimate_of(inputs, bits, split, per_token=pattern.causal), visible)
@@ -43,7 +42,7 @@ def test_the_estimate_that_decides_is_the_product_of_the_top_bits(bits: int, spl
 
 
 def test_kept_keys_are_weighed_by_their_exact_scores_whatever_the_estimate() -> None:
-    mechanism = latte(theta=1.5, est_bits=2).eval()
+    mechanism = latte(threshold=1.5, estimate={"bits": 2}).eval()
     inputs = draw(mechanism, spread=1.5)
     keep = kept_by(mechanism, inputs)
     wanted = scores_of(inputs).masked_fill(~keep, -torch.inf).softmax(-1)
@@ -53,9 +52,9 @@ def test_kept_keys_are_weighed_by_their_exact_scores_whatever_the_estimate() -> 
 @pytest.mark.parametrize("pattern", [SELF, CAUSAL])
 @pytest.mark.parametrize("est_bits", [2, 4, 8, "exact"])
 def test_int8_scores_are_the_products_of_the_8_bit_codes(est_bits: int | str, pattern: Pattern) -> None:
-    mechanism = latte(pattern, theta=1.5, est_bits=est_bits, scoring="int8").eval()
+    mechanism = latte(pattern, threshold=1.5, estimate={"bits": est_bits, "scoring": "int8"}).eval()
     inputs = draw(mechanism, spread=1.5)
-    scores, _ = mechanism.scores(inputs.q, inputs.k, Call())
+    scores, _ = mechanism.score(mechanism.prepare(inputs.q, inputs.k, inputs.v, Call()))
     scales = scales_of(inputs, pattern.causal)
     products = scores / (scales[0] * scales[1].transpose(-2, -1) * 8**-0.5)
     q_codes, k_codes = ((x / scale).round().long() for x, scale in zip((inputs.q, inputs.k), scales, strict=True))
@@ -66,7 +65,7 @@ def test_int8_scores_are_the_products_of_the_8_bit_codes(est_bits: int | str, pa
 
 
 def test_int8_scores_pass_gradients_straight_through() -> None:
-    mechanism = latte(theta=math.inf, est_bits=8, scoring="int8")
+    mechanism = latte(threshold=math.inf, estimate={"bits": 8, "scoring": "int8"})
     inputs = draw(mechanism)
     _, found = gradients(mechanism, inputs, cost=0)
     leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
@@ -78,7 +77,7 @@ def test_int8_scores_pass_gradients_straight_through() -> None:
 
 @pytest.mark.parametrize("est_bits", [4, "exact"])
 def test_an_additive_bias_takes_part_in_the_choice_of_keys(est_bits: int | str) -> None:
-    mechanism = latte(theta=1.5, est_bits=est_bits).eval()
+    mechanism = latte(threshold=1.5, estimate={"bits": est_bits}).eval()
     inputs = draw(mechanism)
     bias = noise_like(torch.empty(1, 2, 7, 7).double(), 3.0)
     estimate = (scores_of(inputs) if est_bits == "exact" else estimate_of(inputs, 4)) + bias
@@ -89,18 +88,18 @@ def test_an_additive_bias_takes_part_in_the_choice_of_keys(est_bits: int | str) 
 
 @pytest.mark.parametrize("mode", ["ste", "soft", "hard"])
 def test_training_with_a_hard_gate_computes_what_evaluation_does_and_a_soft_one_does_not(mode: str) -> None:
-    mechanism = latte(theta=1.5, mode=mode)
+    mechanism = latte(threshold=1.5, gate={"mode": mode})
     inputs = draw(mechanism, spread=1.5)
     trained, evaluated = attend(mechanism.train(), inputs), attend(mechanism.eval(), inputs)
     assert torch.equal(trained.cost.kept, evaluated.cost.kept)
     assert torch.allclose(trained.out, evaluated.out, atol=1e-12) == (mode != "soft")
-    assert torch.equal(kept_by(mechanism, inputs), kept_by(latte(theta=1.5).eval(), inputs))
+    assert torch.equal(kept_by(mechanism, inputs), kept_by(latte(threshold=1.5).eval(), inputs))
 
 
 @pytest.mark.parametrize("mode", ["ste", "soft", "hard"])
 def test_the_output_is_the_same_with_and_without_gradients(mode: str) -> None:
     """Checkpointed blocks run once without gradients and once with them."""
-    mechanism = latte(theta=1.5, mode=mode)
+    mechanism = latte(threshold=1.5, gate={"mode": mode})
     inputs = draw(mechanism, spread=1.5)
     with torch.no_grad():
         without = attend(mechanism, inputs).out
@@ -108,7 +107,9 @@ def test_the_output_is_the_same_with_and_without_gradients(mode: str) -> None:
 
 
 def test_soft_mode_weighs_keys_by_their_gate() -> None:
-    mechanism = latte(theta=1.5, tau=0.7, mode="soft", **EXACT)
+    mechanism = latte(
+        threshold=1.5, estimate={"bits": "exact"}, gate={"tau": 0.7, "mode": "soft", "into_scores": False}
+    )
     inputs, call = draw(mechanism, spread=1.5), Call(keys=first([7, 4], 7))
     visible = mechanism.visible(inputs.q, inputs.k, call)
     gate = ((1.5 - difference_of(scores_of(inputs), visible)) / mechanism.thresholds.tau).sigmoid()
@@ -121,7 +122,7 @@ def test_soft_mode_weighs_keys_by_their_gate() -> None:
 
 def test_the_cost_has_no_gradient_towards_queries_and_keys() -> None:
     for mode in ("ste", "soft"):
-        mechanism = latte(theta=1.5, mode=mode)
+        mechanism = latte(threshold=1.5, gate={"mode": mode})
         leaves = {name: x.requires_grad_() for name, x in draw(mechanism, spread=1.5).leaves().items()}
         cost = attend(mechanism, Inputs(**leaves)).cost.total.sum()
         found = torch.autograd.grad(cost, [*leaves.values(), mechanism.thresholds.offset], allow_unused=True)
@@ -131,7 +132,7 @@ def test_the_cost_has_no_gradient_towards_queries_and_keys() -> None:
 
 @pytest.mark.parametrize("into_scores", [True, False])
 def test_the_gate_moves_dropped_keys_only_if_asked_to(into_scores: bool) -> None:
-    mechanism = latte(theta=1.0, gate_grad_to_scores=into_scores, est_bits="exact")
+    mechanism = latte(threshold=1.0, gate={"into_scores": into_scores}, estimate={"bits": "exact"})
     inputs = draw(mechanism, spread=1.5)
     never_kept = ~kept_by(mechanism, inputs).any(2)
     assert never_kept.any()
@@ -140,9 +141,9 @@ def test_the_gate_moves_dropped_keys_only_if_asked_to(into_scores: bool) -> None
     assert not found["v"][never_kept].any()
 
 
-@pytest.mark.parametrize("settings", [{"mode": "hard"}, {"trainable": False}], ids=str)
+@pytest.mark.parametrize("settings", [{"gate": {"mode": "hard"}}, {"trainable": False}], ids=str)
 def test_fixed_thresholds_receive_no_gradient_and_cost_has_none(settings: dict[str, object]) -> None:
-    mechanism = latte(theta=1.5, **settings)
+    mechanism = latte(threshold=1.5, **settings)
     assert [p for p in mechanism.parameters() if p.requires_grad] == []
     attended, found = gradients(mechanism, draw(mechanism, spread=1.5))
     assert not attended.cost.total.requires_grad
@@ -150,7 +151,7 @@ def test_fixed_thresholds_receive_no_gradient_and_cost_has_none(settings: dict[s
 
 
 def test_a_threshold_without_border_keys_gets_a_zero_gradient_and_not_none() -> None:
-    mechanism = latte(theta=2000.0)
+    mechanism = latte(threshold=2000.0)
     attended = attend(mechanism, draw(mechanism))
     (attended.out.sum() + attended.cost.total.sum()).backward()
     assert mechanism.thresholds.offset.grad is not None
@@ -160,7 +161,7 @@ def test_a_threshold_without_border_keys_gets_a_zero_gradient_and_not_none() -> 
 @pytest.mark.parametrize("pattern", Pattern)
 @pytest.mark.parametrize("mode", ["ste", "soft"])
 def test_padded_rows_leave_the_gradient_of_theta_alone(mode: str, pattern: Pattern) -> None:
-    mechanism = latte(pattern, theta=1.5, mode=mode, est_bits="exact")
+    mechanism = latte(pattern, threshold=1.5, gate={"mode": mode}, estimate={"bits": "exact"})
     inputs = draw(mechanism, spread=1.5)
     n, m = inputs.q.shape[2], inputs.k.shape[2]
     longer = Inputs(*(torch.cat([x, noise_like(x)], dim=2) for x in (inputs.q, inputs.k, inputs.v)))
@@ -179,7 +180,7 @@ def test_padded_rows_leave_the_gradient_of_theta_alone(mode: str, pattern: Patte
 @pytest.mark.parametrize("mode", ["ste", "soft", "hard"])
 @pytest.mark.parametrize("est_bits", [4, "exact"])
 def test_an_example_without_any_key_is_zero_and_leaves_all_gradients_finite(est_bits: int | str, mode: str) -> None:
-    mechanism = latte(theta=1.5, est_bits=est_bits, mode=mode)
+    mechanism = latte(threshold=1.5, estimate={"bits": est_bits}, gate={"mode": mode})
     call = Call(keys=first([0, 7], 7))
     attended, found = gradients(mechanism, draw(mechanism), call)
     assert not attended.out[0].any()
@@ -193,7 +194,7 @@ def test_an_example_without_any_key_is_zero_and_leaves_all_gradients_finite(est_
 @pytest.mark.parametrize("est_bits", [2, 4, 8, "exact"])
 @pytest.mark.parametrize("constant", [0.0, 3.0])
 def test_constant_keys_all_tie_and_are_all_kept(constant: float, est_bits: int | str) -> None:
-    mechanism = latte(theta=0.0, est_bits=est_bits)
+    mechanism = latte(threshold=0.0, estimate={"bits": est_bits})
     inputs = draw(mechanism)
     inputs = Inputs(inputs.q, torch.full_like(inputs.k, constant), inputs.v)
     attended, found = gradients(mechanism, inputs)
@@ -203,7 +204,7 @@ def test_constant_keys_all_tie_and_are_all_kept(constant: float, est_bits: int |
 
 
 def test_one_outlying_channel_makes_all_others_tie_and_keeps_everything() -> None:
-    mechanism = latte(theta=0.0, est_bits=4)
+    mechanism = latte(threshold=0.0, estimate={"bits": 4})
     inputs = draw(mechanism)
     inputs.q[..., 0], inputs.k[..., 0] = 1e4, 1e4
     cost = attend(mechanism, inputs).cost
@@ -214,7 +215,7 @@ def test_one_outlying_channel_makes_all_others_tie_and_keeps_everything() -> Non
 @pytest.mark.parametrize("scoring", ["exact", "int8"])
 def test_integer_products_beyond_the_range_of_fp16_are_no_trouble(scoring: str, dtype: torch.dtype) -> None:
     """With 64 dimensions they reach 2^20; fp16 ends at 2^16."""
-    mechanism = Latte(2, 64, SELF, scoring=scoring)  # type: ignore[arg-type]
+    mechanism = Latte(2, 64, SELF, estimate={"scoring": scoring})  # type: ignore[arg-type]
     x = torch.ones(1, 2, 5, 64, dtype=dtype)
     attended, found = gradients(mechanism, Inputs(x, x, noise_like(x)))
     assert attended.out.isfinite().all()
@@ -223,7 +224,7 @@ def test_integer_products_beyond_the_range_of_fp16_are_no_trouble(scoring: str, 
 
 
 def test_a_threshold_that_drifted_below_zero_still_keeps_the_best_key_and_can_return() -> None:
-    mechanism = latte(theta=1.0)
+    mechanism = latte(threshold=1.0)
     with torch.no_grad():
         mechanism.thresholds.offset.fill_(-5.0)
     inputs = draw(mechanism, spread=1.5)
@@ -237,7 +238,7 @@ def test_a_threshold_that_drifted_below_zero_still_keeps_the_best_key_and_can_re
 
 def test_the_best_key_by_estimate_is_kept_even_if_the_true_best_is_not() -> None:
     for seed in range(50):
-        mechanism = latte(theta=0.0, est_bits=2)
+        mechanism = latte(threshold=0.0, estimate={"bits": 2})
         inputs = draw(mechanism, spread=6.0, seed=seed)
         keep = kept_by(mechanism, inputs)
         if not keep.gather(-1, scores_of(inputs).argmax(-1, keepdim=True)).all():
@@ -252,7 +253,7 @@ def test_the_best_key_by_estimate_is_kept_even_if_the_true_best_is_not() -> None
 @pytest.mark.parametrize("count", [1, 3, 99])
 def test_leading_keys_are_kept_wherever_visible(count: int) -> None:
     for pattern, call in itertools.product((SELF, CAUSAL), (Call(), padded(SELF, left=True))):
-        mechanism, without = (latte(pattern, theta=0.0, always_keep=n).eval() for n in (count, 0))
+        mechanism, without = (latte(pattern, threshold=0.0, always_keep=n).eval() for n in (count, 0))
         inputs = draw(mechanism, spread=1.5)
         visible = mechanism.visible(inputs.q, inputs.k, call)
         wanted = kept_by(without, inputs, call) | (visible & (torch.arange(7) < count))
@@ -262,7 +263,7 @@ def test_leading_keys_are_kept_wherever_visible(count: int) -> None:
 
 @pytest.mark.parametrize("mode", ["ste", "soft", "hard"])
 def test_an_infinite_threshold_trains_without_nan(mode: str) -> None:
-    mechanism = latte(theta=math.inf, mode=mode)
+    mechanism = latte(threshold=math.inf, gate={"mode": mode})
     projection = nn.Linear(8, 8).double()
     optimiser = torch.optim.Adam([*projection.parameters(), mechanism.thresholds.offset], lr=0.1)
     inputs = draw(mechanism)
@@ -276,7 +277,7 @@ def test_an_infinite_threshold_trains_without_nan(mode: str) -> None:
 
 
 def test_autocast_decides_in_fp32_and_trains_thresholds_in_fp32() -> None:
-    mechanism = Latte(2, 8, SELF, theta=1.5)
+    mechanism = Latte(2, 8, SELF, threshold=1.5)
     inputs = draw(mechanism, lengths=(33, 33), spread=1.5, dtype=torch.float32)
     plain, plain_gradients = gradients(mechanism, inputs, cost=1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -295,7 +296,7 @@ def test_a_small_step_of_a_threshold_is_not_lost_in_a_bf16_model() -> None:
 
 
 def test_another_length_shifts_the_thresholds_of_a_mechanism() -> None:
-    mechanism = latte(theta=1.5)
+    mechanism = latte(threshold=1.5)
     mechanism.thresholds.transfer_length(128, 256)
     assert_close(mechanism.thresholds.values(), torch.full((2,), 1.5 + math.log(2)).double())
 
@@ -307,7 +308,7 @@ def test_thresholds_in_spreads_do_not_depend_on_the_length() -> None:
 
 @pytest.mark.parametrize("pattern", Pattern)
 def test_in_spreads_a_row_keeps_the_keys_above_a_share_of_the_way_from_its_mean_to_its_best(pattern: Pattern) -> None:
-    mechanism = latte(pattern, theta=0.6, unit="spread", est_bits="exact")
+    mechanism = latte(pattern, threshold=0.6, unit="spread", estimate={"bits": "exact"})
     inputs = draw(mechanism, spread=1.5)
     for call in (Call(), padded(pattern)):
         visible = mechanism.visible(inputs.q, inputs.k, call)
@@ -321,7 +322,7 @@ def test_in_spreads_a_row_keeps_the_keys_above_a_share_of_the_way_from_its_mean_
 
 
 def test_dropout_follows_the_renormalisation() -> None:
-    mechanism = latte(theta=1.5)
+    mechanism = latte(threshold=1.5)
     inputs = draw(mechanism, spread=1.5)
     plain = weights_of(mechanism, inputs)
     mechanism.dropout = 0.5
@@ -333,17 +334,17 @@ def test_dropout_follows_the_renormalisation() -> None:
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
-        ({"est_bits": 3}, "est_bits must be one of 2, 4, 8, exact; got 3"),
-        ({"est_bits": "4"}, "est_bits must be one of 2, 4, 8, exact; got '4'"),
-        ({"split": "floor"}, "split must be one of round, truncate; got 'floor'"),
-        ({"scoring": "fp8"}, "scoring must be one of exact, int8; got 'fp8'"),
-        ({"mode": "straight"}, "mode must be one of ste, soft, hard; got 'straight'"),
-        ({"theta": -1.0}, "theta must be a finite number, at least 0; got -1.0"),
-        ({"theta": math.nan}, "at least 0; got nan"),
-        ({"tau": 0.0}, "tau must be a finite number above 0; got 0.0"),
+        ({"estimate": {"bits": 3}}, "estimate.bits must be one of 2, 4, 8, exact; got 3"),
+        ({"estimate": {"bits": "4"}}, "estimate.bits must be one of 2, 4, 8, exact; got '4'"),
+        ({"estimate": {"split": "floor"}}, "estimate.split must be one of round, truncate; got 'floor'"),
+        ({"estimate": {"scoring": "fp8"}}, "estimate.scoring must be one of exact, int8; got 'fp8'"),
+        ({"gate": {"mode": "straight"}}, "gate.mode must be one of ste, soft, hard; got 'straight'"),
+        ({"threshold": -1.0}, "threshold must be a finite number, at least 0; got -1.0"),
+        ({"threshold": math.nan}, "at least 0; got nan"),
+        ({"gate": {"tau": 0.0}}, "gate.tau must be a finite number above 0; got 0.0"),
         ({"always_keep": -1}, "always_keep must be a whole number, at least 0; got -1"),
-        ({"surrogate": "step"}, "surrogate must be one of sigmoid, compact, inside; got 'step'"),
-        ({"surrogate": "compact", "mode": "soft"}, "surrogate=compact is for mode=ste"),
+        ({"gate": {"surrogate": "step"}}, "gate.surrogate must be one of sigmoid, compact, inside; got 'step'"),
+        ({"gate": {"surrogate": "compact", "mode": "soft"}}, "gate.surrogate=compact is for gate.mode=ste"),
         ({"backend": "gpu"}, "backend must be one of auto, reference, cpu; got 'gpu'"),
     ],
     ids=str,

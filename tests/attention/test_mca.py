@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.attention.helpers import Inputs, attend, draw, first, gradients, noise_like, softmax_attention
 from thresher.attention import Call, Pattern, ValueSource
-from thresher.attention.mca import Mca, sampling_chances
+from thresher.attention.mca.mechanism import Mca, compute_chances
+from thresher.testing.inputs import Inputs, attend, draw, first, gradients, noise_like, softmax_attention
 
 SELF = Pattern.NONCAUSAL_SELF
 
@@ -39,7 +39,7 @@ def values_of(inputs: Inputs) -> Tensor:
 def encoded(mechanism: Mca, inputs: Inputs, counts: Tensor, seed: int) -> Tensor:
     torch.manual_seed(seed)
     assert inputs.source is not None
-    return mechanism.encode(inputs.source._replace(bias=None), counts)
+    return mechanism.project(inputs.source, counts)
 
 
 def attention_of(inputs: Inputs) -> Tensor:
@@ -49,7 +49,7 @@ def attention_of(inputs: Inputs) -> Tensor:
 @pytest.mark.parametrize("alpha", [0.0, 1e-3])
 @pytest.mark.parametrize("path", ["dense", "gather"])
 def test_m1_a_small_error_coefficient_is_dense_attention(path: str, alpha: float) -> None:
-    mechanism = mca(alpha=alpha, path=path, draws="shared")
+    mechanism = mca(alpha=alpha, path=path, sampling={"draws": "shared"})
     inputs = draw(mechanism, dtype=torch.float32)
     attended, found = gradients(mechanism, inputs, cost=0)
     for name, reference in softmax_attention(mechanism, inputs, Call()).items():
@@ -74,8 +74,8 @@ def bias_of_the_mean(mechanism: Mca, draws: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize("sampler", ["multinomial", "poisson"])
 def test_m2_the_mean_over_draws_converges_to_exact_attention(sampler: str) -> None:
-    few, _ = bias_of_the_mean(mca(alpha=1.5, sampler=sampler), 50)
-    many, z = bias_of_the_mean(mca(alpha=1.5, sampler=sampler), 800)
+    few, _ = bias_of_the_mean(mca(alpha=1.5, sampling={"distribution": sampler}), 50)
+    many, z = bias_of_the_mean(mca(alpha=1.5, sampling={"distribution": sampler}), 800)
     assert 2.5 < few / many < 6.5
     assert z < 5
 
@@ -88,7 +88,7 @@ def test_m5_rounding_counts_down_as_the_official_code_does_is_biased() -> None:
 
 @pytest.mark.parametrize("sampler", ["multinomial", "poisson"])
 def test_m3_the_variance_is_that_of_the_formula(sampler: str) -> None:
-    inputs, mechanism = with_source(n=6), mca(sampler=sampler)
+    inputs, mechanism = with_source(n=6), mca(sampling={"distribution": sampler})
     assert inputs.source is not None
     counts = torch.full((1, 2, 6), 4.0).double()
     exact, draws = values_of(inputs), 4000
@@ -118,18 +118,18 @@ def test_m6_features_are_drawn_by_the_norms_of_the_input_axis_not_of_the_output_
     inputs = with_source()
     assert inputs.source is not None
     weight = inputs.source.weight.unflatten(0, (2, 8))
-    chances = sampling_chances(weight)
+    chances = compute_chances(weight)
     assert chances.shape == (2, 24)
     for head in range(2):
         columns = torch.stack([weight[head, :, feature].square().sum() for feature in range(24)])
         assert_close(chances[head], columns / columns.sum())
-    assert_close(sampling_chances(torch.zeros(1, 3, 5)), torch.full((1, 5), 0.2))
+    assert_close(compute_chances(torch.zeros(1, 3, 5)), torch.full((1, 5), 0.2))
 
 
 @pytest.mark.parametrize("draws", ["token", "shared"])
 def test_m7_padding_changes_neither_outputs_nor_the_honest_fraction(draws: str) -> None:
     """The paper's code counts padded length, and lets padded queries raise the importance of keys."""
-    mechanism = mca(alpha=1.5, draws=draws)
+    mechanism = mca(alpha=1.5, sampling={"draws": draws})
     inputs = with_source(n=9)
     longer = with_source(n=15, seed=5)
     assert inputs.source is not None
@@ -139,8 +139,8 @@ def test_m7_padding_changes_neither_outputs_nor_the_honest_fraction(draws: str) 
     padded = Inputs(**parts, source=inputs.source._replace(x=x))
     call = Call(queries=first([9], 15), keys=first([9], 15), source=padded.source)
     assert_close(attend(mechanism, padded, call).out[:, :, :9], attend(mechanism, inputs).out, atol=1e-12, rtol=1e-12)
-    plain = mechanism.fractions(inputs.q, inputs.k, inputs.v, Call(source=inputs.source))
-    other = mechanism.fractions(padded.q, padded.k, padded.v, call)
+    plain = mechanism.measure_fractions(inputs.q, inputs.k, inputs.v, Call(source=inputs.source))
+    other = mechanism.measure_fractions(padded.q, padded.k, padded.v, call)
     assert_close(plain.valid, other.valid)
     assert_close(plain.padded * 9 / 15, other.padded)
     assert_close(plain.layer, other.layer)
@@ -175,16 +175,16 @@ def test_m8_gradients_over_draws_converge_to_exact_ones_for_a_given_gradient_of_
 
 @pytest.mark.parametrize("path", ["dense", "gather"])
 def test_m8_the_gradient_of_a_sample_is_that_of_finite_differences(path: str) -> None:
-    mechanism = mca(alpha=3.0, path=path, draws="shared", resample="never")
+    mechanism = mca(alpha=3.0, path=path, sampling={"draws": "shared", "resample": "never"})
     inputs = with_source(n=5, d=6)
     assert inputs.source is not None
     source, counts = inputs.source, torch.tensor([[[1.0, 2, 3, 5, 6], [0, 1, 4, 6, 2]]]).double()
-    chances = sampling_chances(source.weight.unflatten(0, (2, 8)))
+    chances = compute_chances(source.weight.unflatten(0, (2, 8)))
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
         split = weight.unflatten(0, (2, 8))
         if path == "gather":
-            return mechanism.gathered(x, split, chances, counts)
+            return mechanism.project_gathered(x, split, chances, counts)
         return (x[:, None] * mechanism.sample(chances, counts, 6)) @ split.mT
 
     assert torch.autograd.gradcheck(run, (source.x.requires_grad_(), source.weight.requires_grad_()), fast_mode=True)
@@ -202,7 +202,7 @@ def test_the_exact_gradient_is_that_of_dense_attention_whatever_was_drawn() -> N
 def test_what_is_gathered_is_what_the_dense_simulation_weighs() -> None:
     inputs = with_source(n=20, d=24, batch=2)
     for alpha in (0.5, 1.5, 4.0):
-        dense, gather = (mca(alpha=alpha, draws="shared", path=path) for path in ("dense", "gather"))
+        dense, gather = (mca(alpha=alpha, sampling={"draws": "shared"}, path=path) for path in ("dense", "gather"))
         (one, of_dense), (other, of_gather) = (gradients(mechanism, inputs) for mechanism in (dense, gather))
         assert_close(one.out, other.out, atol=1e-10, rtol=1e-10)
         for name, reference in of_dense.items():
@@ -215,7 +215,9 @@ def test_m9_a_larger_error_coefficient_is_cheaper_and_noisier() -> None:
     fractions, errors = [], []
     for alpha in (0.2, 0.5, 1.0, 2.0, 5.0):
         mechanism = mca(alpha=alpha)
-        fractions.append(float(mechanism.fractions(inputs.q, inputs.k, inputs.v, Call(source=inputs.source)).valid))
+        fractions.append(
+            float(mechanism.measure_fractions(inputs.q, inputs.k, inputs.v, Call(source=inputs.source)).valid)
+        )
         drawn = [attend(mechanism, inputs, seed=seed).out for seed in range(60)]
         errors.append(float(torch.stack([(out - exact).norm() for out in drawn]).mean()))
     assert fractions == sorted(fractions, reverse=True)
@@ -227,7 +229,7 @@ def test_m10_a_seed_fixes_every_bit() -> None:
     mechanism = mca(alpha=2.0)
     assert torch.equal(attend(mechanism, inputs, seed=3).out, attend(mechanism, inputs, seed=3).out)
     assert not torch.equal(attend(mechanism, inputs, seed=3).out, attend(mechanism, inputs, seed=4).out)
-    fixed = [mca(alpha=2.0, seed=seed).eval() for seed in (0, 0, 1)]
+    fixed = [mca(alpha=2.0, sampling={"seed": seed}).eval() for seed in (0, 0, 1)]
     outs = [attend(one, inputs).out for one in fixed]
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
@@ -236,18 +238,24 @@ def test_m10_a_seed_fixes_every_bit() -> None:
 def test_m11_samples_are_counted_as_by_hand_the_cap_included() -> None:
     weights = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.1, 0.7, 0.2, 0.0], [0.25, 0.5, 0.25, 0.0]])[None, None]
     mechanism = Mca(1, 8, Pattern.NONCAUSAL_CROSS, alpha=1.0)
-    assert mechanism.counts(weights, Call(), 1, 6).tolist() == [[[4.0, 6.0, 1.0, 0.0]]]
+    q, kv = torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 4, 8)
+
+    def counted(mechanism: Mca, weights: Tensor, call: Call) -> list[list[list[float]]]:
+        x = mechanism.prepare(q[:, : weights.shape[1]], kv, kv, call)
+        return mechanism.count_samples(weights, x, 6).tolist()
+
+    assert counted(mechanism, weights, Call()) == [[[4.0, 6.0, 1.0, 0.0]]]
     valid = Call(keys=first([3], 4))
-    assert mechanism.counts(weights, valid, 1, 6).tolist() == [[[3.0, 5.0, 1.0, 0.0]]]  # (3 * 0.5)^2 = 2.25
+    assert counted(mechanism, weights, valid) == [[[3.0, 5.0, 1.0, 0.0]]]  # (3 * 0.5)^2 = 2.25
     paper = Mca(1, 8, Pattern.NONCAUSAL_CROSS, alpha=1.1, reproduce_paper=True)
-    assert paper.counts(weights, valid, 1, 6).tolist() == [[[3.0, 6.0, 0.0, 0.0]]]
+    assert counted(paper, weights, valid) == [[[3.0, 6.0, 0.0, 0.0]]]
     two_heads = torch.cat([weights, weights.flip(-1)], 1)
-    assert Mca(2, 8, Pattern.NONCAUSAL_CROSS).counts(two_heads, Call(), 1, 6).tolist() == [[[4.0, 6.0, 6.0, 4.0]]]
+    assert counted(Mca(2, 8, Pattern.NONCAUSAL_CROSS), two_heads, Call()) == [[[4.0, 6.0, 6.0, 4.0]]]
 
 
 def test_a_layer_saves_less_than_a_quarter_even_if_values_cost_nothing() -> None:
     inputs = with_source(n=12, d=24)
-    fractions = mca(alpha=1e6).fractions(inputs.q, inputs.k, inputs.v, Call(source=inputs.source))
+    fractions = mca(alpha=1e6).measure_fractions(inputs.q, inputs.k, inputs.v, Call(source=inputs.source))
     assert_close(fractions.valid, torch.tensor(1 / 24).double())
     saved = (1 - 1 / 24) / (4 + 2 * 12 / 24)
     assert_close(fractions.layer, torch.tensor(1 - saved).double())
@@ -263,7 +271,7 @@ def test_causal_patterns_need_a_word() -> None:
 
 def test_a_call_that_does_not_say_what_values_were_projected_from_is_refused() -> None:
     inputs = with_source()
-    with pytest.raises(ValueError, match="does not say what it was"):
+    with pytest.raises(ValueError, match=r"needs Call\.source"):
         mca()(inputs.q, inputs.k, inputs.v, Call())
 
 
@@ -273,8 +281,8 @@ def test_a_call_that_does_not_say_what_values_were_projected_from_is_refused() -
     [
         ({"alpha": -1.0}, "alpha must be a finite number, at least 0"),
         ({"alpha": math.inf}, "alpha must be a finite number"),
-        ({"sampler": "gamma"}, "sampler must be one of multinomial, poisson"),
-        ({"path": "gather"}, "path=gather needs draws=shared"),
+        ({"sampling": {"distribution": "gamma"}}, "sampling.distribution must be one of multinomial, poisson"),
+        ({"path": "gather"}, "path=gather needs sampling.draws=shared"),
     ],
     ids=str,
 )

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.attention.cases import OPTIONS, Case, cases
-from tests.attention.checks import assert_sound
-from tests.attention.helpers import attend, disturb, gradients, same, visible_by_definition
 from thresher.attention import available, find, hyperparameters
+from thresher.attention.options import flatten_options
+from thresher.testing.checks import assert_sound
+from thresher.testing.inputs import attend, disturb, gradients, same, visible_by_definition
 
 NAN = float("nan")
 SHARED = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": False}
@@ -50,7 +51,7 @@ def check_case(case: Case) -> None:
 
 def test_every_option_of_every_mechanism_is_drawn() -> None:
     assert {name: set(options) for name, options in OPTIONS.items()} == {
-        name: set(hyperparameters(find(name))) for name in available()
+        name: set(flatten_options(hyperparameters(find(name)))) for name in available()
     }
 
 

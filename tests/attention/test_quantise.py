@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.attention.helpers import noise_like
-from thresher.attention.quantise import Halves, completed_product, estimated_product, quantise, split_codes
+from thresher.attention.latte.quantise import Halves, complete_product, estimate_product, quantise, split_codes
+from thresher.testing.inputs import noise_like
 
 BITS = [2, 4, 8]
 SPLITS = ["round", "truncate"]
@@ -114,9 +114,9 @@ def test_the_completed_product_is_the_integer_product(seed: int, dim: int, bits:
     rng = torch.Generator().manual_seed(seed)
     q, k = (torch.randint(-128, 128, (1, 1, n, dim), generator=rng) for n in (3, 4))
     q_half, k_half = halves(q, bits, rule), halves(k, bits, rule)
-    estimate = estimated_product(q_half, k_half)
+    estimate = estimate_product(q_half, k_half)
     assert torch.equal(estimate.long(), (q_half.high.long() @ k_half.high.long().transpose(-2, -1)) * 4 ** (8 - bits))
-    assert torch.equal(completed_product(estimate, q_half, k_half).long(), q @ k.transpose(-2, -1))
+    assert torch.equal(complete_product(estimate, q_half, k_half).long(), q @ k.transpose(-2, -1))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -126,6 +126,6 @@ def test_fp32_adds_1024_products_of_the_largest_codes_exactly(bits: int, rule: s
     q = torch.full((1, 1, 1, 1024), 127)
     k = torch.full((1, 1, 1, 1024), 127 * sign)
     q_half, k_half = (split_codes(x.float(), bits, rule) for x in (q, k))
-    product = completed_product(estimated_product(q_half, k_half), q_half, k_half)
+    product = complete_product(estimate_product(q_half, k_half), q_half, k_half)
     assert product.dtype == torch.float32
     assert product.item() == sign * 127 * 127 * 1024

@@ -8,22 +8,21 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.attention.helpers import (
+from thresher.attention import Call, Pattern
+from thresher.attention.smyrf.clusters import Clusters, Directions, hash_tokens
+from thresher.attention.smyrf.layout import build_layout, compute_ranks, gather_slots, sum_slots
+from thresher.attention.smyrf.mechanism import Smyrf
+from thresher.testing.inputs import (
     Inputs,
     attend,
+    count_saved_bytes,
     draw,
     first,
     gradients,
     noise_like,
     padded,
-    saved_bytes,
     softmax_attention,
 )
-from thresher.attention import Call, Pattern
-from thresher.attention.clusters import Clusters, Directions, hash_tokens
-from thresher.attention.layout import from_slots, layout_of, rank_of, to_slots
-from thresher.attention.smyrf import Smyrf
-from thresher.attention.visibility import hide_tokens
 
 SELF, CROSS, CAUSAL_CROSS = Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS
 PATTERNS = [SELF, CROSS, CAUSAL_CROSS]
@@ -39,15 +38,15 @@ def drawn(mechanism: Smyrf, n: int = 24, m: int = 20, **options: object) -> Inpu
 
 
 def clusters_of(mechanism: Smyrf, inputs: Inputs, call: Call) -> Clusters:
-    q, k, _ = hide_tokens(inputs.q, inputs.k, inputs.v, call, mechanism.pattern)
-    (clusters,) = mechanism.assign(q.flatten(0, 1), k.flatten(0, 1), call)
+    x = mechanism.prepare(inputs.q, inputs.k, inputs.v, call)
+    (clusters,) = mechanism.assign(x.q.flatten(0, 1), x.k.flatten(0, 1), x)
     return clusters
 
 
 def meetings(mechanism: Smyrf, inputs: Inputs, call: Call) -> Tensor:
     """Return [r, b, h, n, m]: which visible pairs share a cluster in which round."""
     clusters = clusters_of(mechanism, inputs, call)
-    same = clusters.of_query[..., :, None] == clusters.of_key[..., None, :]
+    same = clusters.query_cluster[..., :, None] == clusters.key_cluster[..., None, :]
     visible = mechanism.visible(inputs.q, inputs.k, call)
     return same.unflatten(1, visible.shape[:2]) & visible
 
@@ -66,7 +65,8 @@ def test_1_the_transforms_turn_inner_products_into_distances() -> None:
     inputs = draw(mechanism, batch=1, lengths=(3, 3), dtype=torch.float32)
     q, k = inputs.q[0, :1], inputs.k[0, :1]
     hash_q, hash_k = (
-        x[:, 0] for x in hash_tokens(q, k, Directions(mechanism.directions, mechanism.shifts, None), apart=False)
+        x[:, 0]
+        for x in hash_tokens(q, k, Directions(mechanism.directions, mechanism.shifts, None), independent_queries=False)
     )
     distance = (hash_q[:, :, None] - hash_k[:, None, :]).square().mean(0)  # E (a.u)^2 = |u|^2
     constant = distance + 2 * (q @ k.mT)[0]
@@ -99,7 +99,7 @@ def test_3_clusters_are_balanced_and_hold_each_visible_token_once(
     for call in (Call(), padded(pattern, lengths=(n, m)), padded(pattern, lengths=(n, m), left=True)):
         clusters = clusters_of(mechanism, inputs, call)
         everything = torch.ones(2, 1, dtype=torch.bool)
-        for of, keys, valid in ((clusters.of_key, True, call.keys), (clusters.of_query, False, call.queries)):
+        for of, keys, valid in ((clusters.key_cluster, True, call.keys), (clusters.query_cluster, False, call.queries)):
             seen = (everything.expand(2, of.shape[-1]) if valid is None else valid).repeat_interleave(2, 0)
             assert torch.equal(of >= 0, seen.expand(3, -1, -1)), "a hidden token has a cluster"
             for one, tokens in ((one, seen[g]) for of_round in of for g, one in enumerate(of_round)):
@@ -108,7 +108,7 @@ def test_3_clusters_are_balanced_and_hold_each_visible_token_once(
                     assert sizes.max() - sizes.min() <= 1
                 if keys:
                     assert sizes.max() <= cluster
-        for layout, of in ((clusters.queries, clusters.of_query), (clusters.keys, clusters.of_key)):
+        for layout, of in ((clusters.queries, clusters.query_cluster), (clusters.keys, clusters.key_cluster)):
             slots = layout.token.shape[-1]
             assert torch.equal(layout.slot < slots, of >= 0), "a token is lost"
             for token, slot in zip(layout.token, layout.slot.transpose(0, 1), strict=True):
@@ -227,7 +227,7 @@ def test_13_a_later_query_moves_no_earlier_one_to_another_cluster() -> None:
         later = inputs.q.clone()
         later[:, :, 12:] = 100 * noise_like(later[:, :, 12:])
         before, after = (clusters_of(mechanism, Inputs(q, inputs.k, inputs.v), Call()) for q in (inputs.q, later))
-        moved[pattern] = not torch.equal(before.of_query[..., :12], after.of_query[..., :12])
+        moved[pattern] = not torch.equal(before.query_cluster[..., :12], after.query_cluster[..., :12])
     assert moved == {CROSS: True, CAUSAL_CROSS: False}
 
 
@@ -247,7 +247,7 @@ def test_norms_beyond_the_range_of_fp16_squares_do_not_overflow() -> None:
 
 
 def test_saved_memory_grows_with_the_length_not_with_its_square() -> None:
-    small, large = (saved_bytes(Smyrf(2, 8, SELF, cluster=16, rounds=2), n) for n in (1024, 2048))
+    small, large = (count_saved_bytes(Smyrf(2, 8, SELF, cluster=16, rounds=2), n) for n in (1024, 2048))
     assert 1.8 < large / small < 2.2
 
 
@@ -262,18 +262,18 @@ def test_hyperparameters_out_of_range_are_refused(name: str, value: object) -> N
 
 def test_rows_move_to_their_slots_and_are_summed_up_again() -> None:
     slot = torch.tensor([[[2, 0, 6, 5]], [[4, 3, 6, 1]]])  # 6 is none
-    layout = layout_of(slot, 6)
+    layout = build_layout(slot, 6)
     assert layout.token.tolist() == [[1, 3, 0, 1, 0, 3]]
     x = noise_like(torch.empty(1, 4, 3, dtype=torch.float64))
-    moved = to_slots(x, layout.token)
+    moved = gather_slots(x, layout.token)
     assert torch.equal(moved[0], x[0, layout.token[0]])
     times = torch.tensor([[2], [2], [0], [2]])
-    assert_close(from_slots(moved, layout)[0], x[0] * times)
+    assert_close(sum_slots(moved, layout)[0], x[0] * times)
     weights = torch.tensor([2.0, 10.0], dtype=torch.float64)[:, None, None].expand(2, 1, 4)
-    assert_close(from_slots(moved, layout, weights)[0], x[0] * times * 6)
+    assert_close(sum_slots(moved, layout, weights)[0], x[0] * times * 6)
     moved[0, 5] = float("nan")
-    assert from_slots(moved, layout)[0, :3].isfinite().all(), "nan reaches a token that is not there"
-    assert rank_of(torch.tensor([[[3.0, 1.0, 3.0, -1.0]]])).tolist() == [[[2, 1, 3, 0]]]
+    assert sum_slots(moved, layout)[0, :3].isfinite().all(), "nan reaches a token that is not there"
+    assert compute_ranks(torch.tensor([[[3.0, 1.0, 3.0, -1.0]]])).tolist() == [[[2, 1, 3, 0]]]
 
 
 def test_gradients_with_dropout_are_those_of_finite_differences() -> None:

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.attention.helpers import (
+from thresher.attention import Call, Pattern
+from thresher.attention.smyrf.mechanism import Smyrf
+from thresher.testing.inputs import (
     Inputs,
     attend,
+    count_saved_bytes,
     disturb,
     draw,
     first,
@@ -17,12 +20,8 @@ from tests.attention.helpers import (
     last,
     noise_like,
     padded,
-    saved_bytes,
     softmax_attention,
 )
-from thresher.attention import Call, Pattern
-from thresher.attention.smyrf import Smyrf
-from thresher.attention.visibility import hide_tokens
 
 SELF = Pattern.CAUSAL_SELF
 
@@ -34,11 +33,11 @@ def smyrf(**hyperparameters: object) -> Smyrf:
 
 def meetings(mechanism: Smyrf, inputs: Inputs, call: Call) -> list[Tensor]:
     """Return [r, b, h, n, m] for the blocks and for each level: which visible pairs share a cluster in which round."""
-    q, k, _ = hide_tokens(inputs.q, inputs.k, inputs.v, call, SELF)
+    x = mechanism.prepare(inputs.q, inputs.k, inputs.v, call)
     visible = mechanism.visible(inputs.q, inputs.k, call)
     return [
-        (part.of_query[..., :, None] == part.of_key[..., None, :]).unflatten(1, visible.shape[:2]) & visible
-        for part in mechanism.assign(q.flatten(0, 1), k.flatten(0, 1), call)
+        (part.query_cluster[..., :, None] == part.key_cluster[..., None, :]).unflatten(1, visible.shape[:2]) & visible
+        for part in mechanism.assign(x.q.flatten(0, 1), x.k.flatten(0, 1), x)
     ]
 
 
@@ -177,7 +176,7 @@ def test_fused_attention_is_the_plain_one() -> None:
 
 def test_saved_memory_and_kept_pairs_grow_hardly_faster_than_the_length() -> None:
     mechanism = smyrf(cluster=16, rounds=2)
-    small, large = (saved_bytes(mechanism, n) for n in (1024, 2048))
+    small, large = (count_saved_bytes(mechanism, n) for n in (1024, 2048))
     assert 1.8 < large / small < 2.3
     kept = [attend(mechanism, draw(mechanism, lengths=(n, n), batch=1)).cost.kept.sum() for n in (1024, 2048)]
     assert 2 < kept[1] / kept[0] < 2.4

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.attention.helpers import first, noise_like
 from tests.attention.latte_reference import step_of
-from thresher.attention.functional import bounded_below
-from thresher.attention.thresholds import Thresholds
+from thresher.attention.shared.functional import clamp_from_below
+from thresher.attention.shared.thresholds import Thresholds
+from thresher.testing.inputs import first, noise_like
 
 
 def thresholds(*values: float, tau: float = 0.5, trainable: bool = True) -> Thresholds:
-    made = Thresholds(len(values), init=0.0, tau=tau, trainable=trainable).double()
+    made = Thresholds(len(values), initial=0.0, tau=tau, trainable=trainable).double()
     made.base.copy_(torch.tensor(values))
     return made
 
@@ -34,7 +34,7 @@ def climb(bound: object, start: float, steps: int = 20) -> float:
 
 
 def test_a_bounded_value_below_the_bound_can_climb_back() -> None:
-    assert climb(lambda x: bounded_below(x, 0.0), start=-3.0) == pytest.approx(2, abs=1e-3)
+    assert climb(lambda x: clamp_from_below(x, 0.0), start=-3.0) == pytest.approx(2, abs=1e-3)
 
 
 def test_under_a_plain_clamp_it_could_not() -> None:
@@ -43,7 +43,7 @@ def test_under_a_plain_clamp_it_could_not() -> None:
 
 def test_a_bounded_value_below_the_bound_falls_no_further() -> None:
     x = torch.tensor([-1.0, 0.0, 1.0], requires_grad=True)
-    bounded = bounded_below(x, 0.0)
+    bounded = clamp_from_below(x, 0.0)
     assert bounded.tolist() == [0, 0, 1]
     (downwards,) = torch.autograd.grad(bounded.sum(), x, retain_graph=True)
     assert downwards.tolist() == [0, 1, 1]
@@ -134,7 +134,7 @@ def test_the_gradient_of_the_count_is_that_of_a_smooth_step(surrogate: str) -> N
 def test_differences_receive_no_gradient() -> None:
     difference = differences().requires_grad_()
     gate = thresholds(0.5, 2.0, 4.0)(difference, None)
-    (got,) = torch.autograd.grad(gate.kept.sum() + gate.theta.sum(), difference, allow_unused=True)
+    (got,) = torch.autograd.grad(gate.kept.sum() + gate.threshold.sum(), difference, allow_unused=True)
     assert got is None
 
 
@@ -171,7 +171,7 @@ def test_untrainable_thresholds_have_no_trainable_parameter() -> None:
 
 
 def test_thresholds_are_fp32_and_have_a_dimension() -> None:
-    made = Thresholds(3, init=1.0, tau=0.5, trainable=True)
+    made = Thresholds(3, initial=1.0, tau=0.5, trainable=True)
     assert made.offset.shape == (3,)
     assert made.offset.dtype == made.base.dtype == torch.float32
 
@@ -196,30 +196,22 @@ def test_lengths_below_one_are_refused(old: int, new: int) -> None:
         thresholds(1.0).transfer_length(old, new)
 
 
-@pytest.mark.parametrize("init", [-0.1, -math.inf, math.nan])
-def test_a_threshold_below_zero_or_without_a_value_is_refused(init: float) -> None:
-    with pytest.raises(ValueError, match=f"at least 0; got {init}"):
-        Thresholds(2, init=init, tau=0.5, trainable=True)
+@pytest.mark.parametrize("initial", [-0.1, -math.inf, math.nan])
+def test_a_threshold_below_zero_or_without_a_value_is_refused(initial: float) -> None:
+    with pytest.raises(ValueError, match=f"at least 0; got {initial}"):
+        Thresholds(2, initial=initial, tau=0.5, trainable=True)
 
 
 @pytest.mark.parametrize("tau", [0.0, -1.0, math.nan])
 def test_a_surrogate_without_width_is_refused(tau: float) -> None:
     with pytest.raises(ValueError, match=f"above 0; got {tau}"):
-        Thresholds(2, init=1.0, tau=tau, trainable=True)
+        Thresholds(2, initial=1.0, tau=tau, trainable=True)
 
 
 def test_evaluation_has_a_base_of_its_own() -> None:
-    made = Thresholds(2, init=1.0, tau=0.5, trainable=True)
+    made = Thresholds(2, initial=1.0, tau=0.5, trainable=True)
     made.set_base(torch.tensor([2.0, math.nan]))
     assert made.values().tolist() == made.eval().values().tolist() == [2.0, 1.0]
     made.eval_base.fill_(3.0)
     assert made.values().tolist() == [3.0, 3.0]
     assert made.train().values().tolist() == [2.0, 1.0]
-
-
-def test_states_with_one_base_hold_it_for_evaluation_too() -> None:
-    made = Thresholds(2, init=1.0, tau=0.5, trainable=True)
-    state = Thresholds(2, init=4.0, tau=0.5, trainable=True).state_dict()
-    del state["eval_base"]
-    made.load_state_dict(state)
-    assert made.eval_base.tolist() == made.base.tolist() == [4.0, 4.0]

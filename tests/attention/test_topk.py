@@ -5,9 +5,19 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.attention.helpers import Inputs, attend, draw, first, gradients, noise_like, saved_bytes, softmax_attention
 from thresher.attention import Call, Pattern
-from thresher.attention.topk import TopK, allowed, largest, most
+from thresher.attention.shared.selection import count_kept_keys, find_largest, tabulate_kept_keys
+from thresher.attention.topk.mechanism import TopK
+from thresher.testing.inputs import (
+    Inputs,
+    attend,
+    count_saved_bytes,
+    draw,
+    first,
+    gradients,
+    noise_like,
+    softmax_attention,
+)
 
 SELF, CAUSAL = Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF
 
@@ -117,7 +127,7 @@ def test_k9_the_error_is_the_dropped_mass_times_the_distance_of_the_means() -> N
 
 
 def test_k10_saved_memory_grows_with_the_length_not_with_its_square() -> None:
-    small, large = (saved_bytes(topk(keys=16, chunk=64), n) for n in (512, 1024))
+    small, large = (count_saved_bytes(topk(keys=16, chunk=64), n) for n in (512, 1024))
     assert 1.8 < large / small < 2.2
     assert large < 1024 * 1024 * 2 * 4
 
@@ -145,15 +155,15 @@ def test_k12_kept_counts_short_causal_rows_and_padding_exactly() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_equal_scores_are_kept_from_the_lower_index_on(dtype: torch.dtype) -> None:
     scores = torch.tensor([[0.0, 1.0, -0.0, 1.0, 0.0, -torch.inf, -2.0]], dtype=dtype)[None, None]
-    assert largest(scores, 7).tolist() == [[[[1, 3, 0, 2, 4, 6, 5]]]]
+    assert find_largest(scores, 7).tolist() == [[[[1, 3, 0, 2, 4, 6, 5]]]]
     many = torch.randint(-3, 3, (2, 3, 5, 64)).to(dtype)
-    assert torch.equal(largest(many, 10), many.sort(dim=-1, descending=True, stable=True).indices[..., :10])
+    assert torch.equal(find_largest(many, 10), many.sort(dim=-1, descending=True, stable=True).indices[..., :10])
 
 
 def test_the_order_of_floats_is_kept_over_their_whole_range() -> None:
     scores = torch.cat([torch.randn(500) * 10.0**e for e in (-42, -38, -3, 0, 3, 37)]).expand(1, 1, 1, -1)
     wanted = scores.sort(dim=-1, descending=True, stable=True).indices
-    assert torch.equal(largest(scores, scores.shape[-1]), wanted)
+    assert torch.equal(find_largest(scores, scores.shape[-1]), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -165,10 +175,10 @@ def test_nan_is_not_hidden_by_the_selection(dtype: torch.dtype) -> None:
 
 def test_a_share_is_rounded_down_whatever_its_binary_form() -> None:
     cpu = torch.device("cpu")
-    assert allowed(0.29, 100, cpu)[100] == most(0.29, 100) == 29
-    assert allowed(0.15, 49, cpu)[49] == most(0.15, 49) == 7
-    assert allowed(0.1, 4, cpu).tolist() == [0, 1, 1, 1, 1]
-    assert allowed(3, 4, cpu).tolist() == [0, 1, 2, 3, 3]
+    assert tabulate_kept_keys(0.29, 100, cpu)[100] == count_kept_keys(0.29, 100) == 29
+    assert tabulate_kept_keys(0.15, 49, cpu)[49] == count_kept_keys(0.15, 49) == 7
+    assert tabulate_kept_keys(0.1, 4, cpu).tolist() == [0, 1, 1, 1, 1]
+    assert tabulate_kept_keys(3, 4, cpu).tolist() == [0, 1, 2, 3, 3]
 
 
 def test_more_than_32767_keys_need_wider_indices() -> None:
@@ -198,4 +208,4 @@ def test_a_second_derivative_is_refused_not_wrong() -> None:
 def test_infinity_minus_infinity_is_not_hidden_by_the_selection_either() -> None:
     """On x86 it is a nan with its sign bit set."""
     scores = torch.tensor([1.0, 2.0, float("inf")]) - torch.tensor([0.0, 0.0, float("inf")])
-    assert largest(scores[None, None, None], 1).item() == 2
+    assert find_largest(scores[None, None, None], 1).item() == 2

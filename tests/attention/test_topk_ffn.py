@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tests.attention.helpers import noise_like
-from thresher.attention.topk_ffn import Projection, TopKFeedForward
+from thresher.feedforward.topk_ffn import Projection, TopKFeedForward
+from thresher.testing.inputs import noise_like
 
 WIDTH, HIDDEN, OUT = 6, 20, 5
 SILU: Callable[[Tensor], Tensor] = F.silu

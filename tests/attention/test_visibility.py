@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.helpers import first, noise_like
 from thresher.attention import Call, Pattern
-from thresher.attention.visibility import count_pairs, hide_tokens, seen_tokens, visible_keys_of, visible_pairs
+from thresher.attention.shared.visibility import (
+    build_pair_mask,
+    count_pairs,
+    count_visible_keys,
+    find_seen_tokens,
+    hide_tokens,
+)
+from thresher.testing.inputs import first, noise_like
 
 CPU = torch.device("cpu")
 LENGTHS = [(4, 6), (4, 4), (1, 5)]
@@ -27,7 +33,7 @@ def test_visible_pairs_is_the_conjunction_of_its_parts_pair_by_pair(pattern: Pat
     call = Call(
         queries=queries if parts[0] else None, keys=keys if parts[1] else None, pairs=pairs if parts[2] else None
     )
-    visible = visible_pairs(call, pattern, n, m, CPU)
+    visible = build_pair_mask(call, pattern, n, m, CPU)
     if visible is None:
         assert not any(parts)
         assert pattern is not Pattern.CAUSAL_SELF
@@ -44,7 +50,7 @@ def test_visible_pairs_is_the_conjunction_of_its_parts_pair_by_pair(pattern: Pat
 
 def test_a_mask_of_pairs_may_be_shared_by_examples_and_heads() -> None:
     pairs = torch.ones(1, 1, 4, 4, dtype=torch.bool).triu()
-    visible = visible_pairs(Call(pairs=pairs, keys=first([4, 3], 4)), Pattern.CAUSAL_SELF, 4, 4, CPU)
+    visible = build_pair_mask(Call(pairs=pairs, keys=first([4, 3], 4)), Pattern.CAUSAL_SELF, 4, 4, CPU)
     assert visible is not None
     assert torch.equal(visible[0, 0], torch.eye(4).bool())
     assert torch.equal(visible[1, 0], torch.eye(4).bool() & (torch.arange(4) < 3))
@@ -52,13 +58,13 @@ def test_a_mask_of_pairs_may_be_shared_by_examples_and_heads() -> None:
 
 @pytest.mark.parametrize("m", [1, 5])
 def test_one_query_sees_all_keys_in_causal_attention(m: int) -> None:
-    visible = visible_pairs(Call(), Pattern.CAUSAL_SELF, 1, m, CPU)
+    visible = build_pair_mask(Call(), Pattern.CAUSAL_SELF, 1, m, CPU)
     assert visible is None or visible.all()
 
 
 def test_causal_self_attention_refuses_more_queries_than_keys() -> None:
     with pytest.raises(ValueError, match="3 queries, 2 keys"):
-        visible_pairs(Call(), Pattern.CAUSAL_SELF, 3, 2, CPU)
+        build_pair_mask(Call(), Pattern.CAUSAL_SELF, 3, 2, CPU)
 
 
 def calls(n: int, m: int) -> list[Call]:
@@ -76,14 +82,14 @@ def calls(n: int, m: int) -> list[Call]:
 @pytest.mark.parametrize(("n", "m"), LENGTHS)
 def test_tokens_and_counts_agree_with_the_mask(pattern: Pattern, n: int, m: int) -> None:
     for call in calls(n, m):
-        mask = visible_pairs(call, pattern, n, m, CPU)
+        mask = build_pair_mask(call, pattern, n, m, CPU)
         mask = torch.ones(2, 3, n, m).bool() if mask is None else mask.expand(2, 3, n, m)
-        queries, keys = seen_tokens(call, pattern, n, m)
+        queries, keys = find_seen_tokens(call, pattern, n, m)
         assert torch.equal(torch.ones(2, 3, n).bool() if queries is None else queries.expand(2, 3, n), mask.any(-1))
         assert torch.equal(torch.ones(2, 3, m).bool() if keys is None else keys.expand(2, 3, m), mask.any(-2))
-        assert torch.equal(visible_keys_of(call, pattern, n, m, CPU).expand(2, 3, n), mask.sum(-1))
+        assert torch.equal(count_visible_keys(call, pattern, n, m, CPU).expand(2, 3, n), mask.sum(-1))
         ones = torch.ones(2, 3, n, 2), torch.ones(2, 3, m, 2), torch.ones(2, 3, m, 5)
-        q, k, v = hide_tokens(*ones, call, pattern)
+        q, k, v = hide_tokens(*ones, queries, keys)
         assert torch.equal(q[..., 0].bool(), mask.any(-1))
         assert torch.equal(k[..., 0].bool(), mask.any(-2))
         assert torch.equal(v[..., 0].bool(), mask.any(-2))
@@ -93,9 +99,9 @@ def test_tokens_and_counts_agree_with_the_mask(pattern: Pattern, n: int, m: int)
 @pytest.mark.parametrize(("n", "m"), LENGTHS)
 def test_rows_of_a_mask_are_those_of_the_whole(pattern: Pattern, n: int, m: int) -> None:
     for call in calls(n, m):
-        whole = visible_pairs(call, pattern, n, m, CPU)
+        whole = build_pair_mask(call, pattern, n, m, CPU)
         for start, stop in itertools.combinations(range(n + 1), 2):
-            part = visible_pairs(call, pattern, n, m, CPU, range(start, stop))
+            part = build_pair_mask(call, pattern, n, m, CPU, range(start, stop))
             if whole is None or part is None:
                 assert whole is part
             else:

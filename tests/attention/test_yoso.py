@@ -9,11 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tests.attention.helpers import Inputs, attend, draw, first, gradients, noise_like, padded, saved_bytes
 from thresher.attention import Call, Pattern
-from thresher.attention.hashing import gaussian_codes, hadamard_codes, walsh_hadamard
-from thresher.attention.tables import causal_collision_sums, collision_sums, collisions
-from thresher.attention.yoso import Yoso, collision_probability, collision_slope
+from thresher.attention.yoso.hashing import (
+    collision_probability,
+    collision_slope,
+    compute_gaussian_codes,
+    compute_hadamard_codes,
+    walsh_hadamard,
+)
+from thresher.attention.yoso.mechanism import Yoso
+from thresher.attention.yoso.tables import count_collisions, sum_causal_collisions, sum_collisions
+from thresher.testing.inputs import Inputs, attend, count_saved_bytes, draw, first, gradients, noise_like, padded
 
 SELF, CAUSAL = Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF
 
@@ -27,7 +33,7 @@ def yoso(pattern: Pattern = SELF, **hyperparameters: object) -> Yoso:
 def weights_by_definition(mechanism: Yoso, inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Return cosines, the share of hashes in which visible pairs collide, and the mask, all [b, h, n, m]."""
     q, k = (F.normalize(x, dim=-1) for x in (inputs.q, inputs.k))
-    codes = mechanism.codes(q.flatten(0, 1), k.flatten(0, 1))
+    codes = mechanism.compute_codes(mechanism.prepare(inputs.q, inputs.k, inputs.v, Call()))
     visible = mechanism.visible(inputs.q, inputs.k, call)
     same = sum((a[..., :, None] == b[..., None, :]).double() for a, b in zip(*codes, strict=True))
     assert isinstance(same, Tensor)
@@ -50,10 +56,10 @@ def test_1_pairs_collide_as_often_as_the_closed_form_says() -> None:
 
 
 def gaussian_codes_fast(pair: Tensor, directions: Tensor) -> Tensor:
-    """Return the codes that `gaussian_codes` gives, without a loop over hashes; a few are compared."""
+    """Return the codes that `compute_gaussian_codes` gives, without a loop over hashes; a few are compared."""
     bits = (torch.einsum("nd,mbd->mnb", pair[0], directions) > 0).double()
     codes = bits @ (2.0 ** torch.arange(directions.shape[1], dtype=torch.float64))
-    assert torch.equal(gaussian_codes(pair, directions[:50])[:, 0].double(), codes[:50])
+    assert torch.equal(compute_gaussian_codes(pair, directions[:50])[:, 0].double(), codes[:50])
     return codes
 
 
@@ -64,7 +70,7 @@ def test_2_5_and_6_tables_are_the_matrix_of_collisions_forward_and_backward(
     pattern: Pattern, hash: str, bits: int
 ) -> None:
     """dV is the exact adjoint; dQ and dK are sum (g.v) bits / 2 B k, by the same codes."""
-    table, pairs = (yoso(pattern, bits=bits, hash=hash, dense_below=below) for below in (0, 1000))
+    table, pairs = (yoso(pattern, hash={"bits": bits, "kind": hash}, dense_below=below) for below in (0, 1000))
     for lengths in ((7, 7), (5, 9), (1, 6), (9, 4)):
         n, m = lengths if pattern.cross or lengths[0] <= lengths[1] else lengths[::-1]
         inputs = draw(table, lengths=(n, m))
@@ -93,9 +99,9 @@ def test_3_the_error_to_the_expectation_falls_with_the_root_of_the_number_of_has
     exact = collision_probability(q @ k.mT, 6) @ inputs.v.flatten(0, 1)
     for count in counts:
         torch.manual_seed(count)
-        draws = [gaussian_codes(torch.cat([q, k], 1), torch.randn(count, 6, 8).double()) for _ in range(12)]
+        draws = [compute_gaussian_codes(torch.cat([q, k], 1), torch.randn(count, 6, 8).double()) for _ in range(12)]
         sums = torch.stack(
-            [collision_sums(c[..., :32], c[..., 32:], inputs.v.flatten(0, 1), 64) / count for c in draws]
+            [sum_collisions(c[..., :32], c[..., 32:], inputs.v.flatten(0, 1), 64) / count for c in draws]
         )
         errors.append(float((sums - exact).norm() / exact.norm()))
         means.append((sums.mean(0) - exact) / (sums.std(0) / 12**0.5 + 1e-12))
@@ -111,7 +117,7 @@ def test_4_hadamard_codes_are_signs_of_the_explicit_product() -> None:
     for _ in range(4):
         matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), matrix)
     assert torch.equal(walsh_hadamard(torch.eye(16).double()), matrix)
-    codes = hadamard_codes(x, signs, 8, 5)
+    codes = compute_hadamard_codes(x, signs, 8, 5)
     assert codes.shape == (8, 2, 5)
     wide = F.pad(x, (0, 3))
     for part in range(3):
@@ -122,8 +128,8 @@ def test_4_hadamard_codes_are_signs_of_the_explicit_product() -> None:
             if part * 3 + cut < 8:
                 bits = (y[..., cut * 5 : cut * 5 + 5] > 0).long()
                 assert torch.equal(codes[part * 3 + cut].long(), (bits * 2 ** torch.arange(5)).sum(-1))
-    assert torch.equal(codes, hadamard_codes(7 * x, signs, 8, 5))
-    assert torch.equal(codes, 2**5 - 1 - hadamard_codes(-x, signs, 8, 5))
+    assert torch.equal(codes, compute_hadamard_codes(7 * x, signs, 8, 5))
+    assert torch.equal(codes, 2**5 - 1 - compute_hadamard_codes(-x, signs, 8, 5))
     assert codes.max() < 2**5
     assert codes.min() >= 0
 
@@ -136,7 +142,7 @@ def test_4_hadamard_codes_agree_a_little_less_often_than_independent_bits(cosine
     b = torch.randn(pairs, 32)
     b = F.normalize(b - (a * b).sum(-1, keepdim=True) * a, dim=-1)
     x = torch.stack([a, cosine * a + math.sqrt(1 - cosine**2) * b], 1)
-    codes = torch.cat([hadamard_codes(part, torch.randn(1, 3, 32).sign(), 4, 8) for part in x.split(100)], 1)
+    codes = torch.cat([compute_hadamard_codes(part, torch.randn(1, 3, 32).sign(), 4, 8) for part in x.split(100)], 1)
     share = (codes[..., 0] == codes[..., 1]).float().mean(0).mean().item()
     assert abs(share - published) < 4 * math.sqrt(published / (4 * pairs)) + 0.03 * published
 
@@ -152,7 +158,7 @@ def test_7_the_bound_lies_below_the_derivative_and_is_tight_in_the_middle() -> N
 
 @pytest.mark.parametrize("pattern", Pattern)
 def test_8_the_exact_gradient_is_the_derivative_of_the_expectation(pattern: Pattern) -> None:
-    mechanism = yoso(pattern, expectation=True, grad="exact", bits=4)
+    mechanism = yoso(pattern, expectation=True, grad="exact", hash={"bits": 4})
     inputs = draw(mechanism, batch=1)
 
     def run(*leaves: Tensor) -> Tensor:
@@ -164,7 +170,7 @@ def test_8_the_exact_gradient_is_the_derivative_of_the_expectation(pattern: Patt
 
 @pytest.mark.parametrize("pattern", Pattern)
 def test_the_exact_gradient_of_a_sample_is_that_of_the_pairwise_form(pattern: Pattern) -> None:
-    table, pairs = (yoso(pattern, bits=3, grad="exact", dense_below=below) for below in (0, 1000))
+    table, pairs = (yoso(pattern, hash={"bits": 3}, grad="exact", dense_below=below) for below in (0, 1000))
     inputs = draw(table, lengths=(300, 310))
     (_, one), (_, other) = (gradients(mechanism, inputs) for mechanism in (table, pairs))
     for name, reference in other.items():
@@ -175,7 +181,7 @@ def test_the_exact_gradient_of_a_sample_is_that_of_the_pairwise_form(pattern: Pa
 @pytest.mark.parametrize("n", [1, 7, 513])
 def test_9_padding_is_masked_and_any_number_of_tokens_will_do(n: int, pattern: Pattern) -> None:
     """transformers' port turns both values of its mask into 1."""
-    mechanism = yoso(pattern, bits=3)
+    mechanism = yoso(pattern, hash={"bits": 3})
     inputs = draw(mechanism, lengths=(n, n), batch=1)
     longer = Inputs(*(torch.cat([x, noise_like(x)], 2) for x in (inputs.q, inputs.k, inputs.v)))
     mask = first([n], 2 * n)
@@ -184,7 +190,7 @@ def test_9_padding_is_masked_and_any_number_of_tokens_will_do(n: int, pattern: P
 
 
 def test_10_permuted_tokens_permute_the_output() -> None:
-    mechanism = yoso(bits=3)
+    mechanism = yoso(hash={"bits": 3})
     inputs = draw(mechanism, lengths=(20, 20))
     order = torch.randperm(20)
     permuted = Inputs(*(x[:, :, order] for x in (inputs.q, inputs.k, inputs.v)))
@@ -193,7 +199,7 @@ def test_10_permuted_tokens_permute_the_output() -> None:
 
 @pytest.mark.parametrize("n", [40, 600])
 def test_11_the_future_leaves_no_trace_in_causal_tables_not_even_of_rounding(n: int) -> None:
-    mechanism = yoso(CAUSAL, bits=3, hashes=4)
+    mechanism = yoso(CAUSAL, hash={"bits": 3}, hashes=4)
     inputs = draw(mechanism, lengths=(n, n), batch=1)
     before = attend(mechanism, inputs).out
     for t in (0, n // 2, n - 2):
@@ -210,13 +216,13 @@ def test_12_causal_sums_are_those_of_a_masked_matrix_for_any_lengths_and_blocks(
     receivers, senders = torch.randint(0, 4, (3, 2, n)), torch.randint(0, 4, (3, 2, k))
     x = torch.randn(2, k, 5, dtype=torch.float64)
     shift = max(k - n, 0)
-    wanted = collisions(receivers, senders, x.dtype).tril(shift) @ x
-    assert_close(causal_collision_sums(receivers, senders, x, 4, shift, block), wanted)
+    wanted = count_collisions(receivers, senders, x.dtype).tril(shift) @ x
+    assert_close(sum_causal_collisions(receivers, senders, x, 4, shift, block), wanted)
 
 
 @pytest.mark.parametrize("pattern", [SELF, CAUSAL])
 def test_13_the_convolution_is_added_after_the_normalisation(pattern: Pattern) -> None:
-    plain, mixed = yoso(pattern, bits=1), yoso(pattern, bits=1, conv=3)
+    plain, mixed = yoso(pattern, hash={"bits": 1}), yoso(pattern, hash={"bits": 1}, conv=3)
     mixed.draws.copy_(plain.draws)
     inputs = draw(plain)
     difference = attend(mixed, inputs).out - attend(plain, inputs).out
@@ -233,7 +239,7 @@ def test_13_the_convolution_is_added_after_the_normalisation(pattern: Pattern) -
 @pytest.mark.parametrize("pattern", Pattern)
 def test_14_head_outputs_have_unit_length_or_are_zero(pattern: Pattern) -> None:
     for bits in (0, 3, 12):
-        mechanism = yoso(pattern, bits=bits, hashes=2)
+        mechanism = yoso(pattern, hash={"bits": bits}, hashes=2)
         attended, found = gradients(mechanism, draw(mechanism, lengths=(20, 20)), padded(pattern, lengths=(20, 20)))
         length = attended.out.norm(dim=-1)
         assert (((length - 1).abs() < 1e-12) | (length == 0)).all()
@@ -252,7 +258,7 @@ def test_equal_and_opposite_vectors_give_finite_gradients(grad: str, expectation
 
 @pytest.mark.parametrize("pattern", [SELF, CAUSAL])
 def test_saved_memory_grows_with_the_length_not_with_its_square(pattern: Pattern) -> None:
-    small, large = (saved_bytes(Yoso(2, 8, pattern, bits=8, hashes=8), n) for n in (2048, 4096))
+    small, large = (count_saved_bytes(Yoso(2, 8, pattern, hash={"bits": 8}, hashes=8), n) for n in (2048, 4096))
     assert 1.8 < large / small < 2.2
 
 
@@ -261,11 +267,11 @@ def test_saved_memory_grows_with_the_length_not_with_its_square(pattern: Pattern
     ("wrong", "complaint"),
     [
         ({"hashes": 0}, "hashes must be a whole number, at least 1"),
-        ({"bits": 16}, r"bits must be a whole number, 0 \.\. 15"),
-        ({"bits": 9, "hash": "hadamard"}, r"1 \.\. 8 bits at head_dim 8"),
+        ({"hash": {"bits": 16}}, r"bits must be a whole number, 0 \.\. 15"),
+        ({"hash": {"bits": 9, "kind": "hadamard"}}, r"1 \.\. 8 bits at head_dim 8"),
         ({"grad": "none"}, "grad must be one of bound, exact"),
         ({"conv": 4}, "odd width"),
-        ({"conv": 3, "pattern": Pattern.NONCAUSAL_CROSS}, "self attention only"),
+        ({"conv": 3, "pattern": Pattern.NONCAUSAL_CROSS}, "needs self attention"),
     ],
     ids=str,
 )
@@ -277,7 +283,7 @@ def test_hyperparameters_out_of_range_are_refused(wrong: dict[str, object], comp
 @pytest.mark.parametrize("expectation", [True, False])
 @pytest.mark.parametrize("size", [1.0, 100.0, -200.0])
 def test_a_bias_multiplies_by_its_exponential_and_a_mask_of_pairs_hides(size: float, expectation: bool) -> None:
-    mechanism = yoso(bits=2, expectation=expectation)
+    mechanism = yoso(hash={"bits": 2}, expectation=expectation)
     inputs = draw(mechanism)
     pairs = noise_like(torch.empty(2, 2, 7, 7), seed=3) > -0.5
     bias = (size + noise_like(torch.empty(1, 2, 7, 7, dtype=torch.float64))).requires_grad_()

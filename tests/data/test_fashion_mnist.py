@@ -131,8 +131,8 @@ def test_shipped_images_are_balanced() -> None:
 
 def test_damaged_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tmp_path / "fashion_mnist_12k.npz"
-    content = fashion_mnist_12k.shipped_archive().read_bytes()
-    monkeypatch.setattr(fashion_mnist_12k, "shipped_archive", lambda: archive)
+    content = fashion_mnist_12k.find_archive().read_bytes()
+    monkeypatch.setattr(fashion_mnist_12k, "find_archive", lambda: archive)
     with pytest.raises(FileNotFoundError, match=f"{archive} is missing from the installation"):
         FashionMNIST12k().setup("fit")
     damages = [b"", b"something else", content[:100_000], content[:1_000_000] + bytes(99) + content[1_000_099:]]

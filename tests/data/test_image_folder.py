@@ -1,14 +1,15 @@
 """Folders of images, one for each class."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from thresher.data import image_folder
 from thresher.data.image_folder import ImageFiles, ImageFolder
 
 Write = Callable[[dict[str, int]], Path]
@@ -46,14 +47,25 @@ def test_classes_without_splits_are_divided_by_seed(write_tree: Write) -> None:
     assert split_of(ready(root, seed=5)) != [train, val, test]
 
 
-@pytest.mark.parametrize("name", ["val", "valid"])
-def test_split_folders(write_tree: Write, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    root = write_tree(TRAIN | {key.replace("val", name): count for key, count in VAL.items()} | TEST)
-    with caplog.at_level(logging.INFO):
-        data = ready(root)
-    assert "val_fraction is not used" in caplog.text
-    for found, folder in zip(split_of(data), ("train", name, "test"), strict=True):
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "val", "test"),
+        ("Train", "VAL", "Test"),
+        ("training", "valid", "testing"),
+        ("TRAINING", "Validation", "TESTING"),
+        ("train", "dev", "test"),
+    ],
+)
+def test_names_say_which_part_a_folder_is(write_tree: Write, train: str, val: str, test: str) -> None:
+    names = {"train": train, "val": val, "test": test}
+    counts = {f"{names[key.partition('/')[0]]}/{key.partition('/')[2]}": n for key, n in (TRAIN | VAL | TEST).items()}
+    root = write_tree(counts)
+    data = ready(root)
+    for part, folder, found in zip(data.summary(), names.values(), split_of(data), strict=True):
         assert found == set((root / folder).rglob("*.png"))
+        assert part.name == "test" or part.source == str(root / folder)
+    assert data.summary()[2].source == str(root / test)
 
 
 def test_validation_is_held_out_where_it_has_no_folder(write_tree: Write) -> None:
@@ -89,9 +101,9 @@ def test_fit_opens_no_test_image(write_tree: Write, monkeypatch: pytest.MonkeyPa
     opened: set[Path] = set()
     original = Image.open
 
-    def record(path: Path, *args: object) -> Image.Image:
+    def record(path: Path, **options: Any) -> Image.Image:
         opened.add(path)
-        return original(path, *args)
+        return original(path, **options)
 
     monkeypatch.setattr(Image, "open", record)
     data = ready(root, batch_size=2)
@@ -106,7 +118,9 @@ def test_fit_opens_no_test_image(write_tree: Write, monkeypatch: pytest.MonkeyPa
 
 def test_fit_needs_no_test_folder(write_tree: Write) -> None:
     data = ready(write_tree(TRAIN | VAL))
-    with pytest.raises(FileNotFoundError, match="has a train folder but no test folder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"a folder train but none for the test \(test or testing\).*test=false"
+    ):
         data.setup("test")
 
 
@@ -173,11 +187,16 @@ def test_a_class_may_be_called_train(write_tree: Write) -> None:
         ({"train": 3, "Val": 3}, "should hold a folder of images for each class; it holds only Val, train"),
         ({"cat": 3}, "pictures has a single class, cat; classification needs two or more"),
         ({"train/cat": 3}, "train has a single class, cat"),
-        ({"cat": 3, "dog": 0}, "dog holds no image; known extensions: .jpg"),
+        ({"cat": 3, "dog": 0}, "dog holds no image that can be read$"),
         (TRAIN | {"val/cat": 1, "val/dog": 0}, "val/dog holds no image"),
         (TRAIN | {"val/cat": 1}, "val lacks classes of the training images: dog"),
         (TRAIN | VAL | {"val/eel": 1, "val/bee": 1}, "val has classes that the training images lack: bee, eel"),
         (TRAIN | VAL | {"valid/cat": 1}, "has both val and valid; keep one"),
+        (TRAIN | VAL | {"Dev": 1}, "has both Dev and val; keep one"),
+        (TRAIN | {"training/cat": 1}, "has both train and training; keep one"),
+        (TRAIN | {"val": 3}, "val holds no folders of classes; put its images into such, or rename it"),
+        (VAL | TEST, "has folders of classes in val, test but none in train or training"),
+        (FLAT | TEST, "has folders of classes in test but none in train or training"),
         ({"cat": 2, "dog": 2}, "val_fraction=0.1 of 4 images leaves 4 for training and 0 for test; both need some"),
         ({"cat": 3, "dog": 3}, "val_fraction=0.1 of 5 images leaves 5 for training and 0 for validation"),
     ],
@@ -195,22 +214,63 @@ def test_test_folder_with_other_classes(write_tree: Write) -> None:
         data.setup("test")
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", "truncated"])
-def test_damaged_image(write_tree: Write, content: bytes | str) -> None:
+def test_what_lies_beside_the_parts_is_told_by_name(write_tree: Write) -> None:
+    root = write_tree(TRAIN | VAL | TEST | {"unlabelled": 3})
+    (root / "list.csv").write_text("no image")
+    train = ready(root).summary()[0]
+    assert train.left_out == {"folders beside it (unlabelled)": 1, "files beside the folders of classes": 1}
+    assert "1 folders beside it (unlabelled)" in train.line()
+
+
+def test_a_damaged_image_is_named(write_tree: Write) -> None:
     root = write_tree(TRAIN)
     path = root / "train" / "cat" / "000.png"
-    path.write_bytes(path.read_bytes()[:200] if isinstance(content, str) else content)
+    path.write_bytes(path.read_bytes()[:200])
     source = ready(root).train_dataloader().dataset.source
     with pytest.raises(ValueError, match=rf"{path} is not a readable image \(.*\); repair or remove it"):
         source.load(torch.tensor([source.paths.index(path)]))
 
 
-def test_deep_pixels_are_refused(write_tree: Write) -> None:
-    root = write_tree(TRAIN)
-    path = root / "train" / "cat" / "000.png"
-    Image.fromarray(np.full((20, 20), 40_000, dtype=np.uint16)).save(path)
-    data = ImageFolder(root=root)
-    data.setup("fit")
-    source = data.train_dataloader().dataset.source
-    with pytest.raises(ValueError, match=rf"{path} has more than 8 bits a channel \(mode I;16\)"):
-        source.load(torch.tensor([source.paths.index(path)]))
+@pytest.mark.parametrize("size", [(3000, 2), (2, 3000)])
+@pytest.mark.parametrize("augment", ["none", "randaugment"])
+def test_long_images_are_never_resized_as_a_whole(
+    write_tree: Write, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], augment: str
+) -> None:
+    root = write_tree(TRAIN | VAL | TEST)
+    for path in root.rglob("*.png"):
+        Image.new("RGB", size, "red").save(path)
+    largest = [0]
+    original = Image.Image.resize
+
+    def record(image: Image.Image, to: tuple[int, int], *args: Any, **options: Any) -> Image.Image:
+        largest[0] = max(largest[0], to[0] * to[1])
+        return original(image, to, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", record)
+    data = ready(root, image_size=224, augment=augment)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        images, _ = next(iter(loader))
+        assert images.shape[1:] == (3, 224, 224)
+    assert 0 < largest[0] <= 16 * 224 * 224
+
+
+@pytest.mark.parametrize("augment", ["none", "crop_flip", "randaugment"])
+def test_rectangular_images(write_tree: Write, augment: str) -> None:
+    data = ready(write_tree(FLAT), image_size=[16, 24], augment=augment)
+    data.setup("test")
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        images, _ = next(iter(loader))
+        assert images.shape[1:] == (3, 16, 24)
+    assert data.model_arguments["image_size"] == [16, 24]
+    assert data.restore_pixels(images).shape[1:] == (16, 24, 3)
+
+
+def test_what_fit_left_out_is_told_after_the_test_is_read(write_tree: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = []
+    walk = image_folder.list_images
+    monkeypatch.setattr(image_folder, "list_images", lambda *args: listed.append(args) or walk(*args))
+    data = ready(write_tree(FLAT), limit_train=5)
+    before = data.summary()[0].left_out
+    data.setup("test")
+    assert data.summary()[0].left_out == before == {"by data.limit_train=5": 11}
+    assert len(listed) == 1

@@ -125,7 +125,7 @@ def test_order_changes_with_epoch_and_order_seed_alone() -> None:
     assert identities(epoch(data)[0]) == first
     split = split_of(data)
     assert data.order_seed == 0
-    data.order_seed = 7
+    data.set_order_seed(7)
     assert identities(epoch(data)[0]) != first
     assert split_of(data) == split
 
@@ -198,6 +198,15 @@ def test_image_size_resizes_all_stages() -> None:
         assert next(iter(loader))[0].shape == (64, 1, 14, 14)
 
 
+@pytest.mark.parametrize("augment", ["none", "crop_flip", "randaugment"])
+def test_images_may_be_rectangular(augment: str) -> None:
+    data = ready(ready(FashionMNIST12k(image_size=(14, 28), augment=augment, limit_train=64)), "test")
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        assert next(iter(loader))[0].shape == (64, 1, 14, 28)
+    assert data.model_arguments["image_size"] == [14, 28]
+    assert FashionMNIST12k(image_size=[28, 28]).model_arguments["image_size"] == 28
+
+
 @FORK
 def test_workers_deliver_the_same_batches() -> None:
     alone, (images, labels) = epoch(ready(Synthetic())), epoch(ready(Synthetic(workers=2)))
@@ -214,6 +223,11 @@ def test_workers_deliver_the_same_batches() -> None:
         ({"workers": -1}, "data.workers must be a whole number, at least 0; got -1"),
         ({"seed": -1}, "data.seed must be a whole number, 0 .. 9223372036854775807; got -1"),
         ({"image_size": 0}, "data.image_size must be a whole number, at least 1; got 0"),
+        ({"image_size": [28, 0]}, "data.image_size must be a whole number, at least 1; got 0"),
+        *[
+            ({"image_size": size}, r"data.image_size is a whole number, or a height and a width such as \[64,48\]; got")
+            for size in ([28], [28, 28, 1], "28", 28.0, None)
+        ],
         ({"limit_train": 0}, "data.limit_train must be a whole number, at least 1; got 0"),
         ({"val_fraction": 0.0}, "data.val_fraction must be a finite number above 0 and below 1; got 0.0"),
         ({"val_fraction": 1.0}, "data.val_fraction must be a finite number above 0 and below 1; got 1.0"),
@@ -229,7 +243,7 @@ def test_hyper_parameters_outside_their_range(options: dict[str, Any], message: 
 
 def test_order_seed_outside_its_range() -> None:
     with pytest.raises(ValueError, match="order_seed must be a whole number"):
-        Synthetic().order_seed = -1
+        Synthetic().set_order_seed(-1)
 
 
 @pytest.mark.parametrize(("fraction", "split"), [(0.02, "20 for training and 0"), (0.98, "0 for training and 20")])

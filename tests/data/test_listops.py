@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.running import CONF
-from thresher import cli
+from tests.running import CONF, run_eval
+from thresher.config.overrides import compose_config
 from thresher.data.listops import CLOSE, DIGIT, OPERATORS, SYMBOLS, ListOps, apply, draw_tree, draw_trees
-from thresher.overrides import compose_config
+from thresher.run import train as training
 
 SHORT = {"train": 64, "val": 16, "test": 16, "min_length": 8, "max_length": 60, "max_depth": 5}
 
@@ -113,7 +113,7 @@ def test_the_order_depends_on_its_seed(tmp_path: Path) -> None:
     data.setup("fit")
     first = next(iter(data.train_dataloader()))[1]
     assert torch.equal(first, next(iter(data.train_dataloader()))[1])
-    data.order_seed = 5
+    data.set_order_seed(5)
     assert not torch.equal(first, next(iter(data.train_dataloader()))[1])
     assert len(data.train_dataloader().dataset) == 32  # type: ignore[arg-type]
 
@@ -141,12 +141,12 @@ def config(folder: Path, *overrides: str):  # type: ignore[no-untyped-def]
 
 
 def test_training_and_evaluation_on_tokens(tmp_path: Path) -> None:
-    metrics = cli.train(config(tmp_path, "attention=topk"))
+    metrics = training.train(config(tmp_path, "attention=topk"))
     assert 0 < metrics["test/kept"] < 0.3
-    again = cli.evaluate([f"ckpt='{tmp_path}/run/checkpoints/best.ckpt'"], CONF)
+    again = run_eval([f"ckpt='{tmp_path}/run/checkpoints/best.ckpt'"], CONF)
     assert again["test/acc"] == metrics["test/acc"]
 
 
 def test_a_model_for_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokens with model=encoder"):
-        cli.train(config(tmp_path, "model=vit"))
+        training.train(config(tmp_path, "model=vit"))

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from thresher.data.loading import EpochBatches, evaluation_loader
+from thresher.data.loading import EpochBatches, build_evaluation_loader
 from thresher.data.sequences import LengthBatches, Sequences
 
 
 def sequences(count: int) -> Sequences:
     lengths = np.random.default_rng(0).integers(1, 9, count)
-    return Sequences.of([np.full(n, i) for i, n in enumerate(lengths)], np.arange(count))
+    return Sequences.pack([np.full(n, i) for i, n in enumerate(lengths)], np.arange(count))
 
 
 def process(rank: int, world: int) -> Any:
@@ -28,7 +28,7 @@ def test_every_process_has_as_many_batches_and_each_example_is_in_one(
     part = sequences(count)
     shares = []
     for rank in range(world):
-        loader = evaluation_loader(
+        loader = build_evaluation_loader(
             part,
             process(rank, world),
             batch_size=batch_size,
@@ -44,4 +44,4 @@ def test_every_process_has_as_many_batches_and_each_example_is_in_one(
 
 def test_fewer_examples_than_processes_are_refused() -> None:
     with pytest.raises(ValueError, match="2 examples to evaluate are too few for 3 processes: use fewer"):
-        evaluation_loader(sequences(2), process(0, 3), batch_size=1)
+        build_evaluation_loader(sequences(2), process(0, 3), batch_size=1)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from tests.data.tokenizer import save_tokenizer
 from thresher.data.austen import Austen
 from thresher.data.glue import COLUMNS, Glue
 from thresher.data.tab_texts import Newsgroups, ReutersR8
+from thresher.data.text import Texts
 from thresher.data.text_files import TextFiles
 
 ROWS = [(f"text {i} of some length", "spam" if i % 3 else "ham") for i in range(60)]
@@ -110,7 +112,9 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, content: str, name: str, m
 
 def test_a_label_that_training_lacks_is_named(tmp_path: Path) -> None:
     test = write_csv(tmp_path / "test.csv", [("hello", "eggs")])
-    with pytest.raises(ValueError, match=r"test\.csv has labels that training does not: eggs"):
+    with pytest.raises(
+        ValueError, match=r"test\.csv has labels that training does not: eggs; the first, eggs, is in line \d"
+    ):
         ready(TextFiles(train=str(write_csv(tmp_path / "a.csv")), test=str(test)))
     with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.csv"):
         ready(TextFiles(train=str(tmp_path / "missing.csv")))
@@ -181,3 +185,34 @@ def test_another_tokenizer_fills_up_with_its_own_padding(tmp_path: Path) -> None
 def test_hyperparameters_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         Austen(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("label", -1, "row 3 of the validation split of .* has label -1; no, yes are 0 to 1, and -1 stands where"),
+        ("label", None, "row 3 of the validation split of .* has label None"),
+        ("sentence", None, "row 3 of the validation split of .*, task sst2 lacks a text"),
+    ],
+)
+def test_rows_of_glue_without_a_label_or_a_text_are_named(
+    tmp_path: Path, column: str, value: int | None, message: str
+) -> None:
+    save_glue(tmp_path / "copy", {"sentence": "text {}"})
+    splits = datasets.load_from_disk(str(tmp_path / "copy"))
+    features = splits["train"].features
+    splits["validation"] = splits["validation"].map(
+        lambda row, i: row | {column: value} if i == 3 else row, with_indices=True, features=features
+    )
+    splits.save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=message):
+        ready(Glue(task="sst2", root=str(tmp_path / "other")))
+
+
+def test_a_text_without_tokens_is_named_by_file_and_line() -> None:
+    data = TextFiles(train="a.csv")
+    part = Texts(["one", "two", "", "four"], [0, 1, 0, 1], None, (Path("a.csv"), [2, 5, 9, 3]))
+    with pytest.raises(ValueError, match=r"1 of the val texts of TextFiles are empty; one of them is in a.csv, line 9"):
+        data._encode("val", part)
+    taken = part.take([3, 1])
+    assert taken == Texts(["four", "two"], [1, 1], None, (Path("a.csv"), [3, 5]))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import transformers
 
 from tests.data.tokenizer import save_tokenizer
 from thresher.data.tokens import load_tokenizer
@@ -30,6 +31,19 @@ def test_a_folder_of_hugging_faces_that_pads_and_truncates_by_itself_does_neithe
     assert (short[0], short[-1]) == (tokenizer.first, tokenizer.last)
     assert tokenizer.mask is not None
     assert max(long) < tokenizer.vocabulary
+
+
+@pytest.mark.parametrize("kind", ["bytes", "fast", "no encodings"])
+def test_texts_are_cut_and_counted_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    tokenizer = load_tokenizer("bytes" if kind == "bytes" else str(save_tokenizer(tmp_path)))
+    if kind == "no encodings":  # as of tokenizers that are written in Python
+        monkeypatch.setattr(transformers.BatchEncoding, "encodings", None)
+    texts = ["the cat sat on the mat " * n for n in (9, 1, 3)]
+    texts += ["the cat", "a man ate", "a man [PAD] ate it all", "[PAD] " * 7, "the cat sat on a mat all [PAD]"]
+    ids, lengths = tokenizer.encode_counted(texts, limit=5)
+    assert ids == tokenizer.encode(texts, whole=True, limit=5)
+    assert lengths == [len(each) for each in tokenizer.encode(texts, whole=True)]
+    assert tokenizer.encode_counted([], limit=5) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -83,7 +97,7 @@ def test_other_ways_to_join_pairs(tmp_path: Path, pair: str, joined: str, separa
 
 def test_types_that_a_separator_does_not_tell_are_refused(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(save_tokenizer(tmp_path, "[CLS]:2 $A [SEP] $B:1 [SEP]:1")))
-    with pytest.raises(ValueError, match=r"by more than what stands between them; set data\.tokenizer"):
+    with pytest.raises(ValueError, match=r"by more than a separator; set data\.tokenizer"):
         tokenizer.encode_pairs(["the cat"], ["a dog"], limit=20)
 
 

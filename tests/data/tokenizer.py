@@ -9,8 +9,8 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "to", "man", "who"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def save_tokenizer(folder: Path, pair: str = "[CLS] $A [SEP] $B:1 [SEP]:1") -> Path:
-    """Write a tokenizer of words that pads and truncates to 8 by itself, as some published ones do."""
+def save_tokenizer(folder: Path, pair: str = "[CLS] $A [SEP] $B:1 [SEP]:1", pad: str | None = "[PAD]") -> Path:
+    """Write a tokenizer of words that pads and truncates to 8 by itself, as some published ones do; `pad` pads."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -23,7 +23,7 @@ def save_tokenizer(folder: Path, pair: str = "[CLS] $A [SEP] $B:1 [SEP]:1") -> P
     inner.enable_truncation(8)
     PreTrainedTokenizerFast(
         tokenizer_object=inner,
-        pad_token="[PAD]",
+        pad_token=pad,
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",

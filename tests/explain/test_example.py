@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.running import CONF, tiny_config
-from thresher import cli
-from thresher.explain.example import wanted_examples
-from thresher.overrides import compose_config
+from tests.running import CONF, run_eval, tiny_config
+from thresher.config.evaluation import read_examples
+from thresher.config.overrides import compose_config
+from thresher.run import train as training
+from thresher.run.build import build_data
 
 SHORT = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "callbacks.watch.moved=0", "compute.target=0.5")
 TEXT = (
@@ -24,7 +25,7 @@ TEXT = (
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
-    cli.train(tiny_config(folder / "run", *SHORT))
+    training.train(tiny_config(folder / "run", *SHORT))
     return folder
 
 
@@ -32,7 +33,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def explained(images: Path) -> tuple[Path, dict[str, float]]:
     folder = images / "eval"
     ckpt = f"ckpt='{images}/run/checkpoints/best.ckpt'"
-    return folder, cli.evaluate([ckpt, "explain=true", "explain.example=[3,0]", f"run.dir='{folder}'"], CONF)
+    return folder, run_eval([ckpt, "explain=true", "explain.example=[3,0]", f"run.dir='{folder}'"], CONF)
 
 
 def read(folder: Path, example: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -47,14 +48,14 @@ def test_each_example_leaves_its_numbers_their_meaning_and_a_picture(explained: 
         f"example_{i}.{kind}" for i in (0, 3) for kind in ("json", "npz", "png")
     ]
     example, _ = read(folder, 3)
-    data = cli.read_data(tiny_config(folder))
+    data = build_data(tiny_config(folder))
     data.setup("test")
     image, label = data.test_dataloader().dataset[3]
     assert example["label"] == data.class_names[int(label)]
     assert example["picture"] == [28, 28, 1]
     assert example["grid"] == [7, 7]
     _, arrays = read(folder, 3)
-    raw = np.asarray(data.pictures(image[None])[0] if image.is_floating_point() else image.permute(1, 2, 0))
+    raw = np.asarray(data.restore_pixels(image[None])[0] if image.is_floating_point() else image.permute(1, 2, 0))
     np.testing.assert_array_equal(arrays["picture"], raw)
 
 
@@ -75,16 +76,14 @@ def test_kept_pairs_are_those_the_mechanism_counts(explained: tuple[Path, dict[s
 
 
 def test_explaining_does_not_change_the_test(explained: tuple[Path, dict[str, float]], images: Path) -> None:
-    plain = cli.evaluate([f"ckpt='{images}/run/checkpoints/best.ckpt'", f"run.dir='{images}/plain'"], CONF)
+    plain = run_eval([f"ckpt='{images}/run/checkpoints/best.ckpt'", f"run.dir='{images}/plain'"], CONF)
     assert plain == explained[1]
     assert not (images / "plain" / "explain").exists()
 
 
 def test_in_an_encoder_decoder_each_layer_knows_which_text_its_keys_are(tmp_path: Path) -> None:
-    cli.train(compose_config(CONF, "train", [*TEXT, f"run.dir='{tmp_path}/run'"]))
-    cli.evaluate(
-        [f"ckpt='{tmp_path}/run/checkpoints/best.ckpt'", "explain.example=1", f"run.dir='{tmp_path}/eval'"], CONF
-    )
+    training.train(compose_config(CONF, "train", [*TEXT, f"run.dir='{tmp_path}/run'"]))
+    run_eval([f"ckpt='{tmp_path}/run/checkpoints/best.ckpt'", "explain.example=1", f"run.dir='{tmp_path}/eval'"], CONF)
     example, arrays = read(tmp_path / "eval", 1)
     source, target = example["texts"]
     assert example["label"] is None
@@ -106,17 +105,17 @@ def test_in_an_encoder_decoder_each_layer_knows_which_text_its_keys_are(tmp_path
 )
 def test_what_is_no_place_is_refused(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        wanted_examples(options)
+        read_examples(options)
 
 
 def test_places_are_read() -> None:
-    assert wanted_examples({}) == wanted_examples({"explain": False}) == []
-    assert wanted_examples({"explain": True}) == [0]
-    assert wanted_examples({"explain.example": [7, 2, 7]}) == [7, 2]
+    assert read_examples({}) == read_examples({"explain": False}) == []
+    assert read_examples({"explain": True}) == [0]
+    assert read_examples({"explain.example": [7, 2, 7]}) == [7, 2]
 
 
 def test_an_example_beyond_the_data_is_refused(images: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"explain\.example=9999, but the test data have 2000 examples"):
-        cli.evaluate(
+        run_eval(
             [f"ckpt='{images}/run/checkpoints/best.ckpt'", "explain.example=9999", f"run.dir='{tmp_path}/x'"], CONF
         )

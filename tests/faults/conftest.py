@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.running import tiny_config
-from thresher import cli
-from thresher.export.run import export
+from thresher.run import train as training
+from thresher.tools.export.run import export
 
 SHORT = ("trainer.max_epochs=1", "trainer.limit_val_batches=1", "callbacks=none")
 SAVED = (
@@ -24,7 +24,7 @@ SAVED = (
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a run with trained thresholds."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    cli.train(tiny_config(folder, *SHORT, *SAVED))
+    training.train(tiny_config(folder, *SHORT, *SAVED, "attention.gate.surrogate=sigmoid"))
     return folder
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from tests.running import tiny_config
-from thresher import cli
+from thresher.run import train as training
 
 # Each with a network, data, an optimiser, callbacks, a CSV log and checkpoints of its own; two load data by workers.
 KINDS = (
@@ -59,7 +59,7 @@ def main(folder: Path, runs: int, every: int) -> None:
     start = time.monotonic()
     for run in range(runs):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            cli.train(tiny_config(folder / str(run), *SHORT, *KINDS[run % len(KINDS)]))
+            training.train(tiny_config(folder / str(run), *SHORT, *KINDS[run % len(KINDS)]))
         shutil.rmtree(folder / str(run))
         if (run + 1) % every == 0:
             print(json.dumps({"runs": run + 1, "seconds": round(time.monotonic() - start), **held()}), flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from thresher.data.archives import arrays_of, unpack
+from thresher.data.archives import read_arrays, unpack
 
 
 class Bomb:
@@ -37,7 +37,7 @@ def test_what_is_no_plain_file_is_refused(kind: bytes, tmp_path: Path) -> None:
     member = tarfile.TarInfo("a")
     member.type, member.linkname = kind, str(inside)
     sha256 = archive_of(path, inside, member, outside)
-    with pytest.raises(ValueError, match="no plain file"):
+    with pytest.raises(ValueError, match="not a plain file"):
         unpack(path, sha256, {"a": tmp_path / "into" / "a"})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["inside", "x.tar"]
 
@@ -70,6 +70,6 @@ def test_a_file_that_grows_without_end_is_refused(tmp_path: Path, monkeypatch: p
 
 def test_a_pickle_of_arrays_names_nothing_else(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
-    with pytest.raises(ValueError, match="arrays need no such thing"):
-        arrays_of(pickle.dumps({"data": Bomb(marker)}), tmp_path / "x")
+    with pytest.raises(ValueError, match="which arrays do not need"):
+        read_arrays(pickle.dumps({"data": Bomb(marker)}), tmp_path / "x")
     assert not marker.exists()

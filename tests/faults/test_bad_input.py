@@ -12,11 +12,14 @@ import torch
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
-from tests.attention.helpers import attend, draw
-from tests.running import CONF, TINY
-from thresher import cli, commands, overrides
+from tests.running import CONF, TINY, run_eval
 from thresher.attention import Call, Pattern, available, find
-from thresher.compute import ComputeMeter, ComputeRatio
+from thresher.budget.meter import ComputeMeter, ComputeRatio
+from thresher.cli import main as commands
+from thresher.config import overrides
+from thresher.run import train as training
+from thresher.run.build import build_data
+from thresher.testing.inputs import attend, draw
 
 QUICK = (*TINY, "trainer.max_epochs=1", "callbacks=none")
 ENCODER = ("model=encoder", "model.dim=8", "model.depth=1", "model.num_heads=2", "model.ffn_dim=8")
@@ -37,8 +40,8 @@ def message(folder: Path, *arguments: str) -> str:
     def run() -> None:
         overrides.check(CONF, "train", arguments)
         cfg = overrides.compose_config(CONF, "train", [*own, f"run.dir='{folder}/run'", *arguments])
-        commands.check_run(cfg)
-        cli.train(cfg)
+        commands.check_config(cfg)
+        training.train(cfg)
 
     with pytest.raises(Exception, match=r".") as caught:
         run()
@@ -47,7 +50,7 @@ def message(folder: Path, *arguments: str) -> str:
         error = error.__cause__
     named = (ValueError, OSError, ImportError, OmegaConfBaseException)
     assert isinstance(error, named) or type(error).__name__ == "MisconfigurationException", repr(error)
-    return commands.reason(caught.value)
+    return commands.find_reason(caught.value)
 
 
 # Numbers
@@ -61,15 +64,15 @@ def message(folder: Path, *arguments: str) -> str:
         ("attention=topk attention.keys=-3", "keys must be a number of keys >= 1"),
         ("attention=topk attention.keys=1.5", "keys must be a number of keys >= 1"),
         ("attention=topk attention.keys=nan", "keys must be a number of keys >= 1"),
-        ("attention.theta=nan", "theta must be a finite number, at least 0; got nan"),
-        ("attention.theta=-inf", "theta must be a finite number, at least 0; got -inf"),
-        ("attention.tau=inf", "tau must be a finite number above 0; got inf"),
-        ("attention.est_bits=3", "est_bits must be one of 2, 4, 8, exact; got 3"),
+        ("attention.threshold=nan", "threshold must be a finite number, at least 0; got nan"),
+        ("attention.threshold=-inf", "threshold must be a finite number, at least 0; got -inf"),
+        ("attention.gate.tau=inf", "gate.tau must be a finite number above 0; got inf"),
+        ("attention.estimate.bits=3", "estimate.bits must be one of 2, 4, 8, exact; got 3"),
         ("attention.always_keep=-1", "always_keep must be a whole number, at least 0; got -1"),
         ("attention=smyrf attention.cluster=0", "cluster must be a whole number, at least 1; got 0"),
         ("attention=smyrf attention.rounds=0", "rounds must be a whole number, 1 .. 255; got 0"),
         ("attention=yoso attention.hashes=0", "hashes must be a whole number, at least 1; got 0"),
-        ("attention=yoso attention.bits=200", "bits must be a whole number, 0 .. 15; got 200"),
+        ("attention=yoso attention.hash.bits=200", "hash.bits must be a whole number, 0 .. 15; got 200"),
         ("attention=mca attention.alpha=-1", "alpha must be a finite number, at least 0; got -1"),
         ("compute.target=0", "compute.target is a share of dense kept in (0, 1], got 0"),
         ("compute.target=1.5", "compute.target is a share of dense kept in (0, 1], got 1.5"),
@@ -193,7 +196,7 @@ def test_a_folder_without_images_is_named(make: Callable[[Path], object], said: 
         ("latin.csv", "text,label\nschön,a\n".encode("latin1"), "is not UTF-8 text"),
         ("half.jsonl", b'{"text": "x", "label": "y"}\n{"text"', "line 2"),
         ("list.jsonl", b"[1]", "line 1: not an object with a text and a label"),
-        ("short.csv", b"text,label\nx\n", "line 2: label is missing or empty"),
+        ("short.csv", b"text,label\nx\n", "line 2: 1 fields where the header has 2"),
         ("one.csv", b"text,label\nx,a\ny,a\n", "has texts of one class only: a"),
         ("few.csv", b"text,label\nx,a\ny,b\n", "has no sequences for"),
         ("table.xlsx", b"PK", "ends in .xlsx; readable are .csv, .tsv, .jsonl and .ndjson"),
@@ -214,13 +217,13 @@ def test_a_file_of_texts_that_cannot_be_used_is_named(
 def test_a_damaged_cache_is_named_and_can_be_deleted(content: bytes | None, tmp_path: Path) -> None:
     asked = (*LISTOPS, "data.batch_size=4", f"data.root='{tmp_path / 'cache'}'")
     cfg = overrides.compose_config(CONF, "train", [*QUICK[-2:], "run.name=x", f"run.dir='{tmp_path}/first'", *asked])
-    data = cli.read_data(cfg)
+    data = build_data(cfg)
     (cache,) = (tmp_path / "cache").glob("*.npz")
     cache.write_bytes(cache.read_bytes()[:-200] if content is None else content)
     assert f"{cache} is damaged" in message(tmp_path, *asked)
     cache.unlink()
-    again = cli.read_data(cfg)
-    assert (again._part("train").tokens == data._part("train").tokens).all()
+    again = build_data(cfg)
+    assert (again._get_part("train").tokens == data._get_part("train").tokens).all()
 
 
 def test_labels_that_the_training_lacks_are_named(tmp_path: Path) -> None:
@@ -247,7 +250,7 @@ def test_a_label_out_of_range_is_told_with_its_file(label: int, seen: str, tmp_p
 
 def test_data_with_another_number_of_classes_than_the_head_are_refused(trained: Path, pictures: Path) -> None:
     ckpt = trained / "checkpoints" / "best.ckpt"
-    with pytest.raises(ValueError, match=r"the checkpoint tells 10 classes apart \(T-shirt.*the data have 2 \(a, b"):
+    with pytest.raises(ValueError, match=r"the checkpoint has 10 classes \(T-shirt.*the data have 2 \(a, b"):
         commands_of(f"ckpt='{ckpt}'", "data=image_folder", f"data.root='{pictures}'", f"run.dir='{pictures}-eval'")
 
 
@@ -260,7 +263,7 @@ def test_weights_of_another_width_are_refused(trained: Path, tmp_path: Path) -> 
 
 
 def commands_of(*arguments: str) -> None:
-    cli.evaluate(arguments, CONF)
+    run_eval(arguments, CONF)
 
 
 @pytest.mark.parametrize(
@@ -268,10 +271,10 @@ def commands_of(*arguments: str) -> None:
     [
         ("trainer.max_epochs=abc", "trainer.max_epochs must be a whole number, like"),
         ("data.batch_size=2.5", "data.batch_size must be a whole number, like 16, not 2.5"),
-        ("attention.gate_grad_to_scores=maybe", "attention.gate_grad_to_scores must be true or false, not 'maybe'"),
-        ("attention.thetaa=1", "attention has no key 'thetaa'; did you mean theta?"),
+        ("attention.gate.into_scores=maybe", "attention.gate.into_scores must be true or false, not 'maybe'"),
+        ("attention.thresholdd=1", "attention has no key 'thresholdd'; did you mean threshold?"),
         ("optimizer.lr=1", "optimizer.lr has no effect on an evaluation"),
-        ("attention.theta=1", "attention.theta is a starting value"),
+        ("attention.threshold=1", "attention.threshold is a starting value"),
         ("seed=1,2", "eval.py takes one value for seed"),
     ],
 )

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 import thresher
-from tests.running import CONF
-from thresher import cli
-from thresher.attention.thresholds import Thresholds
-from thresher.export.__main__ import main, parsed
-from thresher.export.card import card
+from tests.running import CONF, run_eval
+from thresher.attention.shared.thresholds import Thresholds
+from thresher.run.results import choose_folder
+from thresher.tools.export.__main__ import main
+from thresher.tools.export.card import write_card
 
 
 def images() -> torch.Tensor:
@@ -40,15 +40,15 @@ def test_an_export_equals_the_run_bit_for_bit_thresholds_included(trained: Path,
 
 def test_an_export_is_tested_like_its_checkpoint(trained: Path, exported: Path, tmp_path: Path) -> None:
     ours = ["trainer.limit_test_batches=1"]
-    one = cli.evaluate([f"ckpt='{exported}'", *ours, f"run.dir='{tmp_path}/one'"], CONF)
-    other = cli.evaluate([f"ckpt='{trained}/checkpoints/best.ckpt'", *ours, f"run.dir='{tmp_path}/other'"], CONF)
+    one = run_eval([f"ckpt='{exported}'", *ours, f"run.dir='{tmp_path}/one'"], CONF)
+    other = run_eval([f"ckpt='{trained}/checkpoints/best.ckpt'", *ours, f"run.dir='{tmp_path}/other'"], CONF)
     assert one == other
-    assert cli.evaluation_folder(exported, "eval").parent == exported / "eval"
+    assert choose_folder(exported, "eval").parent == exported / "eval"
 
 
 def test_the_card_says_what_it_is_and_what_made_it(trained: Path, exported: Path) -> None:
     text = (exported / "README.md").read_text()
-    for part in ("latte.Latte", "theta=6.9", "budgets.Target", "target=0.15", "Ankle boot", "test accuracy", "0.15"):
+    for part in ("`latte`", "threshold=6.9", "`auto`", "target=0.15", "Ankle boot", "test accuracy", "0.15"):
         assert part in text
     command = next(line for line in text.splitlines() if line.startswith("python train.py"))
     assert "model.embed_dim=16" in command
@@ -56,10 +56,10 @@ def test_the_card_says_what_it_is_and_what_made_it(trained: Path, exported: Path
 
 
 def test_a_card_shows_strange_names_as_text() -> None:
-    node = {"_target_": "a.b", "x": "`<script>`\x1b[2J"}
+    node = {"name": "a`b", "arguments": {"x": "`<script>`\x1b[2J"}}
     config = dict.fromkeys(("model", "attention", "compute", "data"), node)
     record = {"version": "1", "config": config, "classes": ["[a](http://b)"], "model_arguments": {}}
-    text = card("<b>", record, {"test/acc": None, "test/loss": 0.5}, "", {})
+    text = write_card("<b>", record, {"test/acc": None, "test/loss": 0.5}, "", {})
     assert "\x1b" not in text
     assert "\\<script\\>" in text
     assert "| test accuracy | - |" in text
@@ -68,21 +68,22 @@ def test_a_card_shows_strange_names_as_text() -> None:
 
 def test_nothing_is_written_over(exported: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (exported / "model.safetensors").read_bytes()
-    assert main([str(trained), f"out={exported}"]) == 1
+    assert main([f"ckpt='{trained}'", f"run.dir='{exported}'"]) == 1
     assert "is not an empty folder" in capsys.readouterr().err
-    assert main([str(trained), f"out={exported / 'README.md'}"]) == 1
+    assert main([f"ckpt='{trained}'", f"run.dir='{exported}/README.md'"]) == 1
     assert (exported / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "there is no checkpoint nowhere"),
-        (["a", "b"], "one run at a time"),
-        (["out=x"], "got none"),
-        (["a", "formt=onnx"], "did you mean format?"),
-        (["a", "format=onx"], "one of safetensors, torch, onnx"),
-        (["."], "neither the folder of a run"),
+        (["ckpt=nowhere"], "there is no checkpoint nowhere"),
+        (["nowhere"], "write ckpt=nowhere"),
+        (["format=onnx"], "which run?"),
+        (["ckpt=a", "formt=onnx"], "did you mean format?"),
+        (["ckpt=a", "format=onx"], "Available: safetensors, torch, onnx"),
+        (["ckpt=a", "out=x"], "run.dir=x"),
+        (["ckpt=."], "neither the folder of a run"),
     ],
 )
 def test_a_mistake_is_one_message(
@@ -95,22 +96,15 @@ def test_a_mistake_is_one_message(
     assert "Traceback" not in error
 
 
-def test_folders_with_an_equals_sign_are_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "seed=1").mkdir()
-    assert parsed(["seed=1", "out=x"]) == (Path("seed=1"), {"out": "x"})
-
-
 def test_help_and_mistakes_are_answered_before_torch_is_imported() -> None:
     code = (
-        "import sys; from thresher.export.__main__ import main; "
-        "assert main(['--help']) == 0 and main(['x', 'y']) == 1; sys.exit('torch' in sys.modules)"
+        "import sys; from thresher.tools.export.__main__ import main; "
+        "assert main(['--help']) == 0 and main(['ckpt=x', 'format=y']) == 1; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-def test_a_checkpoint_of_before_says_what_still_reads_it(harmed: Any) -> None:
+def test_a_checkpoint_that_says_nothing_of_its_data_is_refused(harmed: Any) -> None:
     path = harmed(lambda c: c["thresher"].pop("model_arguments"))
-    with pytest.raises(ValueError, match=r"eval\.py"):
+    with pytest.raises(ValueError, match="does not say what its network must know of its data: refused"):
         thresher.load_model(path)
-    assert cli.rebuilt(path, [], CONF)[0].attention._target_.endswith("Latte")

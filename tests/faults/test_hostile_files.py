@@ -15,10 +15,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import thresher
-from tests.running import CONF, tiny_config
-from thresher import cli, dropin
-from thresher.export.run import export
-from thresher.trust import allowed_targets, checked_config
+from tests.running import CONF, run_dropin, run_eval, tiny_config
+from thresher.checkpoints.format import GROUPS
+from thresher.checkpoints.groups import list_choices, restore_config
+from thresher.run import train as training
+from thresher.run.overrides import load_with_overrides
+from thresher.tools.export.run import export
 
 Harm = Callable[[Callable[[dict[str, Any]], None]], Path]
 SOURCE = Path(thresher.__file__).parent
@@ -54,21 +56,33 @@ def gadgets(marker: Path) -> list[dict[str, Any]]:
         {"_target_": ["gadget.run"]},
         {"_target_": {"_target_": "gadget.run"}},
         # Ours, but none of them belongs there.
+        {"name": "default", "arguments": {"heads": {"path": str(marker)}}},
+        {"name": "csv", "arguments": {"csv": {"save_dir": str(marker)}}},
+        {"name": {"_target_": "gadget.run"}, "arguments": {}},
+        {"name": "../../gadget", "arguments": {}},
+        {"name": "vit", "arguments": {"_target_": "gadget.run"}},
+        {"name": "latte", "arguments": {"tau": {"_target_": "gadget.run"}}},
         {"_target_": "thresher.callbacks.heads.HeadStatistics", "path": str(marker)},
         {"_target_": "pytorch_lightning.loggers.CSVLogger", "save_dir": str(marker)},
         {"_target_": "pytorch_lightning.callbacks.ModelCheckpoint", "dirpath": str(marker)},
     ]
 
 
+def targeting(gadget: Any) -> Any:
+    """Return a gadget as a node that Hydra would instantiate, where plain arguments are allowed."""
+    return gadget if "_target_" in gadget else {"_target_": "gadget.run", **gadget}
+
+
 PLACES: dict[str, Callable[[dict[str, Any], Any], None]] = {
     "model": lambda config, gadget: config.update(model=gadget),
     "attention": lambda config, gadget: config.update(attention=gadget),
-    "model.attention": lambda config, gadget: config["model"].update(attention=gadget),
-    "model.where": lambda config, gadget: config["model"].update(where=gadget),
-    "optimizer.lr": lambda config, gadget: config["optimizer"].update(lr=gadget),
-    "trainer.plugins": lambda config, gadget: config["trainer"].update(plugins=[gadget]),
-    "data.root": lambda config, gadget: config["data"].update(root={"deep": [[gadget]]}),
-    "seed": lambda config, gadget: config.update(seed=gadget),
+    "model.attention": lambda config, gadget: config["model"]["arguments"].update(attention=gadget),
+    "model.where": lambda config, gadget: config["model"]["arguments"].update(where=targeting(gadget)),
+    "optimizer.lr": lambda config, gadget: config["optimizer"]["arguments"].update(lr=targeting(gadget)),
+    "trainer.plugins": lambda config, gadget: config["trainer"]["arguments"].update(plugins=[targeting(gadget)]),
+    "data.root": lambda config, gadget: config["data"]["arguments"].update(root={"deep": [[targeting(gadget)]]}),
+    "callbacks": lambda config, gadget: config.update(callbacks={"x": gadget}),
+    "seed": lambda config, gadget: config.update(seed=targeting(gadget)),
     "unknown": lambda config, gadget: config.update(unknown=({"x": gadget},)),
 }
 
@@ -81,50 +95,52 @@ def test_a_stored_config_runs_nothing_but_what_our_own_names_there(
         config = copy.deepcopy(plain["thresher"]["config"])
         PLACES[place](config, gadget)
         with pytest.raises(ValueError, match="refused"):
-            checked_config(config, CONF, "stranger.ckpt")
+            restore_config(config, CONF, "stranger.ckpt")
 
 
-@pytest.mark.parametrize("which", range(17))
+@pytest.mark.parametrize("which", range(23))
 def test_every_way_into_a_checkpoint_checks_it(which: int, harmed: Harm, marker: Path) -> None:
     path = harmed(lambda c: c["thresher"]["config"].update(model=gadgets(marker)[which]))
     for use in (
         lambda: thresher.load_model(path),
-        lambda: cli.evaluate([f"ckpt='{path}'"], CONF),
+        lambda: run_eval([f"ckpt='{path}'"], CONF),
         lambda: export(path, None, "safetensors"),
-        lambda: dropin.evaluate(["experiment=dropin_vit", f"ckpt='{path}'"], CONF),
+        lambda: run_dropin(["experiment=dropin_vit", f"ckpt='{path}'"], CONF),
     ):
         with pytest.raises(ValueError, match="refused"):
             use()
 
 
-def test_a_target_of_ours_is_refused_in_another_part(plain: dict[str, Any]) -> None:
-    targets = allowed_targets(CONF)
-    for part in ("model", "attention", "data", "task", "optimizer", "scheduler", "compute", "trainer"):
-        for other in sorted(set().union(*targets.values()) - targets[part])[::5]:
+def test_a_name_of_ours_is_refused_in_another_group(plain: dict[str, Any]) -> None:
+    for group in GROUPS:
+        known = set(list_choices(CONF, group))
+        others = {name for other in GROUPS for name in list_choices(CONF, other)} - known
+        for other in sorted(others)[::5]:
             config = copy.deepcopy(plain["thresher"]["config"])
-            config[part]["_target_"] = other
-            with pytest.raises(ValueError, match=re.escape(f"asks to run {other!r}")):
-                checked_config(config, CONF, "stranger.ckpt")
+            config[group]["name"] = other
+            with pytest.raises(ValueError, match=re.escape(f"asks for {group} {other!r}")):
+                restore_config(config, CONF, "stranger.ckpt")
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda config: config["data"].update(root="${oc.env:HOME}"),
+        lambda config: config["data"]["arguments"].update(root="${oc.env:HOME}"),
         lambda config: config["run"].update(name="${oc.decode:x}"),
-        lambda config: config["model"].update(_args_=["x"]),
+        lambda config: config["model"]["arguments"].update(_args_=["x"]),
         lambda config: config["model"].update({"_target_": "gadget.run", "_partial_": True}),
+        lambda config: config["model"]["arguments"].update({"_target_": "gadget.run", "_partial_": True}),
         lambda config: config.pop("model"),
         lambda config: config.update(attention="latte"),
         lambda config: config.update(trainer=None),
-        lambda config: config["data"].update(root=torch.zeros(2)),
+        lambda config: config["data"]["arguments"].update(root=torch.zeros(2)),
     ],
-    ids=["env", "decode", "args", "partial", "no model", "attention a word", "no trainer", "tensor"],
+    ids=["env", "decode", "args", "target", "partial", "no model", "attention a word", "no trainer", "tensor"],
 )
 def test_other_tricks_of_a_config_are_refused(change: Callable[[dict[str, Any]], None], harmed: Harm) -> None:
     path = harmed(lambda c: change(c["thresher"]["config"]))
     with pytest.raises(ValueError, match="refused"):
-        cli.evaluate([f"ckpt='{path}'"], CONF)
+        run_eval([f"ckpt='{path}'"], CONF)
 
 
 def test_a_config_without_end_is_refused(plain: dict[str, Any]) -> None:
@@ -136,7 +152,7 @@ def test_a_config_without_end_is_refused(plain: dict[str, Any]) -> None:
         wide = [wide, wide]
     for bomb in (deep, wide):
         with pytest.raises(ValueError, match="levels"):
-            checked_config(plain["thresher"]["config"] | {"seed": bomb}, CONF, "stranger.ckpt")
+            restore_config(plain["thresher"]["config"] | {"seed": bomb}, CONF, "stranger.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -151,9 +167,9 @@ def test_a_config_without_end_is_refused(plain: dict[str, Any]) -> None:
         lambda c: c["thresher"].update(config=[]),
         lambda c: c["thresher"].update(model_arguments=None),
         lambda c: c["thresher"].update(model_arguments={"num_classes": "x", "channels": 1, "image_size": 28}),
-        lambda c: c["thresher"]["config"]["model"].update(checkpoint_path="bomb.pt"),
-        lambda c: c["thresher"]["config"]["model"].update(name="hf-hub:someone/something"),
-        lambda c: c["thresher"]["config"]["model"].update(embed_dim=[1]),
+        lambda c: c["thresher"]["config"]["model"]["arguments"].update(checkpoint_path="bomb.pt"),
+        lambda c: c["thresher"]["config"]["model"]["arguments"].update(name="hf-hub:someone/something"),
+        lambda c: c["thresher"]["config"]["model"]["arguments"].update(embed_dim=[1]),
     ],
     ids=range(12),
 )
@@ -184,20 +200,20 @@ def test_a_pickle_is_never_run_whatever_the_environment_says(
         torch.save(stored | {place: Bomb(marker)}, path, _use_new_zipfile_serialization=zipped)
         for use in (
             lambda: thresher.load_model(path),
-            lambda: cli.evaluate([f"ckpt='{path}'"], CONF),
-            partial(cli.train, tiny_config(tmp_path / f"a_{place}", f"init_from='{path}'", "compute=free")),
-            partial(cli.train, tiny_config(tmp_path / f"b_{place}", f"ckpt_path='{path}'", "train=false")),
+            lambda: run_eval([f"ckpt='{path}'"], CONF),
+            partial(training.train, tiny_config(tmp_path / f"a_{place}", f"init_from='{path}'", "compute=free")),
+            partial(training.train, tiny_config(tmp_path / f"b_{place}", f"ckpt_path='{path}'", "train=false")),
         ):
             with pytest.raises(ValueError, match=r"bomb\.ckpt cannot be read as weights"):
                 use()
     with pytest.raises(Exception, match=r"(?i)weights"):
-        cli.train(tiny_config(tmp_path / "c", f"resume='{path}'"))
+        training.train(tiny_config(tmp_path / "c", f"resume='{path}'"))
 
 
 def test_lightnings_instantiator_is_not_followed(harmed: Harm, tmp_path: Path) -> None:
     path = harmed(lambda c: c.update(hyper_parameters={"_instantiator": "gadget.run", "_class_path": "gadget.run"}))
     thresher.load_model(path)
-    cli.evaluate([f"ckpt='{path}'", "trainer.limit_test_batches=1", f"run.dir='{tmp_path}/eval'"], CONF)
+    run_eval([f"ckpt='{path}'", "trainer.limit_test_batches=1", f"run.dir='{tmp_path}/eval'"], CONF)
 
 
 def test_a_compressed_archive_is_refused(harmed: Harm, tmp_path: Path) -> None:
@@ -210,15 +226,15 @@ def test_a_compressed_archive_is_refused(harmed: Harm, tmp_path: Path) -> None:
 
 
 def test_evaluating_a_strangers_checkpoint_downloads_and_writes_nothing(harmed: Harm, tmp_path: Path) -> None:
-    def ask(target: str, **changes: Any) -> DictConfig:
-        path = harmed(lambda c: c["thresher"]["config"].update(data={"_target_": f"thresher.data.{target}", **changes}))
-        return cli.rebuilt(path, [], CONF)[0].data
+    def ask(name: str, **changes: Any) -> DictConfig:
+        path = harmed(lambda c: c["thresher"]["config"].update(data={"name": name, "arguments": changes}))
+        return load_with_overrides(path, [], CONF).config.data
 
-    assert ask("cifar.CIFAR10", download=True, root=str(tmp_path)).download is False
+    assert ask("cifar10", download=True, root=str(tmp_path)).download is False
     elsewhere = tmp_path / "elsewhere"
-    assert ask("listops.ListOps", root=str(elsewhere)).root == OmegaConf.load(CONF / "data" / "listops.yaml").root
+    assert ask("listops", root=str(elsewhere)).root == OmegaConf.load(CONF / "data" / "listops.yaml").root
     elsewhere.mkdir()
-    assert ask("listops.ListOps", root=str(elsewhere)).root == str(elsewhere)
+    assert ask("listops", root=str(elsewhere)).root == str(elsewhere)
 
 
 def test_models_of_transformers_name_no_code(tmp_path: Path) -> None:
@@ -326,7 +342,7 @@ def test_nothing_of_ours_unpickles() -> None:
 def test_the_loader_of_yaml_is_the_safe_one() -> None:
     import yaml
 
-    from thresher.report.configs import LOADER
+    from thresher.results.configs import LOADER
 
     assert issubclass(LOADER, (yaml.SafeLoader, yaml.CSafeLoader))
 

@@ -10,21 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints.test_resume import assert_same
 from tests.faults.processes import ENVIRONMENT, begin, finish, until
-from tests.test_resume import assert_same
-from thresher import files
-from thresher.checkpoint import load
+from thresher.checkpoints import files
+from thresher.checkpoints.load import load_checkpoint
 
 LONG = ("trainer.max_epochs=30", "attention=mca", "data.augment=crop_flip", "test=true")
 WRITER = """
 import sys, torch
-from thresher.saving import CheckpointFiles
-record = {"config": {}, "classes": []}
-files = CheckpointFiles({"last.ckpt": "previous.ckpt"})
+from thresher.checkpoints.save import CheckpointFiles
+files = CheckpointFiles({"config": {}, "classes": []})
 step = 0
 while True:
     state = {"weight": torch.full((2_000_000,), float(step))}
-    files.save_checkpoint({"state_dict": state, "thresher": record, "step": step}, sys.argv[1] + "/last.ckpt")
+    files.save_checkpoint({"state_dict": state, "step": step}, sys.argv[1] + "/last.ckpt")
     print(step, flush=True)
     step += 1
 """
@@ -55,12 +54,12 @@ def test_a_training_that_was_killed_ends_as_one_that_was_not(kills: int, tmp_pat
         assert process.poll() is None, f"it ended before kill {done + 1}: {process.communicate()[0]}"
         kill(process)
         done += 1
-        steps.append(load(newest)["global_step"])
+        steps.append(load_checkpoint(newest)["global_step"])
     assert steps == sorted(steps)
     assert steps[-1] < 360, "the training was over before the last kill"
     code, output = finish(begin(killed, *LONG))
     assert code == 0, output
-    assert "goes on from" in output
+    assert "resumes from" in output
     assert_same(whole, killed)
 
 
@@ -86,10 +85,10 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_good_one(kills: int, tmp_
         halfway += any(tmp_path.glob("*.partial"))
         files.remove_leftovers(tmp_path)
         assert not list(tmp_path.glob("*.partial"))
-        newest = load(tmp_path / "last.ckpt")
+        newest = load_checkpoint(tmp_path / "last.ckpt")
         assert newest["step"] >= promised
         assert bool((newest["state_dict"]["weight"] == newest["step"]).all())
-        assert load(tmp_path / "previous.ckpt")["step"] in (newest["step"] - 1, newest["step"])
+        assert load_checkpoint(tmp_path / "previous.ckpt")["step"] in (newest["step"] - 1, newest["step"])
     assert halfway, "no kill met a file that was being written"
 
 
@@ -104,4 +103,4 @@ def test_a_truncated_snapshot_gives_way_to_the_one_before(tmp_path: Path) -> Non
     code, output = finish(begin(tmp_path / "run", *LONG))
     assert code == 0, output
     assert "last.ckpt cannot be read" in output
-    assert "Going on from the snapshot before it" in output
+    assert "Resuming from the snapshot before it" in output

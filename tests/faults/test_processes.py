@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.checkpoints.test_resume import assert_same
 from tests.faults.processes import ENVIRONMENT, ROOT, SHORT, begin, finish, until
-from tests.test_resume import assert_same
-from thresher.checkpoint import load
+from thresher.checkpoints.load import load_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
@@ -68,12 +68,12 @@ def assert_all_end(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.parametrize("compute", ["lagrangian", "penalty"])
 def test_two_processes_are_one_with_a_doubled_batch(compute: str, tmp_path: Path) -> None:
-    budget = (f"compute={compute}", "compute.start=0", "attention.theta=1")
+    budget = (f"compute={compute}", "compute.start=0", "attention.threshold=1")
     run(tmp_path / "two", *TWO, *SAME, *budget, *spied(tmp_path / "two"), "test=false")
     run(tmp_path / "one", *SAME, *budget, "data.batch_size=8", "test=false")
     first, second = (each["state"] for each in ranks(tmp_path / "two"))
     assert not [name for name, value in first.items() if not torch.equal(value, second[name])]
-    alone = load(tmp_path / "one" / "checkpoints" / "last.ckpt")["state_dict"]
+    alone = load_checkpoint(tmp_path / "one" / "checkpoints" / "last.ckpt")["state_dict"]
     for name, value in first.items():
         torch.testing.assert_close(value, alone[f"net.{name}"], rtol=1e-4, atol=1e-5)
     for name in ("train/kept", "train/compute", "train/compute_loss", "val/loss", "val/kept", "val/compute"):
@@ -123,7 +123,7 @@ def test_a_killed_process_ends_all(tmp_path: Path) -> None:
     (other,) = others_of(process)
     os.kill(other, signal.SIGKILL)
     assert_all_end(process)
-    assert load(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
 
 
 def test_a_process_that_raises_ends_all(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_signal_to_one_stops_all_with_a_snapshot_that_two_go_on_from(trainer: 
     code, output = finish(process, TIMEOUT)
     assert code == 143, output
     assert not others_of(process)
-    assert load(tmp_path / "stopped" / "checkpoints" / "last.ckpt")["global_step"] < 24
+    assert load_checkpoint(tmp_path / "stopped" / "checkpoints" / "last.ckpt")["global_step"] < 24
     run(tmp_path / "stopped", *two, *many)
     (tmp_path / "whole" / "heads.json").write_text("")  # no test, no heads
     (tmp_path / "stopped" / "heads.json").write_text("")
@@ -154,9 +154,9 @@ def test_a_training_goes_on_with_fewer_and_more_processes_and_says_so(tmp_path: 
     """2 epochs of 6 steps by two, then 2 of 12 by one, then 2 of 6 by two."""
     run(tmp_path / "run", *TWO, "trainer.max_epochs=2", "test=false")
     output = run(tmp_path / "run", "trainer.max_epochs=4", "test=false")
-    assert "goes on, but not as it would have without the interruption" in output
+    assert "continues, but not as it would have without the interruption" in output
     run(tmp_path / "run", *TWO, "trainer.max_epochs=6", "test=false")
-    last = load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    last = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert last["global_step"] == 12 + 24 + 12
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train/seconds"] > 0
 

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 import thresher
 from thresher.attention import find
-from thresher.export import programs
-from thresher.export.run import export
 from thresher.models.build import language_model
+from thresher.tools.export import programs
+from thresher.tools.export.run import export
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")  # torch.export traces sizes that are no int
 

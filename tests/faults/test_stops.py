@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.checkpoints.test_resume import assert_same
 from tests.faults.processes import begin, finish, until
 from tests.running import tiny_config
-from tests.test_resume import assert_same
-from thresher import cli
-from thresher.checkpoint import load
-from thresher.interruption import Interrupted, Signals
+from thresher.checkpoints.load import load_checkpoint
+from thresher.run import train as training
+from thresher.signals import Interrupted, Signals
 from thresher.tasks.finite import NonFiniteError
 
 QUIET = ("callbacks.watch.moved=0", "test=false", "callbacks.last_checkpoint.every_n_steps=1")
@@ -28,14 +28,14 @@ def test_a_signal_leaves_a_snapshot_and_its_exit_code(signum: signal.Signals, co
     process.send_signal(signum)
     got, output = finish(process)
     assert got == code, output
-    assert f"stopped by {signum.name}; the same command goes on" in output
+    assert f"stopped by {signum.name}; the same command resumes" in output
     assert "Traceback" not in output
-    stopped = load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    stopped = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert stopped["position"]["batch"] or stopped["global_step"] >= 12
     epochs = stopped["epoch"] + 2
     code, output = finish(begin(tmp_path / "run", rare, f"trainer.max_epochs={epochs}"))
     assert code == 0, output
-    assert load(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 12 * epochs
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 12 * epochs
 
 
 class Raise:
@@ -55,15 +55,15 @@ def test_a_run_that_a_signal_stopped_ends_as_one_that_was_not(tmp_path: Path, mo
     from thresher.tasks.classification import Classification
 
     quiet = ("callbacks.watch.moved=0", "callbacks.last_checkpoint.every_n_minutes=null")
-    cli.train(tiny_config(tmp_path / "whole", *quiet))
+    training.train(tiny_config(tmp_path / "whole", *quiet))
     raising = Raise(Classification.training_step, 3)
     with monkeypatch.context() as patch:
         patch.setattr(Classification, "training_step", lambda *args: raising(*args))
         with pytest.raises(Interrupted) as interruption:
-            cli.train(tiny_config(tmp_path / "stopped", *quiet))
+            training.train(tiny_config(tmp_path / "stopped", *quiet))
     assert interruption.value.code == 143
-    assert load(tmp_path / "stopped" / "checkpoints" / "last.ckpt")["position"]["batch"] == 3
-    cli.train(tiny_config(tmp_path / "stopped", *quiet))
+    assert load_checkpoint(tmp_path / "stopped" / "checkpoints" / "last.ckpt")["position"]["batch"] == 3
+    training.train(tiny_config(tmp_path / "stopped", *quiet))
     assert_same(tmp_path / "whole", tmp_path / "stopped")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -71,7 +71,7 @@ def test_a_run_that_a_signal_stopped_ends_as_one_that_was_not(tmp_path: Path, mo
 def test_a_second_signal_stops_at_once() -> None:
     before = signal.getsignal(signal.SIGINT)
     with Signals() as signals:
-        signals.waiting = True
+        signals.defer()
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
         with pytest.raises(Interrupted):
@@ -82,7 +82,7 @@ def test_a_second_signal_stops_at_once() -> None:
 def test_slurm_has_one_owner_of_its_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     with Signals() as signals:
-        signals.waiting = True
+        signals.defer()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signals.received == signal.SIGUSR1
 
@@ -117,7 +117,7 @@ class Spoil(nn.Module):
 @pytest.fixture
 def spoilt(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that spoils one layer of the next network."""
-    build = cli.build_task
+    build = training.build_task
 
     def spoil(at: int, value: float, *, backward: bool = False) -> None:
         def built(*args: Any) -> Any:
@@ -125,7 +125,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> Any:
             task.net.blocks[1].mlp.fc1 = Spoil(task.net.blocks[1].mlp.fc1, at, value, backward=backward)
             return task
 
-        monkeypatch.setattr(cli, "build_task", built)
+        monkeypatch.setattr(training, "build_task", built)
 
     return spoil
 
@@ -137,8 +137,8 @@ def test_a_loss_that_is_not_finite_stops_the_step_and_names_layer_and_batch(
     spoilt(5, value)
     where = r"step 5: the loss is nan in batch 1 of epoch 1, first in the output of blocks\.1\.mlp\.fc1\."
     with pytest.raises(NonFiniteError, match=where):
-        cli.train(tiny_config(tmp_path / "run", *QUIET))
-    snapshot = load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+        training.train(tiny_config(tmp_path / "run", *QUIET))
+    snapshot = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert snapshot["global_step"] == 5
     assert all(bool(v.isfinite().all()) for v in snapshot["state_dict"].values() if v.is_floating_point())
 
@@ -146,8 +146,8 @@ def test_a_loss_that_is_not_finite_stops_the_step_and_names_layer_and_batch(
 def test_a_gradient_that_is_not_finite_stops_the_step_too(spoilt: Any, tmp_path: Path) -> None:
     spoilt(2, float("inf"), backward=True)
     with pytest.raises(NonFiniteError, match=r"step 2: the gradient of \S+ and \d+ more is not finite after batch 2"):
-        cli.train(tiny_config(tmp_path / "run", *QUIET))
-    assert load(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 2
+        training.train(tiny_config(tmp_path / "run", *QUIET))
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 2
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -155,11 +155,11 @@ def test_a_gradient_that_is_not_finite_stops_the_step_too(spoilt: Any, tmp_path:
 def test_such_steps_can_be_left_out(backward: bool, accumulate: int, spoilt: Any, tmp_path: Path) -> None:
     spoilt(2, float("nan"), backward=backward)
     overrides = ("task.nonfinite=skip", "compute=lagrangian", "compute.start=0", "compute.end=0.5")
-    with pytest.warns(UserWarning, match="the step is left out"):
-        metrics = cli.train(
+    with pytest.warns(UserWarning, match="the step is skipped"):
+        metrics = training.train(
             tiny_config(tmp_path / "run", *QUIET, *overrides, f"trainer.accumulate_grad_batches={accumulate}")
         )
-    state = load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert all(bool(v.isfinite().all()) for v in state["state_dict"].values() if v.is_floating_point())
     assert state["global_step"] == 8 // accumulate
     assert metrics["val/loss"] < 3
@@ -171,9 +171,9 @@ def test_a_batch_that_is_not_finite_is_told(tmp_path: Path, monkeypatch: pytest.
     read = StoredImages.load
     monkeypatch.setattr(StoredImages, "load", lambda self, indices: read(self, indices).float() / 0 - 1 / 1e-50)
     with pytest.raises(NonFiniteError, match=r"batch 0 of epoch 0, .*; the batch itself holds values that are not"):
-        cli.train(tiny_config(tmp_path / "run", *QUIET))
+        training.train(tiny_config(tmp_path / "run", *QUIET))
 
 
 def test_what_to_do_with_such_steps_is_one_of_two(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"task\.nonfinite must be one of stop, skip, null, got 'ignore'"):
-        cli.train(tiny_config(tmp_path / "run", "task.nonfinite=ignore"))
+        training.train(tiny_config(tmp_path / "run", "task.nonfinite=ignore"))

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tests.attention.helpers import noise_like
+from thresher.testing.inputs import noise_like
 
 SIZE = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 10}
 MODELS: dict[str, Callable[..., nn.Module]] = {

@@ -1,8 +1,6 @@
 """Dense attention that remembers its calls."""
 
-from torch import Tensor
-
-from thresher.attention import Attended, Call
+from thresher.attention import Attended, Call, Prepared
 from thresher.attention.dense import Dense
 
 
@@ -11,6 +9,6 @@ class Spy(Dense):
 
     calls: list[Call] = []
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
-        self.calls.append(call)
-        return super().forward(q, k, v, call)
+    def reference(self, x: Prepared) -> Attended:
+        self.calls.append(x.call)
+        return super().reference(x)

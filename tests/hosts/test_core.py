@@ -13,20 +13,20 @@ from tests.hosts.models import BLOCKS, build, same_state
 from thresher import mount, sparsify
 from thresher.attention import available
 from thresher.attention.dense import Dense
-from thresher.attention.latte import Latte
+from thresher.attention.latte.mechanism import Latte
 from thresher.attention.mean import Mean
 from thresher.hosts import mounted
-from thresher.hosts.__main__ import table
+from thresher.hosts.__main__ import build_table
 from thresher.hosts.core import HOSTS, Host
 
 
 def test_the_mechanism_is_built_with_the_hyper_parameters_given() -> None:
     model = build()
-    sparsify(model, "latte", theta=1.25, est_bits=8)
+    sparsify(model, "latte", threshold=1.25, estimate={"bits": 8})
     for block in BLOCKS:
         mechanism = model.get_submodule(block).mechanism
         assert isinstance(mechanism, Latte)
-        assert mechanism.est_bits == 8
+        assert mechanism.estimate.bits == 8
         assert mechanism.thresholds.values().tolist() == [1.25, 1.25]
 
 
@@ -60,16 +60,16 @@ def test_an_unknown_mechanism_is_an_error_that_names_the_nearest() -> None:
 
 def test_an_unknown_hyper_parameter_is_an_error_that_lists_the_known_ones() -> None:
     model = build()
-    with pytest.raises(ValueError, match=r"latte has no hyper-parameter 'thet'.*est_bits=4.*theta=6\.9"):
+    with pytest.raises(ValueError, match=r"latte has no hyper-parameter 'thet'.*'bits': 4.*threshold=6\.9"):
         sparsify(model, "latte", thet=1.0)
-    with pytest.raises(ValueError, match=r"dense has no hyper-parameter 'theta'; it has: none"):
-        sparsify(model, "dense", theta=1.0)
+    with pytest.raises(ValueError, match=r"dense has no hyper-parameter 'threshold'\. It has: none"):
+        sparsify(model, "dense", threshold=1.0)
 
 
 def test_a_refused_hyper_parameter_leaves_the_model_as_it_was() -> None:
     model = build()
     with pytest.raises(ValueError, match="at least 0"):
-        sparsify(model, "latte", theta=-1.0)
+        sparsify(model, "latte", threshold=-1.0)
     assert not any(isinstance(m, Host) for m in model.modules())
 
 
@@ -114,7 +114,7 @@ def test_a_module_that_no_host_knows_is_refused() -> None:
 def test_the_table_in_the_docs_is_what_trying_finds() -> None:
     """Every mechanism takes a step of training in every host, or refuses when it is built."""
     page = Path(__file__).parents[2] / "docs" / "hosts.md"
-    assert page.read_text().endswith(f"\n\n{table()}\n")
+    assert f"\n\n{build_table()}\n" in page.read_text()
 
 
 def test_what_was_mounted_is_logged_and_listed(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,14 +11,14 @@ from timm.layers import GluMlp, Mlp, SwiGLU, SwiGLUPacked
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.attention.helpers import noise_like
 from tests.hosts.models import SIZE, build, images, same_state
 from thresher import ComputeMeter, densify, sparsify
 from thresher.attention.dense import Dense
-from thresher.attention.topk_ffn import TopKFeedForward
+from thresher.feedforward.topk_ffn import TopKFeedForward
 from thresher.hosts.core import Host
 from thresher.hosts.feedforward import FeedForwardHost, mount_feed_forward
 from thresher.models.transformer import Classifier
+from thresher.testing.inputs import noise_like
 
 TEXT = {"vocab_size": 50, "max_position_embeddings": 16}
 BERT = {**TEXT, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -122,7 +122,9 @@ def test_a_second_one_in_the_same_place_is_refused() -> None:
 def test_errors_name_what_is_there() -> None:
     with pytest.raises(ValueError, match=r"no feed-forward module matches 'layer'; there are: blocks\.0\.mlp"):
         sparsify(build(), "topk_ffn", where="layer")
-    with pytest.raises(ValueError, match=r"topk_ffn has no hyper-parameter 'key'; it has: keys=0\.15, chunk=4096"):
+    with pytest.raises(
+        ValueError, match=r"topk_ffn has no hyper-parameter 'key'; did you mean keys\? It has: keys=0\.15, chunk=4096"
+    ):
         sparsify(build(), "topk_ffn", key=3)
     with pytest.raises(ValueError, match=r"Sequential has no feed-forward module.*timm\.layers\.mlp\.Mlp"):
         sparsify(nn.Sequential(nn.Linear(2, 2)), "topk_ffn")
@@ -139,8 +141,8 @@ class Doubled(Mlp):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Doubled(8, 16), "computes something of its own"),
-        (Mlp(8, 16, norm_layer=nn.LayerNorm), "computes something of its own"),
+        (Doubled(8, 16), "computes more than projections"),
+        (Mlp(8, 16, norm_layer=nn.LayerNorm), "computes more than projections"),
         (Mlp(8, 16, use_conv=True), "Mlp.fc1 is a Conv2d"),
         (Mlp(8, 16, act_layer=nn.PReLU), "has parameters"),
         (nn.Linear(2, 2), "no host knows torch.nn.modules.linear.Linear; mountable: .*Mlp"),

@@ -15,42 +15,34 @@ from thresher import densify, inject, sparsify
 from thresher.attention import Mechanism
 from thresher.hosts import mounted
 from thresher.hosts.__main__ import MODELS, TOKENS, build
-from thresher.hosts.huggingface import from_pretrained
-from thresher.hosts.recording import run
+from thresher.hosts.huggingface.host import from_pretrained
+from thresher.hosts.recording import call_model
 
 
 @pytest.mark.parametrize("name", ["BERT", "ViT", "Llama", "T5"])
 def test_a_saved_model_comes_back_with_its_thresholds(name: str, tmp_path: Path) -> None:
     model = build(name)
-    sparsify(model, "latte", where=FIRST, theta=0.5)
-    sparsify(model, "latte", where=f"{SECOND}(?!.*EncDec)", theta=float("inf"))
+    sparsify(model, "latte", where=FIRST, threshold=0.5)
+    sparsify(model, "latte", where=f"{SECOND}(?!.*EncDec)", threshold=float("inf"))
     for parameter, x in model.named_parameters():
         if "thresholds" in parameter:
             x.data += torch.arange(4.0)
-    wanted = run(model, MODELS[name].inputs)[0]
+    wanted = call_model(model, MODELS[name].inputs)[0]
     model.save_pretrained(tmp_path)
     loaded = from_pretrained(str(tmp_path))
     assert mounted(loaded) == mounted(model)
     assert same_state(loaded, model)
-    assert torch.equal(run(loaded, MODELS[name].inputs)[0], wanted)
+    assert torch.equal(call_model(loaded, MODELS[name].inputs)[0], wanted)
     loaded.save_pretrained(tmp_path)
     assert mounted(from_pretrained(str(tmp_path))) == mounted(model)
 
 
-def test_a_file_with_one_base_holds_it_for_evaluation_too(tmp_path: Path) -> None:
+def test_a_file_without_thresholds_is_refused(tmp_path: Path) -> None:
     model = build("BERT")
-    sparsify(model, "latte", theta=0.5)
-    for name, base in model.named_buffers():
-        if name.endswith("base"):
-            base += torch.arange(4.0)
-    wanted = run(model, MODELS["BERT"].inputs)[0]
+    sparsify(model, "latte", threshold=0.5)
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     saved = load_file(file)
-    save_file({key: x for key, x in saved.items() if not key.endswith("eval_base")}, file, {"format": "pt"})
-    loaded = from_pretrained(str(tmp_path))
-    assert same_state(loaded, model)
-    assert torch.equal(run(loaded, MODELS["BERT"].inputs)[0], wanted)
     save_file({key: x for key, x in saved.items() if "thresholds" not in key}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks their parameters: .*mechanism\.thresholds\.base"):
         from_pretrained(str(tmp_path))
@@ -84,7 +76,7 @@ def test_densify_gives_back_the_model_that_was(name: str, attention: str) -> Non
         assert restored.config.to_dict() == before
         assert restored.config._attn_implementation == "sdpa"
         assert same_state(restored, plain)
-        assert torch.equal(run(restored, MODELS[name].inputs)[0], run(plain, MODELS[name].inputs)[0])
+        assert torch.equal(call_model(restored, MODELS[name].inputs)[0], call_model(plain, MODELS[name].inputs)[0])
         assert not any(isinstance(m, Mechanism) for m in restored.modules())
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in restored.modules())
 

@@ -10,14 +10,14 @@ from torch.testing import assert_close
 from thresher import densify, sparsify
 from thresher.hosts import mounted
 from thresher.hosts.__main__ import MODELS, TOKENS, build
-from thresher.hosts.recording import run
+from thresher.hosts.recording import call_model
 
 
 @pytest.mark.parametrize("name", ["BERT", "DistilBERT", "ViT", "GPT-2", "Llama", "T5", "BART"])
 def test_a_mechanism_that_samples_the_value_projection_learns_what_it_was(name: str) -> None:
     plain, hosted = build(name), build(name)
     sparsify(hosted, "mca", alpha=1e-6, allow_noncausal_budget=True)
-    losses = [run(model, MODELS[name].inputs)[0].square().mean() for model in (plain, hosted)]
+    losses = [call_model(model, MODELS[name].inputs)[0].square().mean() for model in (plain, hosted)]
     assert_close(*losses, atol=1e-4, rtol=1e-4)
     for loss in losses:
         loss.backward()
@@ -44,7 +44,7 @@ def test_a_value_projection_that_was_exchanged_is_noticed() -> None:
     model = build("BERT")
     (place, *_) = sparsify(model, "mca")
     model.get_submodule(place).value = nn.Sequential(model.get_submodule(place).value, nn.Tanh())
-    with pytest.raises(ValueError, match="value was exchanged"):
+    with pytest.raises(ValueError, match="value was replaced"):
         model(TOKENS)
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.attention.helpers import noise_like
 from tests.hosts.models import same_state
 from tests.hosts.spy import Spy
 from thresher import densify, inject, mount, sparsify
@@ -17,6 +16,7 @@ from thresher.attention.dense import Dense
 from thresher.hosts import mounted
 from thresher.hosts.__main__ import MODELS, build
 from thresher.hosts.core import Host
+from thresher.testing.inputs import noise_like
 
 X = noise_like(torch.empty(2, 7, 32))
 MEMORY = noise_like(torch.empty(2, 9, 32), 2.0)
@@ -149,15 +149,18 @@ def test_every_option_of_multi_head_attention_is_carried_over(settings: dict[str
     assert_close(got[real], wanted[real].nan_to_num(), atol=1e-10, rtol=1e-10)
 
 
-def test_unbatched_input_and_weights_that_nobody_has() -> None:
+def test_unbatched_input_and_weights() -> None:
     torch.manual_seed(0)
     plain = nn.MultiheadAttention(32, 4).eval()
     hosted = mount(copy.deepcopy(plain), Dense)
     x = X[0]
     assert_close(hosted(x, x, x)[0], plain(x, x, x)[0])
     assert hosted(x, x, x)[1] is None
-    with pytest.raises(ValueError, match="need_weights"):
-        hosted(x, x, x, need_weights=True)
+    for inputs in (x, X):
+        for average in (True, False):
+            asked = {"need_weights": True, "average_attn_weights": average}
+            for got, wanted in zip(hosted(*[inputs] * 3, **asked), plain(*[inputs] * 3, **asked), strict=True):
+                assert_close(got, wanted)
     with pytest.raises(ValueError, match="add_bias_kv"):
         mount(nn.MultiheadAttention(32, 4, add_bias_kv=True), Dense)
 
@@ -186,3 +189,31 @@ def test_every_host_says_where_it_is() -> None:
     names = sparsify(model, "mean", where=r"layers\.1")
     assert mounted(model) == {names[0]: "MultiheadAttention: Mean(heads=4, head_dim=8, noncausal_self)"}
     assert isinstance(model.layers[1].self_attn, Host)
+
+
+class TwoWays(nn.Module):
+    """Text goes through one attention, images through another, which reads them by one learned query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.head = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.probe = nn.Parameter(torch.randn(1, 1, 32))
+
+    def forward(self, x: Tensor, image: bool = False) -> Tensor:
+        if image:
+            return self.head(self.probe.expand(len(x), -1, -1), x, x, need_weights=False)[0]
+        return self.text(x, x, x, need_weights=False)[0]
+
+
+def test_attention_that_example_inputs_do_not_reach_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, x = TwoWays().eval(), torch.randn(2, 7, 32)
+    wanted = model(x, image=True)
+    assert sparsify(model, "dense", example_inputs=x) == ["text"]
+    assert "do not reach head" in caplog.text
+    assert torch.equal(model(x, image=True), wanted)
+    with pytest.raises(ValueError, match=r"no attention module matches 'head'.*example inputs do not reach head"):
+        sparsify(model, "dense", where="head", example_inputs=x)
+    assert sparsify(model, "dense", where="head", example_inputs=(x, True)) == ["head"]
+    assert_close(model(x, image=True), wanted)

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tests.attention.helpers import noise_like
 from tests.hosts.models import same_state
 from tests.hosts.spy import Spy
 from thresher import densify, inject, sparsify
 from thresher.attention import Mechanism, Pattern, available
 from thresher.attention.dense import Dense
-from thresher.attention.latte import Latte
+from thresher.attention.latte.mechanism import Latte
 from thresher.hosts import mounted
-from thresher.hosts.__main__ import MODELS, build, output_of
+from thresher.hosts.__main__ import MODELS, build, compute_output
+from thresher.testing.inputs import noise_like
 
 TIMM = ["timm EVA", "timm BEiT"]
 X = noise_like(torch.empty(2, 7, 32))
@@ -78,7 +78,7 @@ def test_dense_changes_no_image(name: str) -> None:
     assert all(kind.startswith("SdpaAttention: Dense") for kind in mounted(hosted).values())
     assert same_state(hosted, plain)
     assert [n for n, _ in hosted.named_parameters()] == [n for n, _ in plain.named_parameters()]
-    losses = [output_of(model.train(), inputs).square().sum() for model in (plain, hosted)]
+    losses = [compute_output(model.train(), inputs).square().sum() for model in (plain, hosted)]
     assert_close(*losses)
     for loss in losses:
         loss.backward()
@@ -119,7 +119,9 @@ def test_a_model_with_both_has_the_right_host_for_each() -> None:
     ],
     ids=["plain", "scale", "causal", "grouped", "cross", "causal mask", "keys", "bias", "additive"],
 )
-@pytest.mark.parametrize("make", [Dense, partial(Latte, theta=torch.inf, est_bits="exact")], ids=["dense", "latte"])
+@pytest.mark.parametrize(
+    "make", [Dense, partial(Latte, threshold=torch.inf, estimate={"bits": "exact"})], ids=["dense", "latte"]
+)
 def test_every_argument_of_the_function_is_respected(settings: Any, arguments: Any, make: Any) -> None:
     plain, hosted = own(**settings)
     plain, hosted = plain.double(), hosted.double()
@@ -208,7 +210,7 @@ class Flat(nn.Module):
 
 
 def test_what_cannot_be_mounted_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"Flat is refused: attention over \[batch, heads.*got 3 axes"):
+    with pytest.raises(ValueError, match=r"Flat is refused: mechanisms attend over \[batch, heads.*got 3 axes"):
         sparsify(nn.Sequential(Flat()), "dense", example_inputs=X)
     with pytest.raises(ValueError, match=r"Own is refused: it attends in its own forward"):
         sparsify(Own(), "dense", example_inputs=X)
@@ -260,7 +262,7 @@ def test_densify_gives_back_the_model_that_was(name: str) -> None:
 
 def test_the_wrapped_module_follows_in_mode_place_and_precision() -> None:
     plain, hosted = own(dropout=0.5)
-    sparsify(hosted, "latte", example_inputs=X, theta=torch.inf, est_bits="exact")
+    sparsify(hosted, "latte", example_inputs=X, threshold=torch.inf, estimate={"bits": "exact"})
     hosted.train()
     assert not torch.equal(hosted(X), hosted(X))
     hosted.eval().double()

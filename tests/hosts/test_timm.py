@@ -10,13 +10,14 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.attention.helpers import configured, first, noise_like
+from tests.attention.configured import configured
 from tests.hosts.models import BLOCKS, MODELS, build, images, loss_of, same_state, tokens
 from thresher import densify, inject, mount, sparsify
 from thresher.attention import Mechanism
 from thresher.attention.dense import Dense
-from thresher.attention.latte import Latte
+from thresher.attention.latte.mechanism import Latte
 from thresher.hosts.core import Host
+from thresher.testing.inputs import first, noise_like
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -56,7 +57,7 @@ def test_every_option_of_the_attention_module_is_carried_over(settings: dict[str
 @pytest.mark.parametrize("name", MODELS)
 def test_sparse_attention_adds_state_and_renames_none(name: str) -> None:
     plain, hosted = build(name), build(name)
-    sparsify(hosted, "latte", theta=0.5)
+    sparsify(hosted, "latte", threshold=0.5)
     added = hosted.state_dict().keys() - plain.state_dict().keys()
     assert plain.state_dict().keys() <= hosted.state_dict().keys()
     parts = ("base", "eval_base", "tau", "offset")
@@ -126,7 +127,7 @@ def test_densify_gives_back_the_model_that_was(name: str, attention: str) -> Non
 
 def test_densify_keeps_what_was_trained() -> None:
     model, plain = build(), build()
-    sparsify(model, "latte", theta=1.0)
+    sparsify(model, "latte", threshold=1.0)
     optimiser = torch.optim.SGD(model.train().parameters(), lr=0.01)
     loss_of(model).backward()
     optimiser.step()
@@ -198,7 +199,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize(
-    "attention", [Dense, partial(Latte, theta=torch.inf, est_bits="exact")], ids=["dense", "latte"]
+    "attention", [Dense, partial(Latte, threshold=torch.inf, estimate={"bits": "exact"})], ids=["dense", "latte"]
 )
 @pytest.mark.parametrize("mask", MASKS)
 def test_an_attention_mask_means_what_it_means_to_timm(mask: str, attention: Callable[..., Mechanism]) -> None:

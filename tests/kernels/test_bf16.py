@@ -8,17 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.helpers import Inputs, attend, cast, draw, gradients, noise_like, padded
 from tests.kernels.threads import check_threads
 from thresher.attention import Call, Mechanism, Pattern
-from thresher.attention.latte import Latte
-from thresher.attention.smyrf import Smyrf
-from thresher.attention.topk import TopK
-from thresher.kernels import smyrf, topk
-from thresher.kernels.build import usable
+from thresher.attention.latte.mechanism import Latte
+from thresher.attention.smyrf import kernel as smyrf
+from thresher.attention.smyrf.mechanism import Smyrf
+from thresher.attention.topk import kernel as topk
+from thresher.attention.topk.mechanism import TopK
+from thresher.kernels.build import can_use
+from thresher.kernels.tail import NO_TAIL
+from thresher.testing.inputs import Inputs, attend, cast, draw, gradients, noise_like, padded
 
 pytestmark = pytest.mark.skipif(
-    not all(map(usable, ("latte", "smyrf", "topk"))), reason="there is no C++ compiler that builds the kernels"
+    not all(map(can_use, ("latte", "smyrf", "topk"))), reason="there is no C++ compiler that builds the kernels"
 )
 
 DIMS = [1, 20, 33, 64, 70, 130]  # a half pair alone or at the end, whole vectors of pairs, and a rest of them
@@ -30,7 +32,7 @@ def made(name: str, pattern: Pattern = Pattern.NONCAUSAL_SELF, head_dim: int = 6
     """Return a mechanism, with the same hashes each time."""
     torch.manual_seed(0)
     of: dict[str, Mechanism] = {
-        "latte": Latte(2, head_dim, pattern, theta=1.0, surrogate="inside", backend=backend),  # type: ignore[arg-type]
+        "latte": Latte(2, head_dim, pattern, threshold=1.0, gate={"surrogate": "inside"}, backend=backend),  # type: ignore[arg-type]
         "smyrf": Smyrf(2, head_dim, pattern, cluster=17, rounds=2, backend=backend),  # type: ignore[arg-type]
         "topk": TopK(2, head_dim, pattern, keys=24, backend=backend),  # type: ignore[arg-type]
     }
@@ -90,7 +92,7 @@ def test_rounding_is_within_twice_that_of_pytorch(name: str, spread: float) -> N
 @pytest.mark.parametrize("n", [5, 60])
 def test_whole_scores_are_exact_so_that_the_same_keys_are_kept(head_dim: int, n: int) -> None:
     q, k, v = (noise_like(torch.empty(2, size, head_dim), size=3.0, seed=size).round() for size in (n, 77, 78))
-    given = (1.0, None, torch.full((2, n), 20), 20, None)
+    given = (1.0, None, torch.full((2, n), 20), 20, None, *NO_TAIL)
     whole = topk.attend(q, k, v[:, :77], *given)
     half = topk.attend(q.bfloat16(), k.bfloat16(), v[:, :77].bfloat16(), *given)
     assert torch.equal(half[2], whole[2])
@@ -152,16 +154,22 @@ def test_types_that_differ_are_read_as_one(name: str, other: torch.dtype) -> Non
 def test_operators_keep_the_rules_of_torch() -> None:
     q, k, v = (noise_like(torch.empty(2, 20, 7), seed=seed).bfloat16().requires_grad_() for seed in range(3))
     limit = torch.full((2, 20), 5)
-    torch.library.opcheck(topk.attend, (q, k, v, 0.5, None, limit, 5, None))
+    torch.library.opcheck(topk.attend, (q, k, v, 0.5, None, limit, 5, None, *NO_TAIL))
     bare = [x.detach() for x in (q, k, v)]
-    out, weight, index = topk.attend(*bare, 0.5, None, limit, 5, None)
-    torch.library.opcheck(topk.back, (noise_like(out), *bare, 0.5, weight, index))
+    out, weight, index, tail_weight = topk.attend(*bare, 0.5, None, limit, 5, None, *NO_TAIL)
+    torch.library.opcheck(topk.back, (noise_like(out), *bare, 0.5, weight, index, tail_weight, None, *NO_TAIL))
     token = torch.arange(20).expand(2, 20)
     of = torch.arange(20).div(10, rounding_mode="floor").expand(1, 2, 20)
-    layout = [token.unflatten(1, (2, 10)), token.unflatten(1, (2, 10)), token.new_empty(0), of, of]
-    torch.library.opcheck(smyrf.merged, (q, k, v, layout, [0, 1], 0))
-    out, top, mass, _, _ = smyrf.merged(*bare, layout, [0, 1], 0)
-    torch.library.opcheck(smyrf.back, (noise_like(out), *bare, out, top, mass, layout, [0, 1], 0))
+    slots = token.unflatten(1, (2, 10))
+    part = smyrf.Part(
+        slots, slots, tile_cluster=token.new_empty(0), query_cluster=of, key_cluster=of, causal=False, times=1
+    )
+    given = {"q": q, "k": k, "v": v, "shift": 0, **{name: [x] for name, x in part._asdict().items()}}
+    torch.library.opcheck(smyrf.attend_in_parts, (), given)
+    given |= dict(zip("qkv", bare, strict=True))
+    out, row_max, row_sum, _, _ = smyrf.attend_in_parts(**given)
+    results = {"grad": noise_like(out), "out": out, "row_max": row_max, "row_sum": row_sum}
+    torch.library.opcheck(smyrf.back, (), results | given)
 
 
 @pytest.mark.slow

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.attention.helpers import attend, draw
 from thresher.attention import Call, Pattern
-from thresher.attention.topk import TopK
+from thresher.attention.topk.mechanism import TopK
 from thresher.kernels import build
-from thresher.kernels.build import KernelError, library, usable
+from thresher.kernels.build import KernelError, can_use, load_library
+from thresher.testing.inputs import attend, draw
 
 CXX = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
 COMPILER = pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")
@@ -27,9 +27,9 @@ def _as_new(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("THRESHER_CXXFLAGS", "-O0")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(build, "_failures", {})
-    library.cache_clear()
+    load_library.cache_clear()
     yield
-    library.cache_clear()
+    load_library.cache_clear()
 
 
 @pytest.fixture
@@ -61,9 +61,10 @@ def assert_off(message: str) -> None:
     assert torch.equal(got, wanted)
     assert len(told) == 1
     assert message in str(told[0].message)
-    assert "backend=reference is that choice without this warning" in str(told[0].message)
+    assert "backend=reference avoids this warning" in str(told[0].message)
     assert torch.equal(*outputs())  # with warnings as errors, so none comes again
-    with pytest.raises(ValueError, match="backend=cpu needs a kernel that is not to be had; backend=auto needs none"):
+    refusal = "backend=cpu needs a kernel that does not build here; backend=auto needs none"
+    with pytest.raises(ValueError, match=refusal):
         TopK(2, 16, Pattern.NONCAUSAL_SELF, keys=5, backend="cpu")
 
 
@@ -74,7 +75,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere/g++ -m64")
-    assert_off("CXX=/nowhere/g++ -m64 is not there")
+    assert_off("CXX=/nowhere/g++ -m64 does not exist")
 
 
 def test_a_compiler_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +87,7 @@ def test_a_compiler_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_build_that_fails_is_told_once_and_not_tried_again(compiler: Make) -> None:
     calls = compiler('case "$*" in *topk.cpp*) echo "topk.cpp:1: error: no such thing" >&2; exit 1;; esac')
     assert_off("topk.cpp:1: error: no such thing")
-    assert not usable("topk")
+    assert not can_use("topk")
     assert len(calls.read_text().splitlines()) == 1
 
 
@@ -108,7 +109,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @COMPILER
 def test_a_library_that_is_damaged() -> None:
-    path = build.cache_folder() / f"topk-{build._key('topk', build.toolchain())}.so"
+    path = build.find_cache_folder() / f"topk-{build._hash_inputs('topk', build.find_toolchain())}.so"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"\x7fELF")
     assert_off(str(path))
@@ -127,11 +128,15 @@ def test_flags_that_a_compiler_does_not_know_are_left_out(compiler: Make) -> Non
 @COMPILER
 def test_one_of_several_processes_builds_and_a_library_is_built_once(compiler: Make, tmp_path: Path) -> None:
     calls = compiler("")
-    command = [sys.executable, "-c", "from thresher.kernels.build import library; print(library('topk')._name)"]
+    command = [
+        sys.executable,
+        "-c",
+        "from thresher.kernels.build import load_library; print(load_library('topk')._name)",
+    ]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert len({child.communicate(timeout=300)[0] for child in children}) == 1
     assert [child.returncode for child in children] == [0] * 3
-    library("topk")
+    load_library("topk")
     assert len(calls.read_text().splitlines()) == 1
     assert [path.suffix for path in (tmp_path / "cache").rglob("topk-*")].count(".so") == 1
 
@@ -141,8 +146,8 @@ def test_one_of_several_processes_builds_and_a_library_is_built_once(compiler: M
 def test_what_a_library_was_built_with_is_in_its_name(
     change: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    before = build._key("topk", build.toolchain())
-    assert before == build._key("topk", build.toolchain())
+    before = build._hash_inputs("topk", build.find_toolchain())
+    assert before == build._hash_inputs("topk", build.find_toolchain())
     if change == "flags":
         monkeypatch.setenv("THRESHER_CXXFLAGS", "-O1")
     elif change == "compiler":
@@ -151,13 +156,13 @@ def test_what_a_library_was_built_with_is_in_its_name(
         script.chmod(0o755)
         monkeypatch.setenv("CXX", str(script))
     elif change == "source":
-        shutil.copytree(build.SOURCES, tmp_path / "csrc")
+        shutil.copytree(build.HEADERS, tmp_path / "csrc")
         with (tmp_path / "csrc" / "softmax.h").open("a") as file:
             file.write("// another line\n")
-        monkeypatch.setattr(build, "SOURCES", tmp_path / "csrc")
+        monkeypatch.setattr(build, "HEADERS", tmp_path / "csrc")
     else:
-        monkeypatch.setattr(build, "_processor", lambda: "model name: another")
-    assert build._key("topk", build.toolchain()) != before
+        monkeypatch.setattr(build, "_describe_processor", lambda: "model name: another")
+    assert build._hash_inputs("topk", build.find_toolchain()) != before
 
 
 @COMPILER
@@ -174,4 +179,4 @@ def test_what_a_kernel_cannot_serve_is_told_where_it_was_asked_for() -> None:
 @COMPILER
 def test_failures_name_the_kernel() -> None:
     with pytest.raises(KernelError, match=r"nothing: .*nothing\.cpp"):
-        library("nothing")
+        load_library("nothing")

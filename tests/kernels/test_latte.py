@@ -4,20 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.checks import check_compiled_equals_eager
-from tests.attention.helpers import Inputs, attend, draw, gradients, noise_like, padded
+from tests.kernels.tails import WITHOUT, draw_tail
 from tests.kernels.threads import with_threads
 from thresher.attention import Attended, Call, Pattern
-from thresher.attention.latte import Latte
-from thresher.kernels import latte as kernel
-from thresher.kernels.build import usable
+from thresher.attention.latte.mechanism import Latte, kernel
+from thresher.kernels.build import can_use
+from thresher.testing.checks import check_compiled_equals_eager
+from thresher.testing.inputs import Inputs, attend, draw, gradients, noise_like, padded
 
-pytestmark = pytest.mark.skipif(not usable("latte"), reason="there is no C++ compiler that builds the kernel")
+pytestmark = pytest.mark.skipif(not can_use("latte"), reason="there is no C++ compiler that builds the kernel")
 
 
 def pair(pattern: Pattern = Pattern.NONCAUSAL_SELF, head_dim: int = 20, **settings: object) -> tuple[Latte, Latte]:
     """Return the kernel and PyTorch, both in evaluation."""
-    settings = {"theta": 0.8137} | settings
+    settings = {"threshold": 0.8137} | settings
     return (
         Latte(2, head_dim, pattern, backend="cpu", **settings).eval(),  # type: ignore[arg-type]
         Latte(2, head_dim, pattern, backend="reference", **settings).eval(),  # type: ignore[arg-type]
@@ -35,7 +35,7 @@ def assert_same_costs(one: Attended, other: Attended) -> None:
 @pytest.mark.parametrize("split", ["round", "truncate"])
 @torch.no_grad()
 def test_outputs_and_costs_are_those_of_pytorch(pattern: Pattern, unit: str, est_bits: int, split: str) -> None:
-    ours, plain = pair(pattern, unit=unit, est_bits=est_bits, split=split, always_keep=2)
+    ours, plain = pair(pattern, unit=unit, estimate={"bits": est_bits, "split": split}, always_keep=2)
     n, m = (61, 133) if pattern.cross else (133, 133)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
         inputs = draw(ours, lengths=(n, m), value_dim=11, groups=1, dtype=dtype)
@@ -96,8 +96,8 @@ def test_strided_empty_huge_and_broken_inputs(pattern: Pattern) -> None:
             x[0, 0, 3] = 1.0
 
 
-TRAINED = {"surrogate": "compact", "tau": 0.07}
-INSIDE = {"surrogate": "inside", "tau": 0.07}
+TRAINED = {"gate": {"surrogate": "compact", "tau": 0.07}}
+INSIDE = {"gate": {"surrogate": "inside", "tau": 0.07}}
 
 
 @pytest.mark.parametrize("pattern", Pattern)
@@ -108,9 +108,11 @@ INSIDE = {"surrogate": "inside", "tau": 0.07}
     [
         TRAINED,
         INSIDE,
-        INSIDE | {"gate_grad_to_scores": False},
-        TRAINED | {"gate_grad_to_scores": False},
-        {"mode": "hard"},
+        {"gate": INSIDE["gate"] | {"into_scores": False}},
+        {"gate": TRAINED["gate"] | {"into_scores": False}},
+        {"gate": {"mode": "hard"}},
+        TRAINED | {"tail": "mean"},
+        INSIDE | {"tail": "mean"},
     ],
     ids=str,
 )
@@ -118,7 +120,7 @@ def test_gradients_are_those_of_pytorch(
     pattern: Pattern, unit: str, est_bits: int, settings: dict[str, object]
 ) -> None:
     """The budget's gradient, which every pair near the threshold has a part in, too."""
-    ours, plain = pair(pattern, unit=unit, est_bits=est_bits, always_keep=1, **settings)
+    ours, plain = pair(pattern, unit=unit, estimate={"bits": est_bits}, always_keep=1, **settings)
     ours.train(), plain.train()
     n, m = (61, 300) if pattern.cross else (300, 300)
     inputs = draw(ours, lengths=(n, m), value_dim=11, groups=1)
@@ -129,7 +131,7 @@ def test_gradients_are_those_of_pytorch(
         for name, reference in wanted.items():
             assert reference is not None
             assert reference.any()
-            exact = 1e-6 if name == "thresholds.offset" else 1e-10
+            exact = 1e-6 if name in ("thresholds.offset", "tail.factor") else 1e-10
             torch.testing.assert_close(
                 found[name], reference, rtol=exact, atol=exact, msg=lambda m, n=name: f"{n}: {m}"
             )
@@ -153,7 +155,9 @@ def test_rounding_of_gradients_is_within_twice_that_of_pytorch(pattern: Pattern,
 @pytest.mark.parametrize(("surrogate", "reached"), [("compact", 4), ("inside", 2)])
 def test_a_key_beyond_the_support_of_the_surrogate_has_no_gradient(surrogate: str, reached: int) -> None:
     """And one within it has: with the compact one though it is dropped, so that it can come back."""
-    ours, _ = pair(unit="nats", theta=1.0, tau=0.1, surrogate=surrogate, est_bits=8, head_dim=1)
+    ours, _ = pair(
+        unit="nats", threshold=1.0, gate={"tau": 0.1, "surrogate": surrogate}, estimate={"bits": 8}, head_dim=1
+    )
     ours.train()
     k = (
         torch.tensor([1.0, 0.5, -0.1, -0.2, -0.5, -1.0], dtype=torch.float64)
@@ -179,7 +183,7 @@ def test_gradients_do_not_depend_on_the_number_of_threads(training: bool) -> Non
 @pytest.mark.parametrize("pattern", Pattern)
 def test_a_threshold_of_zero_and_of_infinity_and_rows_that_are_alike(pattern: Pattern) -> None:
     for theta in (0.0, float("inf")):
-        ours, plain = pair(pattern, theta=theta, **TRAINED)
+        ours, plain = pair(pattern, threshold=theta, **TRAINED)
         ours.train(), plain.train()
         for dtype, off in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
             inputs = draw(ours, lengths=(40, 40), dtype=dtype)
@@ -193,19 +197,43 @@ def test_a_threshold_of_zero_and_of_infinity_and_rows_that_are_alike(pattern: Pa
                 torch.testing.assert_close(found[name], reference, rtol=exact, atol=exact)
 
 
+def check_rules(q: Tensor, k: Tensor, v: Tensor, gate: kernel.Gate, tail: dict[str, Tensor | None] = WITHOUT) -> None:
+    """Check attention and its gradient as torch checks operators."""
+    given = {"q": q, "k": k, "v": v, "scale": 0.25, **tail, **gate._asdict()}
+    torch.library.opcheck(kernel.attend, (), given)
+    out, kept, row_max, row_sum, tail_weight = (x.detach() for x in kernel.attend(**given))
+    bare = {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
+    results = {"out": out, "row_max": row_max, "row_sum": row_sum, "tail_weight": tail_weight}
+    gradients = {"grad": noise_like(out), "grad_kept": torch.ones_like(kept)}
+    torch.library.opcheck(kernel.back, (), gradients | results | bare)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from PyTorch itself
 def test_operators_keep_the_rules_of_torch() -> None:
     q, k, v = (noise_like(torch.empty(2, 20, 8), seed=seed).requires_grad_() for seed in range(3))
-    codes = [(x.detach() * 2).round().clamp(-8, 7).to(torch.int8) for x in (q, k)]
+    q_codes, k_codes = ((x.detach() * 2).round().clamp(-8, 7).to(torch.int8) for x in (q, k))
     hidden = torch.arange(20).expand(2, 20) > 5
-    unit, theta = torch.full((2, 20), 0.5), torch.ones(2, requires_grad=True)
-    for shown, k_unit, shift, width in ((None, unit[:, :1], None, None), (hidden, unit, 0, torch.tensor(0.2))):
-        gate = (*codes, unit, k_unit, shown, shown, theta, width, shift, True, 0, 256.0, True, shift is None, 0.25)
+    unit, threshold = torch.full((2, 20), 0.5), torch.ones(2, requires_grad=True)
+    for shown, k_unit, shift, tau in ((None, unit[:, :1], None, None), (hidden, unit, 0, torch.tensor(0.2))):
+        gate = kernel.Gate(
+            q_codes=q_codes,
+            k_codes=k_codes,
+            q_unit=unit,
+            k_unit=k_unit,
+            shown_q=shown,
+            shown_k=shown,
+            threshold=threshold,
+            tau=tau,
+            shift=shift,
+            spread=True,
+            always_keep=0,
+            step=256.0,
+            into_scores=True,
+            inside=shift is None,
+        )
         torch.library.opcheck(kernel.encode, (q.detach(), shift is None, 4, False))
-        torch.library.opcheck(kernel.attend, (q, k, v, *gate))
-        saved = [x.detach() for x in kernel.attend(q, k, v, *gate)]
-        given = [x.detach() if isinstance(x, Tensor) else x for x in (q, k, v, *gate)]
-        torch.library.opcheck(kernel.back, (noise_like(saved[0]), torch.ones(2), saved[0], *saved[2:], *given))
+        for tail in (WITHOUT, draw_tail(q, v, per_row=shift is not None)):
+            check_rules(q, k, v, gate, tail)
 
 
 @pytest.mark.slow
@@ -217,7 +245,7 @@ def test_it_compiles_without_graph_breaks(pattern: Pattern) -> None:
 
 
 def test_what_the_kernel_cannot_do_is_refused_or_left_to_pytorch() -> None:
-    ours, plain = pair()
+    ours, plain = pair(gate={"surrogate": "sigmoid"})
     inputs = draw(ours)
     bias = Call(bias=torch.zeros(1, 1, 7, 7, dtype=torch.float64))
     with pytest.raises(ValueError, match="no masks of pairs and no biases"):
@@ -225,7 +253,7 @@ def test_what_the_kernel_cannot_do_is_refused_or_left_to_pytorch() -> None:
     with pytest.raises(ValueError, match="surrogate=compact"):
         attend(ours, inputs)
     with torch.no_grad(), pytest.raises(ValueError, match="exact scores"):
-        attend(pair(est_bits="exact")[0], inputs)
+        attend(pair(estimate={"bits": "exact"})[0], inputs)
     ours.backend = "auto"
     for call in (bias, Call()):
         assert torch.equal(attend(ours, inputs, call).out, attend(plain, inputs, call).out)

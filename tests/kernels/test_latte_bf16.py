@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.helpers import attend, cast, draw, gradients, noise_like, padded
-from tests.kernels.test_latte import assert_same_costs, pair
+from tests.kernels.tails import WITHOUT
+from tests.kernels.test_latte import assert_same_costs, check_rules, pair
 from thresher.attention import Call, Pattern
-from thresher.kernels import latte as kernel
-from thresher.kernels.build import usable
+from thresher.attention.latte import kernel
+from thresher.kernels.build import can_use
+from thresher.testing.inputs import attend, cast, draw, gradients, noise_like, padded
 
-pytestmark = pytest.mark.skipif(not usable("latte"), reason="there is no C++ compiler that builds the kernel")
+pytestmark = pytest.mark.skipif(not can_use("latte"), reason="there is no C++ compiler that builds the kernel")
 
 DIMS = [1, 20, 32, 64, 70, 130]  # without pairs, with a rest, in whole vectors of pairs
 ROUNDED = 2**-8  # of a number that becomes bf16
@@ -33,7 +34,7 @@ def test_outputs_are_those_of_fp32_and_rounded_once(pattern: Pattern, head_dim: 
 @pytest.mark.parametrize("surrogate", ["inside", "compact"])
 @pytest.mark.parametrize("head_dim", DIMS)
 def test_gradients_are_those_of_fp32_and_rounded_once(head_dim: int, surrogate: str) -> None:
-    ours, _ = pair(head_dim=head_dim, surrogate=surrogate, tau=0.2)
+    ours, _ = pair(head_dim=head_dim, gate={"surrogate": surrogate, "tau": 0.2})
     ours.train()
     half = cast(draw(ours, lengths=(133, 133), dtype=torch.float32), torch.bfloat16)
     (_, found), (_, wanted) = (gradients(ours, x, cost=1e-3) for x in (half, cast(half, torch.float32)))
@@ -65,10 +66,9 @@ def test_sums_are_made_in_fp32(head_dim: int) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(kernel.encode(k.float(), True, 4, False), (k_codes, k_unit), strict=True)
     )
-    given = (q_codes, k_codes, q_unit, k_unit, None)
-    decoded = [kernel.decode(*x, *given, torch.ones(2, 3), True, 0, 256.0, 0.25) for x in _both(q, k, v[:, :77])]
-    gate = (*given, None, torch.ones(2), None, None, True, 0, 256.0, True, False, 0.25)
-    attended = [kernel.attend(*x, *gate) for x in _both(q, k, v[:, :77])]
+    gate = _gate(q_codes, k_codes, q_unit, k_unit, torch.ones(2), tau=None, shift=None)
+    attended = [kernel.attend(**x, scale=0.25, **WITHOUT, **gate._asdict()) for x in _both(q, k, v[:, :77])]
+    decoded = [_decode(x, gate, rows=3) for x in _both(q, k, v[:, :77])]
     for half, whole in (*zip(*decoded, strict=True), *zip(*attended, strict=True)):
         assert half.dtype is torch.float32
         torch.testing.assert_close(half, whole, rtol=1e-5, atol=1e-6)
@@ -78,16 +78,53 @@ def test_sums_are_made_in_fp32(head_dim: int) -> None:
 def test_operators_keep_the_rules_of_torch() -> None:
     q, k, v = (noise_like(torch.empty(2, 20, 8), seed=seed).bfloat16().requires_grad_() for seed in range(3))
     (q_codes, q_unit), (k_codes, k_unit) = (kernel.encode(x.detach(), True, 4, False) for x in (q, k))
-    theta = torch.ones(2, requires_grad=True)
-    gate = (q_codes, k_codes, q_unit, k_unit, None, None, theta, torch.tensor(0.2), 0, True, 0, 256.0, True, True, 0.25)
+    threshold = torch.ones(2, requires_grad=True)
+    gate = _gate(q_codes, k_codes, q_unit, k_unit, threshold, tau=torch.tensor(0.2), shift=0)
     torch.library.opcheck(kernel.encode, (q.detach(), True, 4, False))
-    torch.library.opcheck(kernel.attend, (q, k, v, *gate))
-    saved = [x.detach() for x in kernel.attend(q, k, v, *gate)]
-    given = [x.detach() if isinstance(x, Tensor) else x for x in (q, k, v, *gate)]
-    torch.library.opcheck(kernel.back, (noise_like(saved[0]), torch.ones(2), saved[0], *saved[2:], *given))
-    rows = (q_codes, k_codes, q_unit, k_unit, None, torch.ones(2, 20), True, 0, 256.0, 0.25)
-    torch.library.opcheck(kernel.decode, (q.detach(), k.detach(), v.detach(), *rows))
+    check_rules(q, k, v, gate)
+    given = {"q": q.detach(), "k": k.detach(), "v": v.detach(), "scale": 0.25}
+    torch.library.opcheck(kernel.decode, (), given | _decoding(gate, rows=20))
 
 
-def _both(*x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    return [each.contiguous() for each in x], [each.float() for each in x]
+def _gate(
+    q_codes: Tensor,
+    k_codes: Tensor,
+    q_unit: Tensor,
+    k_unit: Tensor,
+    threshold: Tensor,
+    tau: Tensor | None,
+    shift: int | None,
+) -> kernel.Gate:
+    return kernel.Gate(
+        q_codes=q_codes,
+        k_codes=k_codes,
+        q_unit=q_unit,
+        k_unit=k_unit,
+        shown_q=None,
+        shown_k=None,
+        threshold=threshold,
+        tau=tau,
+        shift=shift,
+        spread=True,
+        always_keep=0,
+        step=256.0,
+        into_scores=True,
+        inside=tau is not None,
+    )
+
+
+def _decoding(gate: kernel.Gate, rows: int) -> dict[str, object]:
+    """Return what of a gate decoding takes, with a threshold for each row."""
+    names = ("q_codes", "k_codes", "q_unit", "k_unit", "shown_k", "spread", "always_keep", "step")
+    threshold = gate.threshold.detach()[:, None].expand(-1, rows)
+    return {name: getattr(gate, name) for name in names} | {"threshold": threshold} | WITHOUT
+
+
+def _decode(x: dict[str, Tensor], gate: kernel.Gate, rows: int) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = kernel.decode(**x, scale=0.25, **_decoding(gate, rows))
+    return found
+
+
+def _both(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    given = {"q": q, "k": k, "v": v}
+    return {name: x.contiguous() for name, x in given.items()}, {name: x.float() for name, x in given.items()}

@@ -6,20 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.helpers import Inputs, attend, draw, noise_like, padded
+from tests.kernels.tails import WITHOUT, draw_tail
 from tests.kernels.test_latte import assert_same_costs
 from tests.kernels.threads import with_threads
 from thresher.attention import Attended, Call, KeyCodes, Pattern
-from thresher.attention.latte import Latte
-from thresher.kernels import latte as kernel
-from thresher.kernels.build import usable
+from thresher.attention.latte.mechanism import Latte, kernel
+from thresher.kernels.build import can_use
+from thresher.testing.inputs import Inputs, attend, draw, noise_like, padded
 
-pytestmark = pytest.mark.skipif(not usable("latte"), reason="there is no C++ compiler that builds the kernel")
+pytestmark = pytest.mark.skipif(not can_use("latte"), reason="there is no C++ compiler that builds the kernel")
 
 
 def pair(head_dim: int = 20, **settings: object) -> tuple[Latte, Latte]:
     """Return the kernel and PyTorch, both in evaluation."""
-    given = {"theta": 0.8137} | settings
+    given = {"threshold": 0.8137} | settings
     ours, plain = (
         Latte(4, head_dim, Pattern.CAUSAL_SELF, backend=backend, **given)  # type: ignore[arg-type]
         for backend in ("cpu", "reference")
@@ -48,11 +48,11 @@ def decoded(mechanism: Latte, inputs: Inputs, call: Call, codes: KeyCodes | None
 def test_it_is_the_last_row_of_pytorch(
     groups: int, unit: str, est_bits: int, split: str, head_dim: int, length: int
 ) -> None:
-    ours, plain = pair(head_dim, unit=unit, est_bits=est_bits, split=split, always_keep=2)
+    ours, plain = pair(head_dim, unit=unit, estimate={"bits": est_bits, "split": split}, always_keep=2)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
         inputs = draw(ours, lengths=(length, length), value_dim=11, groups=groups, dtype=dtype)
         for call in (Call(), *(padded(ours.pattern, lengths=(length, length), left=left) for left in (False, True))):
-            codes = ours.codes_of(inputs.k)
+            codes = ours.encode_keys(inputs.k)
             found = [decoded(ours, inputs, call, given) for given in (None, codes)]
             found += [decoded(plain, inputs, call, given) for given in (None, codes)]
             whole = attend(plain, inputs, call).out[:, :, -1:]
@@ -64,21 +64,21 @@ def test_it_is_the_last_row_of_pytorch(
 @pytest.mark.parametrize("est_bits", [2, 4, 8])
 @pytest.mark.parametrize("split", ["round", "truncate"])
 def test_codes_are_those_of_pytorch_and_grow_key_by_key(est_bits: int, split: str) -> None:
-    ours, plain = pair(est_bits=est_bits, split=split)
+    ours, plain = pair(estimate={"bits": est_bits, "split": split})
     k = draw(ours, lengths=(50, 50), groups=2, dtype=torch.float32).k
-    whole, parts = ours.codes_of(k), [ours.codes_of(k[:, :, part]) for part in (slice(0, 31), slice(31, 50))]
+    whole, parts = ours.encode_keys(k), [ours.encode_keys(k[:, :, part]) for part in (slice(0, 31), slice(31, 50))]
     assert whole is not None
     for name, codes in zip(KeyCodes._fields, whole, strict=True):
         assert torch.equal(codes, torch.cat([getattr(part, name) for part in parts], 2))
-        assert torch.equal(codes, getattr(plain.codes_of(k), name))
+        assert torch.equal(codes, getattr(plain.encode_keys(k), name))
 
 
 def test_nothing_is_kept_where_a_code_would_depend_on_later_keys_or_is_not_needed() -> None:
     k = torch.randn(1, 4, 9, 8)
     for pattern in set(Pattern) - {Pattern.CAUSAL_SELF}:
-        assert Latte(4, 8, pattern).codes_of(k) is None
-    assert Latte(4, 8, Pattern.CAUSAL_SELF, est_bits="exact").codes_of(k) is None
-    assert Latte(4, 8, Pattern.CAUSAL_SELF, scoring="int8").codes_of(k) is None
+        assert Latte(4, 8, pattern).encode_keys(k) is None
+    assert Latte(4, 8, Pattern.CAUSAL_SELF, estimate={"bits": "exact"}).encode_keys(k) is None
+    assert Latte(4, 8, Pattern.CAUSAL_SELF, estimate={"scoring": "int8"}).encode_keys(k) is None
 
 
 @pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
@@ -128,9 +128,9 @@ def test_hidden_and_dropped_keys_are_not_read() -> None:
     wanted = decoded(ours, inputs, call)
     hidden = ~call.keys[:, None, :, None].expand_as(inputs.k)
     broken = replace(inputs, k=inputs.k.masked_fill(hidden, torch.nan), v=inputs.v.masked_fill(hidden, torch.nan))
-    for codes in (None, ours.codes_of(broken.k)):
+    for codes in (None, ours.encode_keys(broken.k)):
         assert torch.equal(decoded(ours, broken, call, codes).out, wanted.out)
-    codes = ours.codes_of(inputs.k)
+    codes = ours.encode_keys(inputs.k)
     dropped = torch.ones_like(hidden)
     for head in range(4):
         for example in range(2):
@@ -148,7 +148,7 @@ def test_hidden_and_dropped_keys_are_not_read() -> None:
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     ours, _ = pair(40)
     inputs = draw(ours, lengths=(3000, 3000), dtype=torch.float32, groups=2)
-    one = last(inputs, Call(), ours.codes_of(inputs.k))
+    one = last(inputs, Call(), ours.encode_keys(inputs.k))
     found = with_threads(lambda: attend(ours, *one))
     for other in found[1:]:
         assert torch.equal(found[0].out, other.out)
@@ -156,11 +156,11 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 
 def test_a_query_that_is_trained_has_its_gradient() -> None:
-    ours, plain = pair(surrogate="inside", tau=0.1)
+    ours, plain = pair(gate={"surrogate": "inside", "tau": 0.1})
     inputs = draw(ours, lengths=(50, 50))
     found = []
     for mechanism in (ours, plain):
-        one, call = last(inputs, Call(), mechanism.codes_of(inputs.k))
+        one, call = last(inputs, Call(), mechanism.encode_keys(inputs.k))
         q = one.q.clone().requires_grad_()
         out = attend(mechanism, replace(one, q=q), call).out
         found.append(torch.autograd.grad((out * noise_like(out)).sum(), q)[0])
@@ -170,8 +170,11 @@ def test_a_query_that_is_trained_has_its_gradient() -> None:
 
 def test_the_operator_keeps_the_rules_of_torch() -> None:
     q, k, v = (noise_like(torch.empty(2, length, 8), seed=length) for length in (3, 20, 20))
-    codes = [(x * 2).round().clamp(-8, 7).to(torch.int8) for x in (q, k)]
-    units = [torch.full(x.shape[:2], 0.5, dtype=q.dtype) for x in (q, k)]
-    theta = torch.ones(2, 3, dtype=q.dtype)
+    q_codes, k_codes = ((x * 2).round().clamp(-8, 7).to(torch.int8) for x in (q, k))
+    q_unit, k_unit = (torch.full(x.shape[:2], 0.5, dtype=q.dtype) for x in (q, k))
+    codes = {"q_codes": q_codes, "k_codes": k_codes, "q_unit": q_unit, "k_unit": k_unit}
+    options = {"threshold": torch.ones(2, 3, dtype=q.dtype), "spread": True, "always_keep": 1, "step": 256.0}
     for shown in (None, torch.arange(20).expand(2, 20) > 5):
-        torch.library.opcheck(kernel.decode, (q, k, v, *codes, *units, shown, theta, True, 1, 256.0, 0.25))
+        given = {"q": q, "k": k, "v": v, "scale": 0.25, "shown_k": shown, **codes, **options}
+        for tail in (WITHOUT, draw_tail(q, v, per_row=False)):
+            torch.library.opcheck(kernel.decode, (), given | tail)

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.checks import check_compiled_equals_eager
-from tests.attention.helpers import draw, gradients, padded
 from tests.kernels.threads import with_threads
 from thresher.attention import Call, Pattern
-from thresher.attention.mca import Mca, sampling_chances
-from thresher.kernels import mca as kernel
-from thresher.kernels.build import usable
+from thresher.attention.mca import kernel
+from thresher.attention.mca.mechanism import Mca, compute_chances
+from thresher.kernels.build import can_use
+from thresher.testing.checks import check_compiled_equals_eager
+from thresher.testing.inputs import draw, gradients, padded
 
-pytestmark = pytest.mark.skipif(not usable("mca"), reason="there is no C++ compiler that builds the kernel")
+pytestmark = pytest.mark.skipif(not can_use("mca"), reason="there is no C++ compiler that builds the kernel")
 FROM_THE_COMPILER = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 PATTERNS = [Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS]
 
@@ -32,7 +32,7 @@ def given(
     """Return what the operator takes: counts from none to all numbers."""
     torch.manual_seed(0)
     x, rows = torch.randn(b, m, d, dtype=dtype), torch.randn(groups, d, dv, dtype=dtype)
-    chances = sampling_chances(rows.mT)
+    chances = compute_chances(rows.mT)
     uniform = torch.rand(m, draws, groups, d, dtype=dtype)
     counts = torch.randint(0, d + 1, (b, groups, m)).to(dtype)
     counts[:, :, ::5], counts[:, :, 1::5] = d, 0
@@ -74,7 +74,9 @@ def test_values_and_gradients_are_those_of_the_definition(m: int, d: int, groups
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("alpha", [0.1, 1.0, 6.0])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("option", [{}, {"grad": "exact"}, {"reproduce_paper": True}, {"resample": "never"}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{}, {"grad": "exact"}, {"reproduce_paper": True}, {"sampling": {"resample": "never"}}], ids=str
+)
 def test_a_mechanism_computes_what_pytorch_does(
     pattern: Pattern, alpha: float, training: bool, option: dict[str, object]
 ) -> None:
@@ -105,7 +107,7 @@ def test_rounding_is_within_twice_that_of_pytorch(monkeypatch: pytest.MonkeyPatc
     x, rows, chances, _, uniform = most
     inputs = (*most, counts)
     plain = Mca(2, 48, Pattern.NONCAUSAL_SELF, backend="reference")
-    monkeypatch.setattr(plain, "uniform", lambda *_: uniform)
+    monkeypatch.setattr(plain, "draw_uniform", lambda *_: uniform)
     usual = (x[:, None] * plain.sample(chances, counts, 200)) @ rows
     exact = kernel.encode(*(t.double() for t in inputs))
 
@@ -155,9 +157,9 @@ def test_generated_code_equals_eager(pattern: Pattern) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"sampler": "poisson"}, "none by Poisson's law"),
-        ({"draws": "shared"}, "it draws for each token apart"),
-        ({"draws": "shared", "path": "gather"}, "it draws for each token apart"),
+        ({"sampling": {"distribution": "poisson"}}, "no Poisson sampling"),
+        ({"sampling": {"draws": "shared"}}, "no draws that tokens share"),
+        ({"sampling": {"draws": "shared"}, "path": "gather"}, "no draws that tokens share"),
     ],
     ids=str,
 )

@@ -1,20 +1,22 @@
 """SMYRF's kernel computes what PyTorch computes: the same pairs meet, outputs and gradients within rounding."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.checks import check_compiled_equals_eager
-from tests.attention.helpers import Inputs, attend, draw, gradients, noise_like, padded
 from tests.kernels.threads import check_threads, with_threads
 from thresher.attention import Call, Pattern
-from thresher.attention.clusters import Clusters
-from thresher.attention.layout import rank_of
-from thresher.attention.smyrf import Smyrf
-from thresher.kernels import smyrf as kernel
-from thresher.kernels.build import usable
+from thresher.attention.smyrf import kernel
+from thresher.attention.smyrf.clusters import Clusters
+from thresher.attention.smyrf.layout import compute_ranks
+from thresher.attention.smyrf.mechanism import Smyrf
+from thresher.kernels.build import can_use
+from thresher.testing.checks import check_compiled_equals_eager
+from thresher.testing.inputs import Inputs, attend, draw, gradients, noise_like, padded
 
-pytestmark = pytest.mark.skipif(not usable("smyrf"), reason="there is no C++ compiler that builds the kernel")
+pytestmark = pytest.mark.skipif(not can_use("smyrf"), reason="there is no C++ compiler that builds the kernel")
 
 
 def pair(
@@ -118,8 +120,8 @@ def test_ranks_are_those_of_a_stable_sort(n: int, dtype: torch.dtype) -> None:
         hashes.mT.contiguous().mT,
         hashes[:0],
     ):
-        assert torch.equal(kernel.rank_of(x), rank_of(x))
-        assert all(torch.equal(rank, rank_of(x)) for rank in with_threads(lambda x=x: kernel.rank_of(x)))
+        assert torch.equal(kernel.compute_ranks(x), compute_ranks(x))
+        assert all(torch.equal(rank, compute_ranks(x)) for rank in with_threads(lambda x=x: kernel.compute_ranks(x)))
 
 
 @pytest.mark.parametrize("pattern", Pattern)
@@ -143,19 +145,21 @@ def test_strided_empty_huge_and_broken_inputs(pattern: Pattern) -> None:
 def test_operators_keep_the_rules_of_torch() -> None:
     ours, _ = pair(Pattern.CAUSAL_SELF)
     inputs = draw(ours, lengths=(30, 30), dtype=torch.float32, batch=1)
-    given: list[tuple[object, ...]] = []
-    original = kernel.merged
+    calls: list[dict[str, Any]] = []
+    original = kernel.attend_in_parts
     try:
-        kernel.merged = lambda *arguments: given.append(arguments) or original(*arguments)  # type: ignore
+        kernel.attend_in_parts = lambda **given: calls.append(given) or original(**given)  # type: ignore
         attend(ours, inputs)
     finally:
-        kernel.merged = original
-    q, k, v, *rest = given[0]
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]  # type: ignore[attr-defined]
-    torch.library.opcheck(original, (*leaves, *rest))
-    out, top, mass, _, _ = original(q, k, v, *rest)
-    torch.library.opcheck(kernel.rank_of, (torch.randn(2, 3, 30),))
-    torch.library.opcheck(kernel.back, (noise_like(out), q, k, v, out, top, mass, *rest))
+        kernel.attend_in_parts = original
+    (given,) = calls
+    assert len(given["token_q"]) > 1  # a gradient for each of several parts
+    leaves = {name: given[name].clone().requires_grad_() for name in "qkv"}
+    torch.library.opcheck(original, (), given | leaves)
+    out, row_max, row_sum, _, _ = original(**given)
+    torch.library.opcheck(kernel.compute_ranks, (torch.randn(2, 3, 30),))
+    results = {"grad": noise_like(out), "out": out, "row_max": row_max, "row_sum": row_sum}
+    torch.library.opcheck(kernel.back, (), results | given)
 
 
 @pytest.mark.parametrize("dedup", ["none", "count"])

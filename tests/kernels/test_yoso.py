@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.checks import check_compiled_equals_eager
-from tests.attention.helpers import Inputs, attend, draw, gradients, noise_like, padded
 from tests.kernels.threads import check_threads
 from thresher.attention import Call, Pattern
-from thresher.attention.hashing import pack_signs
-from thresher.attention.yoso import Yoso, _bound, _read_keys, _read_queries, _Way
-from thresher.kernels import yoso as kernel
-from thresher.kernels.build import usable
+from thresher.attention.yoso import kernel
+from thresher.attention.yoso.gradients import Tables, _compute_bound, _sum_keys, _sum_queries
+from thresher.attention.yoso.hashing import pack_signs
+from thresher.attention.yoso.mechanism import Yoso
+from thresher.kernels.build import can_use
+from thresher.testing.checks import check_compiled_equals_eager
+from thresher.testing.inputs import Inputs, attend, draw, gradients, noise_like, padded
 
-pytestmark = pytest.mark.skipif(not usable("yoso"), reason="there is no C++ compiler that builds the kernel")
+pytestmark = pytest.mark.skipif(not can_use("yoso"), reason="there is no C++ compiler that builds the kernel")
 
 
 def pair(pattern: Pattern = Pattern.NONCAUSAL_SELF, head_dim: int = 8, **hyperparameters: object) -> tuple[Yoso, Yoso]:
@@ -23,7 +24,7 @@ def pair(pattern: Pattern = Pattern.NONCAUSAL_SELF, head_dim: int = 8, **hyperpa
     both = []
     for backend in ("cpu", "reference"):
         torch.manual_seed(0)
-        options = {"hashes": 5, "bits": 3, "dense_below": 0, "backend": backend} | hyperparameters
+        options = {"hashes": 5, "hash": {"bits": 3}, "dense_below": 0, "backend": backend} | hyperparameters
         both.append(Yoso(2, head_dim, pattern, **options).train())  # type: ignore[arg-type]
     return both[0], both[1]
 
@@ -36,7 +37,7 @@ def error(got: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize(("bits", "d", "dv"), [(0, 8, 8), (1, 13, 35), (2, 1, 1), (3, 64, 64), (9, 5, 40)])
 def test_sums_and_gradients_are_those_of_pytorch(pattern: Pattern, bits: int, d: int, dv: int) -> None:
     """Few bits give buckets that are worked off through outer products, many bits pairs."""
-    ours, plain = pair(pattern, d, bits=bits)
+    ours, plain = pair(pattern, d, hash={"bits": bits})
     n, m = (300, 330) if pattern.cross else (330, 330)
     inputs = draw(ours, lengths=(n, m), value_dim=dv)
     for call in (Call(), padded(pattern, lengths=(n, m)), padded(pattern, lengths=(n, m), left=True)):
@@ -50,22 +51,22 @@ def test_sums_and_gradients_are_those_of_pytorch(pattern: Pattern, bits: int, d:
 @pytest.mark.parametrize("pattern", Pattern)
 @pytest.mark.parametrize(("bits", "hashes"), [(2, 3), (6, 16)])
 def test_rounding_is_within_twice_that_of_pytorch(pattern: Pattern, bits: int, hashes: int) -> None:
-    ours, plain = pair(pattern, 32, bits=bits, hashes=hashes)
-    ours.resample = plain.resample = "never"
+    ours, plain = pair(pattern, 32, hash={"bits": bits, "resample": "never"}, hashes=hashes)
     inputs = draw(ours, lengths=(600, 600), dtype=torch.float32)
     q, k = (torch.nn.functional.normalize(x, dim=-1).flatten(0, 1) for x in (inputs.q, inputs.k))
-    codes = plain.codes(q, k)
-    assert all(torch.equal(a, b) for a, b in zip(codes, ours.codes(q, k, kernel.pack), strict=True))
+    x = plain.prepare(q.unflatten(0, inputs.q.shape[:2]), k.unflatten(0, inputs.k.shape[:2]), inputs.v, Call())
+    codes = plain.compute_codes(x)
+    assert all(torch.equal(a, b) for a, b in zip(codes, ours.compute_codes(x, kernel.pack), strict=True))
     v, grad = inputs.v.flatten(0, 1), noise_like(inputs.v.flatten(0, 1))
-    slots, shift = 2**bits, plain.causal_shift(600, 600)
-    way = _Way(slots, "bound", shift, False)
+    slots, shift = 2**bits, x.causal_shift
+    way = Tables(slots, "bound", shift, False)
     wide = [x.double() for x in (q, k, v, grad)]
-    exact = _read_keys(wide[2], *codes, way), _read_queries(wide[3], *codes, way), *_bound(*wide, *codes, way)
-    usual = _read_keys(v, *codes, way), _read_queries(grad, *codes, way), *_bound(q, k, v, grad, *codes, way)
+    exact = _sum_keys(wide[2], *codes, way), _sum_queries(wide[3], *codes, way), *_compute_bound(*wide, *codes, way)
+    usual = _sum_keys(v, *codes, way), _sum_queries(grad, *codes, way), *_compute_bound(q, k, v, grad, *codes, way)
     got = (
-        kernel.sums_of_keys(v, *codes, None, slots, shift)[0],
-        kernel.sums_of_queries(grad, *codes, slots, shift),
-        *kernel.bound(q, k, v, grad, *codes, None, slots, shift, bits / (2 * hashes)),
+        kernel.sum_keys(v, *codes, None, slots, shift)[0],
+        kernel.sum_queries(grad, *codes, slots, shift),
+        *kernel.compute_bound(q, k, v, grad, *codes, None, slots, shift, bits / (2 * hashes)),
     )
     for one, other, reference in zip(got, usual, exact, strict=True):
         assert error(one, reference) < 2 * error(other, reference) + 1e-8
@@ -83,7 +84,7 @@ def test_packed_signs_are_those_of_pytorch(bits: int, hashes: int, n: int, dtype
 
 @pytest.mark.parametrize("pattern", [Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF])
 def test_results_do_not_depend_on_the_number_of_threads(pattern: Pattern) -> None:
-    ours, _ = pair(pattern, 40, bits=2)
+    ours, _ = pair(pattern, 40, hash={"bits": 2})
     inputs = draw(ours, lengths=(700, 700), dtype=torch.float32)
     check_threads(ours, inputs)
 
@@ -110,15 +111,15 @@ def test_operators_keep_the_rules_of_torch() -> None:
     seen = torch.rand(2, 20) > 0.3
     torch.library.opcheck(kernel.pack, (torch.randn(20, 24), 8))
     for hidden in (None, seen):
-        torch.library.opcheck(kernel.sums, (codes_q, codes_k, hidden, v, 8, kernel.PAST, 0))
-        torch.library.opcheck(kernel.bound, (q, k, v, grad, codes_q, codes_k, hidden, 8, None, 0.5))
+        torch.library.opcheck(kernel.sum_collisions, (codes_q, codes_k, hidden, v, 8, kernel.PAST, 0))
+        torch.library.opcheck(kernel.compute_bound, (q, k, v, grad, codes_q, codes_k, hidden, 8, None, 0.5))
 
 
 def test_what_the_kernel_cannot_do_is_refused_or_left_to_pytorch() -> None:
     ours, _ = pair()
     inputs = draw(ours)
     call = Call(bias=torch.zeros(1, 1, 7, 7, dtype=torch.float64))
-    with pytest.raises(ValueError, match="no table form"):
+    with pytest.raises(ValueError, match="cannot hold masks of pairs"):
         attend(ours, inputs, call)
     ours.backend = "auto"
     assert torch.equal(attend(ours, inputs, call).out, attend(ours, inputs, replace(call, pairs=None)).out)

@@ -6,8 +6,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tests.attention.helpers import Inputs, gradients
 from thresher.attention import Mechanism
+from thresher.testing.inputs import Inputs, gradients
 
 Found = TypeVar("Found")
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.attention.helpers import configured
+from tests.attention.configured import configured
 from thresher.attention import Mechanism, Pattern
 from thresher.attention.dense import Dense
-from thresher.compute import ComputeMeter
-from thresher.models.transformer import Block, Classifier, EncoderDecoder, LanguageModel, Stack, after_first
+from thresher.budget.meter import ComputeMeter
+from thresher.models.transformer import Block, Classifier, EncoderDecoder, LanguageModel, Stack, find_after_first
 
 SIZE = {"vocabulary": 12, "length": 20, "dim": 16, "depth": 2, "num_heads": 2, "ffn_dim": 24}
 MAKERS = configured()
@@ -121,7 +121,7 @@ def test_tokens_after_the_first_separator_have_an_embedding_more() -> None:
     torch.manual_seed(0)
     stack = Stack(Dense, **SIZE, separator=5).eval()
     x = torch.tensor([[1, 5, 2, 5, 3, 0], [5, 1, 2, 3, 4, 0], [1, 2, 3, 4, 6, 0]])
-    assert after_first(5, x).long().tolist() == [[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [0] * 6]
+    assert find_after_first(5, x).long().tolist() == [[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [0] * 6]
     before = stack(x)
     with torch.no_grad():
         stack.second += 1

@@ -1,66 +1,98 @@
-"""Which code computes a call: PyTorch, which defines the mechanism, or a kernel that computes the same faster.
+"""Choose the code that computes a call: PyTorch, which defines the mechanism, or a faster implementation.
 
-`reference` is PyTorch. `cpu` is the kernel, and an error where it cannot serve. `auto` is the kernel wherever it can
-serve: on CPU tensors of one floating-point type, in calls whose features it has, if it builds on this machine.
+`backend=reference` is PyTorch. `backend=cpu` is the CPU kernel, and an error where it cannot compute the call.
+`backend=auto` is the first implementation that can: it supports the device and the features of the call, and its kernel
+builds on this machine. If there is none, it is PyTorch.
 """
 
-from typing import Literal, get_args
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from thresher.attention.contract import Attended
 from thresher.attention.options import check_choice
-from thresher.kernels.build import KernelError, library, usable
+from thresher.attention.prepared import Prepared
+from thresher.kernels.build import KernelError, can_use, load_library
 
 Backend = Literal["auto", "reference", "cpu"]
+M = TypeVar("M")
+READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_backend(backend: Backend, kernel: str) -> None:
-    """Refuse, when a mechanism is built, a backend that does not exist or cannot work on this machine.
+class Implementation(ABC, Generic[M]):
+    """A faster way to compute what `Mechanism.reference` defines; it holds no state.
+
+    Attributes:
+        backend: Value of `backend=` that selects it.
+        device: Type of device that tensors must be on.
+        kernel: Name of its kernel.
+    """
+
+    backend: ClassVar[Backend] = "cpu"
+    device: ClassVar[str] = "cpu"
+    kernel: ClassVar[str]
+
+    @abstractmethod
+    def explain_refusal(self, mechanism: M, x: Prepared) -> str | None:
+        """Explain why the kernel cannot compute a call; None if it can. Device and types are checked elsewhere."""
+
+    @abstractmethod
+    def run(self, mechanism: M, x: Prepared) -> Attended:
+        """Compute a call whose hidden and non-finite tokens are zero; tokens keep their original types."""
+
+
+def check_backend(backend: Backend, implementations: Sequence[Implementation[M]]) -> None:
+    """Check that a backend exists and works on this machine.
 
     Raises:
-        ValueError: `backend` is none of the choices, or is "cpu" and the kernel does not build.
+        ValueError: `backend` is none of the choices, or its kernel does not build.
     """
     check_choice("backend", backend, get_args(Backend))
-    if backend == "cpu":
-        try:
-            library(kernel)
-        except KernelError as error:
-            wanted = "backend=cpu needs a kernel that is not to be had; backend=auto needs none"
-            raise ValueError(f"{wanted}. {error}") from error
+    for implementation in implementations:
+        if implementation.backend == backend:
+            try:
+                load_library(implementation.kernel)
+            except KernelError as error:
+                raise ValueError(
+                    f"backend={backend} needs a kernel that does not build here; backend=auto needs none. {error}"
+                ) from error
 
 
-def served_by_kernel(backend: Backend, kernel: str, inputs: tuple[Tensor, ...], obstacle: str | None) -> bool:
-    """Decide whether a call goes to the kernel.
-
-    Whoever calls a kernel gives it one type, fp32 in place of fp16, and of bf16 where the kernel does not read it:
-    `kernels.calling.readable`. `torch.compile` can trace this.
-
-    Args:
-        backend: The choice of the user.
-        kernel: Name of the kernel.
-        inputs: The tensors that it would read.
-        obstacle: Why the kernel cannot serve this very call, if the mechanism knows of a reason.
+def choose_implementation(
+    mechanism: M, backend: Backend, implementations: Sequence[Implementation[M]], x: Prepared
+) -> Implementation[M] | None:
+    """Choose the first implementation that can compute a call; None means PyTorch. `torch.compile` can trace this.
 
     Raises:
-        ValueError: `backend` is "cpu", and there is an obstacle.
+        ValueError: `backend` selects implementations, and none of them can.
     """
     if backend == "reference":
-        return False
-    obstacle = obstacle or _obstacle(inputs)
-    if backend == "cpu" and obstacle is not None:
+        return None
+    refused = None
+    for implementation in implementations:
+        if backend in ("auto", implementation.backend):
+            tensors = (x.grouped_q, x.grouped_k, x.grouped_v)
+            refused = implementation.explain_refusal(mechanism, x) or explain_unreadable(tensors, implementation.device)
+            if refused is None and can_use(implementation.kernel):
+                return implementation
+    if backend != "auto" and refused is not None:
         raise ValueError(
-            f"backend=cpu cannot compute this call of {kernel}: {obstacle}; backend=auto falls back to PyTorch"
+            f"backend={backend} cannot compute this call of {implementations[-1].kernel}: {refused}; "
+            "backend=auto falls back to PyTorch"
         )
-    return obstacle is None and usable(kernel)
+    return None
 
 
-def _obstacle(inputs: tuple[Tensor, ...]) -> str | None:
-    for x in inputs:
-        if x.device.type != "cpu":
+def explain_unreadable(tensors: Sequence[Tensor], device: str) -> str | None:
+    """Explain why an implementation cannot read tensors; None if it can."""
+    for x in tensors:
+        if x.device.type != device:
             return f"its tensors are on {x.device.type}"
-        if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        if x.dtype not in READABLE:
             return f"its tensors are {x.dtype}"
-    if len({x.dtype == torch.float64 for x in inputs}) > 1:
+    if len({x.dtype == torch.float64 for x in tensors}) > 1:
         return "some of its tensors are torch.float64, others are not"
     return None

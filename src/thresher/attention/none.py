@@ -1,19 +1,16 @@
 """None: each token keeps its own value; no token sees another.
 
 Keeps      the diagonal.
-Costs      no MACs at all.
+Costs      no MACs.
 Trains     nothing of its own; queries and keys receive no gradient.
-Use        a baseline: what a network reaches without attention. Self attention only, since a query of cross
+Use        a baseline: the quality of a network without attention. Self attention only, since a query of cross
            attention has no value of its own.
 """
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from thresher.attention.base import Attended, Call, Cost, Mechanism, Pattern
-from thresher.attention.functional import expand_heads
-from thresher.attention.visibility import count_pairs, hide_tokens, visible_pairs
+from thresher.attention.contract import Attended, Cost, Pattern
+from thresher.attention.mechanism import Mechanism
+from thresher.attention.prepared import Prepared
+from thresher.attention.shared.visibility import find_own_slots, refuse_unknown_order, take_own_rows
 
 
 class NoAttention(Mechanism):
@@ -21,19 +18,24 @@ class NoAttention(Mechanism):
 
     supports = frozenset({Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF})
     content_based = False
+    keeps_types = True
+    traces_itself = True
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
-        b, h, n, m = shape = (*q.shape[:3], k.shape[2])
-        if n > m:
-            raise ValueError(f"self attention needs a value for every query, got {n} queries and {m} values")
-        k, v = expand_heads(k, h), expand_heads(v, h)
-        visible = visible_pairs(call, self.pattern, n, m, q.device)
-        q, k, v = hide_tokens(q, k, v, call, self.pattern)
-        own = v.new_ones(b, h, n, dtype=torch.bool)
-        if visible is not None:
-            own = visible.expand(-1, -1, n, m).diagonal(m - n, -2, -1).expand(b, h, n)
-        out = F.dropout(own.to(v.dtype)[..., None], self.dropout, self.training) * v[:, :, m - n :]
-        pairs = count_pairs(visible, shape, q.device)
-        free = pairs * 0
-        dense = pairs * (q.shape[-1] + v.shape[-1])
-        return Attended(out, Cost(free, free, free, dense, own.sum(-1).float(), pairs))
+    def check(self, x: Prepared) -> None:
+        if x.n > x.m:
+            raise ValueError(f"self attention needs a value for every query, got {x.n} queries and {x.m} values")
+        if x.n < x.m:
+            refuse_unknown_order(x.call, self.pattern, x.n, x.m, type(self).__name__)
+
+    def reference(self, x: Prepared) -> Attended:
+        b, h, n, m = x.shape
+        own = x.v.new_ones(b, h, n).bool()
+        if x.visible is not None:
+            at = find_own_slots(x.call, n, m, x.device)[:, None, :, None].expand(
+                len(x.visible), x.visible.shape[1], n, 1
+            )
+            own = x.visible.expand(-1, -1, n, m).gather(-1, at).squeeze(-1).expand(b, h, n)
+        values = take_own_rows(x.v, x.call, n).masked_fill(~own[..., None], 0)
+        out = x.drop(own.to(x.v.dtype)[..., None]) * values
+        free, dense = x.pairs * 0, x.pairs * (x.head_dim + x.value_dim)
+        return Attended(out, Cost(free, free, free, dense, own.sum(-1).float(), x.pairs))

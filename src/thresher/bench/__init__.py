@@ -1,1 +1,1 @@
-"""A benchmark that cannot flatter: mechanisms against PyTorch's own attention, checked, interleaved, in one run."""
+"""`python -m thresher.bench`; its code is in `thresher.tools.bench`."""

@@ -1,1 +1,1 @@
-"""What happens around training: one callback, or one kind of callback, a file."""
+"""Callbacks and the CSV log: one kind a file."""

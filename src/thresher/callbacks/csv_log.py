@@ -1,4 +1,4 @@
-"""Metrics as CSV, in a file that a training which goes on continues, and that no kill leaves half written."""
+"""Log metrics as CSV: a resumed training continues the file, and a kill never leaves it half written."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities import rank_zero_only
 
-from thresher import files
+from thresher.checkpoints import files
 
 
 class CsvLog(CSVLogger):
@@ -40,22 +40,22 @@ class CsvLog(CSVLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the rows that are not written yet."""
+        """Write the pending rows."""
         self._rows.save()
 
-    def rows(self) -> int:
-        """Write all rows and return how many there are."""
+    def count_rows(self) -> int:
+        """Write all rows and count them."""
         self.save()
         return self._rows.count
 
     @rank_zero_only
-    def go_on(self, rows: int) -> None:
-        """Keep so many rows of the file that is there, and continue it."""
+    def continue_from(self, rows: int) -> None:
+        """Keep the first rows of the existing file, and continue it."""
         self._rows.keep(rows)
 
 
 class _Rows(ExperimentWriter):
-    """The rows of a file, of which some wait to be written.
+    """The rows of a file, written and pending.
 
     Args:
         log_dir: The folder.
@@ -68,10 +68,10 @@ class _Rows(ExperimentWriter):
         self.log_dir = log_dir
         self.count = 0
         self._file = Path(log_dir) / self.NAME_METRICS_FILE
-        self._begun = False
+        self._exists = False
 
     def keep(self, rows: int) -> None:
-        """Begin with the first rows of the file."""
+        """Start with the first rows of the file."""
         kept: list[dict[str, Any]] = []
         if rows:
             with self._file.open(newline="") as file:
@@ -80,25 +80,25 @@ class _Rows(ExperimentWriter):
             raise ValueError(f"{self._file} has {len(kept)} rows, but the snapshot was taken after {rows}")
         self.metrics_keys = sorted(set().union(*kept)) if kept else []
         self._replace(kept)
-        self.count, self._begun = rows, True
+        self.count, self._exists = rows, True
 
     def save(self) -> None:
-        """Write the rows that wait: at the end, or, where a column is new, the whole file anew."""
+        """Append the pending rows; rewrite the file if a column is new."""
         if not self.metrics:
             return
         waiting, self.metrics = self.metrics, []
         columns = sorted(set(self.metrics_keys).union(*waiting))
-        if self._begun and columns == self.metrics_keys:
+        if self._exists and columns == self.metrics_keys:
             with self._file.open("a", newline="") as file:
                 csv.DictWriter(file, columns).writerows(waiting)
         else:
             written: list[dict[str, Any]] = []
-            if self._begun:
+            if self._exists:
                 with self._file.open(newline="") as file:
                     written = list(csv.DictReader(file))
             self.metrics_keys = columns
             self._replace([*written, *waiting])
-            self._begun = True
+            self._exists = True
         self.count += len(waiting)
 
     def _replace(self, rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What each head did: threshold and kept share by layer and head, to the logger, as a picture and as heads.json."""
+"""Collect threshold and kept share of each layer and head, for loggers, as a picture and as heads.json."""
 
 import json
 import math
@@ -11,9 +11,9 @@ import torch
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from thresher import files
-from thresher.attention.base import Cost
-from thresher.callbacks.thresholds import thresholds_of
+from thresher.attention.contract import Cost
+from thresher.attention.shared.thresholds import named_thresholds
+from thresher.checkpoints import files
 from thresher.tasks.base import Task
 
 
@@ -43,10 +43,10 @@ class HeadStatistics(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._log(trainer, self.heads(pl_module))
+            self._log(trainer, self.compute_heads(pl_module))
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        heads = self.heads(pl_module)
+        heads = self.compute_heads(pl_module)
         if self.path is not None and trainer.is_global_zero:
             layers = [{"name": name, "heads": rows} for name, rows in heads.items()]
             files.write_text(Path(self.path), json.dumps({"layers": layers}, indent=1))
@@ -54,25 +54,25 @@ class HeadStatistics(pl.Callback):
     def _add(self, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Task)
         for name, cost in pl_module.meter.calls:
-            sums = _sums_by_head(cost)
+            sums = _sum_by_head(cost)
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
-    def heads(self, task: pl.LightningModule) -> dict[str, list[dict[str, float | None]]]:
-        """Return threshold, kept and compute of each head by layer, summed over all processes."""
+    def compute_heads(self, task: pl.LightningModule) -> dict[str, list[dict[str, float | None]]]:
+        """Compute threshold, kept share and compute of each head by layer, over all processes."""
         assert isinstance(task, Task)
-        thresholds = {name.rpartition(".")[0]: t.values().tolist() for name, t in thresholds_of(task).items()}
+        thresholds = {name: each.values().tolist() for name, each in named_thresholds(task.net)}
         heads = {}
         for name, sums in self._sums.items():
             total: Any = task.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
             kept, visible, spent, dense = total.tolist()
-            theta = thresholds.get(name, [None] * len(kept))
+            own = thresholds.get(name, [None] * len(kept))
             heads[name.removesuffix(".mechanism")] = [
                 {
                     "threshold": t if t is None or math.isfinite(t) else None,
                     "kept": k / max(v, 1.0),
                     "compute": s / max(d, 1.0),
                 }
-                for t, k, v, s, d in zip(theta, kept, visible, spent, dense, strict=True)
+                for t, k, v, s, d in zip(own, kept, visible, spent, dense, strict=True)
             ]
         return heads
 
@@ -90,13 +90,13 @@ class HeadStatistics(pl.Callback):
                 log_heat_maps(logger, heads, trainer.global_step)
 
 
-def _sums_by_head(cost: Cost) -> Tensor:
+def _sum_by_head(cost: Cost) -> Tensor:
     parts = (cost.kept, cost.visible, cost.total, cost.dense)
     return torch.stack([part.detach().sum(0).float() for part in parts])
 
 
 def log_heat_maps(logger: Logger, heads: Mapping[str, list[dict[str, float | None]]], step: int) -> None:
-    """Send one picture, layers down and heads across, for kept and one for the thresholds."""
+    """Send heat maps of kept share and of thresholds, layers down and heads across."""
     from matplotlib.figure import Figure
 
     for key in ("kept", "threshold"):

@@ -1,4 +1,4 @@
-"""Progress: a Rich bar on a terminal, plain lines elsewhere; both with compute, budget gap and time left."""
+"""Progress: a Rich bar on a terminal, plain lines elsewhere; both show compute, budget gap and time left."""
 
 import sys
 import time
@@ -7,13 +7,13 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
 
-from thresher.clock import clock
+from thresher.console import format_time
 
 SHOWN = {"train/loss": "loss", "train/acc": "acc", "train/kept": "kept", "train/gap": "gap", "val/acc": "val_acc"}
 
 
-def progress() -> ProgressBar:
-    """Return the progress display that suits where standard output goes."""
+def build_progress() -> ProgressBar:
+    """Build the progress display that suits standard output."""
     return TerminalProgress() if sys.stdout.isatty() else PlainProgress()
 
 
@@ -24,28 +24,30 @@ class TimeLeft:
         self._start = (0.0, 0.0)
 
     def start(self, share: float) -> None:
+        """Start the clock at a share of the training."""
         self._start = (time.monotonic(), share)
 
-    def text(self, share: float) -> str:
-        began, first = self._start
+    def format(self, share: float) -> str:
+        """Format the time left at a share of the training."""
+        start, first = self._start
         if share <= first:
-            return clock(None)
-        return clock((time.monotonic() - began) * (1 - share) / (share - first))
+            return format_time(None)
+        return format_time((time.monotonic() - start) * (1 - share) / (share - first))
 
 
-def shown_metrics(trainer: pl.Trainer) -> dict[str, str]:
-    """Return the metrics worth a place in a line, under short names."""
+def format_metrics(trainer: pl.Trainer) -> dict[str, str]:
+    """Format the metrics that fit into a line, under short names."""
     metrics = trainer.callback_metrics
     return {short: f"{float(metrics[name]):.3f}" for name, short in SHOWN.items() if name in metrics}
 
 
-def share_done(trainer: pl.Trainer) -> float:
-    """Return the share of the training steps that are done."""
+def compute_progress(trainer: pl.Trainer) -> float:
+    """Compute the finished share of the training steps."""
     return min(trainer.global_step / max(float(trainer.estimated_stepping_batches), 1.0), 1.0)
 
 
 class TerminalProgress(RichProgressBar):
-    """Rich's moving bar, with the time left of the whole training; values are read from the device now and then only.
+    """Rich's bar, with the remaining time of the whole training; it seldom reads values from the device.
 
     Args:
         every: Seconds between two readings.
@@ -60,15 +62,15 @@ class TerminalProgress(RichProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._left.start(share_done(trainer))
-        if trainer.fit_loop.restarted_mid_epoch:  # whose beginning is not told again
+        self._left.start(compute_progress(trainer))
+        if trainer.fit_loop.restarted_mid_epoch:  # Lightning does not call this hook again
             self.on_train_epoch_start(trainer, pl_module)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + self.every
-            self._shown = shown_metrics(trainer)
-        return self._shown | ({"left": self._left.text(share_done(trainer))} if trainer.training else {})
+            self._shown = format_metrics(trainer)
+        return self._shown | ({"left": self._left.format(compute_progress(trainer))} if trainer.training else {})
 
 
 class PlainProgress(ProgressBar):
@@ -92,24 +94,21 @@ class PlainProgress(ProgressBar):
         self._on = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._left.start(share_done(trainer))
+        self._left.start(compute_progress(trainer))
         self._next = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + self.every
-            self._line(trainer)
+            self._print_line(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._line(trainer)
+            self._print_line(trainer)
 
-    def _line(self, trainer: pl.Trainer) -> None:
+    def _print_line(self, trainer: pl.Trainer) -> None:
         if self._on and trainer.is_global_zero:
-            values = "  ".join(f"{name} {value}" for name, value in shown_metrics(trainer).items())
-            done = share_done(trainer)
-            left = self._left.text(done)
-            print(
-                f"{done:4.0%}  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {values}  left {left}",
-                flush=True,
-            )
+            done = compute_progress(trainer)
+            values = [f"{name} {value}" for name, value in format_metrics(trainer).items()]
+            parts = [f"{done:4.0%}", f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", *values]
+            print("  ".join([*parts, f"left {self._left.format(done)}"]), flush=True)

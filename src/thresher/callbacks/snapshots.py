@@ -1,8 +1,8 @@
-"""Snapshots: checkpoints from which a training goes on as if it had never stopped.
+"""Snapshots: checkpoints from which a training resumes as if it had never stopped.
 
-Each is taken between two optimiser steps, before anything of the next batch has happened, so that nothing is half
-done: the batch before was logged, a validation that was due is over, no gradient is held. Lightning's own counters are
-stored as they are at that moment, whatever they say in the hook that writes them.
+A snapshot is taken between two optimiser steps, before the next batch begins: the last batch is logged, a due
+validation is over, and there are no gradients. It stores the values that Lightning's counters have at that point, not
+those in the hook that writes it.
 """
 
 import time
@@ -14,61 +14,71 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from thresher.attention.options import check_number
 from thresher.callbacks.csv_log import CsvLog
-from thresher.interruption import Interrupted, Signals
-
-POSITION = "position"  # key of a checkpoint: where in the data it was taken
+from thresher.checkpoints.format import POSITION
+from thresher.signals import Interrupted, Signals
 
 
 class Snapshots(pl.Callback):
-    """Write a snapshot after each epoch, and within one as often as asked for; it must be the first callback.
+    """Writes a snapshot after each epoch, and at intervals within it; must be the first callback.
 
     Args:
         path: The file.
-        every_n_steps: Optimiser steps between two of them, or None.
-        every_n_minutes: Minutes between two of them, or None.
+        every_n_steps: Optimiser steps between snapshots, or None.
+        every_n_minutes: Minutes between snapshots, or None.
+        signals: Signals of the run: at a signal the training writes a snapshot and stops.
 
     Attributes:
-        signals: Asked between two steps whether to stop, which is after a snapshot.
-        seconds: How long the training has taken, interruptions left out.
-        metrics: What was last measured when the snapshot was taken that the training goes on from.
+        metrics: The last metrics of the snapshot that the training resumes.
 
     Raises:
         ValueError: A number is not positive.
     """
 
-    def __init__(self, path: str, every_n_steps: int | None = None, every_n_minutes: float | None = 10.0) -> None:
+    def __init__(
+        self,
+        path: str,
+        every_n_steps: int | None = None,
+        every_n_minutes: float | None = 10.0,
+        signals: Signals | None = None,
+    ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes)):
-            if value is not None:  # which asks for none
+            if value is not None:  # None takes none at this interval
                 check_number(f"callbacks.last_checkpoint.{name}", value, above=0.0)
         self.path = path
-        self.signals = Signals()
+        self.signals = Signals() if signals is None else signals
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
         self.metrics: dict[str, float] = {}
         self._seconds_before = 0.0
-        self._began = self._written = time.monotonic()
+        self._started: float | None = None  # while training
+        self._written = time.monotonic()
         self._step = 0
         self._writing = False
 
     @property
     def seconds(self) -> float:
-        return self._seconds_before + time.monotonic() - self._began
+        """Time of the training without interruptions, in seconds."""
+        return self._seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
+
+    def restore_metrics(self, metrics: dict[str, float]) -> None:
+        """Restore the last metrics of the process that trained."""
+        self.metrics = metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how long the training has taken."""
+        """Store the time of the training."""
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue the clock."""
         self._seconds_before = state_dict["seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began = self._written = time.monotonic()
+        self._started = self._written = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
-        self.signals.install()  # Lightning has its own way to stop, which leaves nothing behind
-        self.signals.waiting = True
+        self.signals.install()  # Lightning would stop without a snapshot
+        self.signals.defer()
         loop = trainer.fit_loop.epoch_loop
         if not loop.restarting:
             return
@@ -85,33 +95,34 @@ class Snapshots(pl.Callback):
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        signum = self._received(trainer)
-        if trainer.global_step > self._step and (signum or self._due(trainer, batch_idx)):
+        signum = self._find_signal(trainer)
+        if trainer.global_step > self._step and (signum or self._is_due(trainer, batch_idx)):
             self.write(trainer)
         if signum:
             raise Interrupted(signum)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.write(trainer)
-        self.signals.waiting = False
-        if signum := self._received(trainer):
+        self.signals.raise_at_once()
+        if signum := self._find_signal(trainer):
             raise Interrupted(signum)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.signals.waiting = False
+        self.signals.raise_at_once()
+        self._seconds_before, self._started = self.seconds, None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.signals.waiting = False
+        self.signals.raise_at_once()
 
-    def _received(self, trainer: pl.Trainer) -> int:
-        """Return the signal that any process received, or 0."""
+    def _find_signal(self, trainer: pl.Trainer) -> int:
+        """Find the signal that any process received, or 0."""
         if trainer.world_size == 1:
             return self.signals.received
         received = torch.tensor(self.signals.received, device=trainer.strategy.root_device)
         torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
         return int(received)
 
-    def _due(self, trainer: pl.Trainer, batch_idx: int) -> bool:
+    def _is_due(self, trainer: pl.Trainer, batch_idx: int) -> bool:
         steps = self.every_n_steps is not None and trainer.global_step - self._step >= self.every_n_steps
         if batch_idx == 0 or steps:
             return True
@@ -124,7 +135,7 @@ class Snapshots(pl.Callback):
         """Write a snapshot; all processes call this, between two steps."""
         self._writing = True
         try:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)  # None would warn every time
         finally:
             self._writing = False
         self._step, self._written = trainer.global_step, time.monotonic()
@@ -132,13 +143,13 @@ class Snapshots(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Store where the training is, if this is a snapshot."""
+        """Store the position of the training, if this is a snapshot."""
         if not self._writing:
             return
         loops = checkpoint["loops"]["fit_loop"]
         batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
         if epochs["total"]["completed"] == epochs["total"]["started"]:
-            # Training has ended: it would go on with the first batch of another epoch.
+            # Training has ended: it would continue with the first batch of another epoch.
             batches["current"] = dict.fromkeys(batches["current"], 0)
             for count in (epochs["total"], epochs["current"]):
                 count["ready"] += 1
@@ -151,21 +162,21 @@ class Snapshots(pl.Callback):
         loops["state_dict"]["combined_loader"] = [{"first": first}]
         checkpoint[POSITION] = {
             "batch": first,
-            "examples": first * _examples(trainer),
-            "rows": [logger.rows() for logger in trainer.loggers if isinstance(logger, CsvLog)],
+            "examples": first * _count_examples(trainer),
+            "rows": [logger.count_rows() for logger in trainer.loggers if isinstance(logger, CsvLog)],
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on from a snapshot; where batches have another size now, from the batch that its examples are in."""
+        """Resume a snapshot; if the batch size has changed, at the batch of its next example."""
         if trainer.state.fn != "fit":
             return
         if POSITION not in checkpoint:
             raise ValueError(
-                "this checkpoint holds weights to evaluate, but not where its training was: go on from last.ckpt, or "
-                "begin a new training with its weights by init_from"
+                "this checkpoint holds weights to evaluate, but not the position of its training: resume from "
+                "last.ckpt, or begin a new training with its weights by init_from"
             )
         position = checkpoint[POSITION]
         self.metrics = position["metrics"]
@@ -175,8 +186,8 @@ class Snapshots(pl.Callback):
         batch = position["examples"] // size // accumulated * accumulated
         if batch != position["batch"]:
             rank_zero_warn(
-                "batches have another size than when the snapshot was taken: the training goes on, but not as it would "
-                f"have without the interruption (from batch {batch} of the epoch, not {position['batch']})"
+                "the batch size has changed since the snapshot: the training continues, but not as it would have "
+                f"without the interruption (from batch {batch} of the epoch, not {position['batch']})"
             )
             loops = checkpoint["loops"]["fit_loop"]
             current = loops["epoch_loop.batch_progress"]["current"]
@@ -184,8 +195,8 @@ class Snapshots(pl.Callback):
             loops["state_dict"]["combined_loader"] = [{"first": batch}]
 
 
-def _examples(trainer: pl.Trainer) -> int:
-    """Return how many examples all processes take together between two snapshots of a batch."""
+def _count_examples(trainer: pl.Trainer) -> int:
+    """Count the examples that all processes together take in a batch."""
     loader: Any = trainer.train_dataloader
     size: int = loader.batch_sampler.batch_size * trainer.world_size
     return size

@@ -1,4 +1,4 @@
-"""Thresholds during training: calibrated to the budget, annealed in width, and watched."""
+"""Calibrate thresholds to the budget during training, anneal their surrogate, and warn of failures."""
 
 import itertools
 from typing import Any
@@ -8,32 +8,26 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from thresher.attention.options import check_integer, check_number
-from thresher.attention.thresholds import Thresholds
-from thresher.calibration import ThresholdProbe, calibrate, evaluating, is_noisy
+from thresher.attention.shared.thresholds import find_trainable_thresholds, named_thresholds
+from thresher.budget.calibration import ThresholdProbe, calibrate, evaluation_mode, is_noisy
 from thresher.tasks.base import Task
-from thresher.tasks.optimizer import threshold_parameters
 
-QUIET_PASSES = 4  # without dropout, in each window of calibration
-
-
-def thresholds_of(task: Task) -> dict[str, Thresholds]:
-    return {name: m for name, m in task.net.named_modules() if isinstance(m, Thresholds)}
+QUIET_PASSES = 4  # passes without dropout in each window of calibration
 
 
 class CalibrateThresholds(pl.Callback):
     """Set every head's base threshold by quantiles of its score differences.
 
-    With a budget that has a target, the base follows it: after each training step it moves towards the
-    quantile that keeps the share which the budget aims at, so each head starts from its own scale, the annealing
-    cannot run away, and the trained offsets are left with what calibration cannot know, which head deserves
-    more. Where the network has dropout, the base of evaluation follows the aim in passes without it, four of them in
-    each window. Without a target, `initial` sets the base once, before training; leave it null for a network that is
-    trained from scratch, whose scores do not differ yet.
+    If the budget has a target, the base follows it: each training step moves it towards the quantile that keeps the
+    share of the budget's aim. Each head then starts from its own scale, the annealing is stable, and the trained
+    offsets only learn which heads deserve more. If the network has dropout, the base for evaluation follows the aim in
+    passes without dropout, four in each window. Without a target, `initial` sets the base once, before training; leave
+    it null for a network trained from scratch, whose scores do not differ yet.
 
     Args:
         window: Share of the training steps over which quantiles are averaged.
-        examples: Examples of a batch that are read.
-        pairs: Pairs of a head that are read in a step: in longer sequences those of queries drawn at random.
+        examples: Number of examples read of a batch.
+        pairs: Number of pairs read of a head in a step; of longer sequences, those of random queries.
         initial: Share of the visible pairs to keep when there is no target, or None.
         batches: Training batches read for `initial`.
     """
@@ -65,21 +59,21 @@ class CalibrateThresholds(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, Task)
-        if stage == "fit" and thresholds_of(pl_module) and pl_module.budget.bound is not None:
+        if stage == "fit" and dict(named_thresholds(pl_module.net)) and pl_module.budget.bound is not None:
             self._probe = ThresholdProbe(pl_module.net, self.examples, self.pairs)
-            pl_module.budget.calibrated = True
+            pl_module.budget.hold_by_calibration()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whether the base has left its initial value."""
+        """Store whether the base has left its initial value."""
         return {"begun": self._begun}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint stopped."""
+        """Restore whether the base has left its initial value."""
         self._begun = state_dict["begun"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Task)
-        if self.initial is None or self._probe or trainer.global_step or not thresholds_of(pl_module):
+        if self.initial is None or self._probe or trainer.global_step or not dict(named_thresholds(pl_module.net)):
             return
         loader: Any = trainer.train_dataloader
         batches = [
@@ -89,17 +83,17 @@ class CalibrateThresholds(pl.Callback):
         with trainer.precision_plugin.forward_context():
             calibrate(pl_module.net, batches, self.initial, forward=pl_module.step)
             if is_noisy(pl_module.net):
-                bases = {name: t.base.clone() for name, t in thresholds_of(pl_module).items()}
-                with evaluating(pl_module.net):
+                bases = {name: t.base.clone() for name, t in named_thresholds(pl_module.net)}
+                with evaluation_mode(pl_module.net):
                     calibrate(pl_module.net, batches, self.initial, forward=pl_module.step)
-                for name, thresholds in thresholds_of(pl_module).items():
+                for name, thresholds in named_thresholds(pl_module.net):
                     thresholds.base.copy_(bases[name])
         rank_zero_info(f"thresholds calibrated on {len(batches)} batches to keep {self.initial:g} of the visible pairs")
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, Task)
         if self._probe:
-            self._probe.level = self._level(pl_module)
+            self._probe.level = self._compute_level(pl_module)
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -109,7 +103,7 @@ class CalibrateThresholds(pl.Callback):
         if self._probe is None:
             return
         level, self._probe.level = self._probe.level, None
-        if not pl_module.finished_step():
+        if not pl_module.ends_step():
             return
         window = max(self.window * pl_module.total_steps, 1.0)
         every = max(round(window / QUIET_PASSES), 1)
@@ -119,14 +113,14 @@ class CalibrateThresholds(pl.Callback):
                 thresholds.eval_base.copy_(thresholds.base)
         elif not self._begun or trainer.global_step % every == 0:
             self._probe.level = level
-            with evaluating(pl_module.net), trainer.precision_plugin.forward_context():
+            with evaluation_mode(pl_module.net), trainer.precision_plugin.forward_context():
                 pl_module.step(batch)
             self._probe.level = None
             self._move("eval_base", every / window)
         self._begun = True
 
     def _move(self, name: str, share: float) -> None:
-        """Move a base by this share of the way towards what was read; at once where nothing was read before."""
+        """Move a base by a share of the way towards the quantiles read; all the way at the first time."""
         assert self._probe is not None
         for owner, quantile in self._probe.collect().items():
             base: torch.Tensor = getattr(self._probe.thresholds[owner], name)
@@ -139,8 +133,8 @@ class CalibrateThresholds(pl.Callback):
             self._probe = None
 
     @staticmethod
-    def _level(task: Task) -> float | None:
-        """Return the share of pairs to keep that meets the budget's aim."""
+    def _compute_level(task: Task) -> float | None:
+        """Compute the share of pairs to keep that meets the budget's aim."""
         aim = task.budget.aim(task.progress)
         if aim is None or task.budget.quantity == "kept":
             return aim
@@ -151,7 +145,7 @@ class AnnealTemperature(pl.Callback):
     """Narrow the surrogate of every threshold geometrically over training.
 
     Args:
-        end: Share of each tau that is left at the last step; 1 leaves it as it is.
+        end: Final share of each tau, at the last step; 1 does not anneal.
     """
 
     def __init__(self, end: float = 1.0) -> None:
@@ -162,30 +156,30 @@ class AnnealTemperature(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Task)
         if not self._start:
-            self._start = {name: t.tau.clone() for name, t in thresholds_of(pl_module).items()}
+            self._start = {name: t.tau.clone() for name, t in named_thresholds(pl_module.net)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the widths that the training began with."""
+        """Store the widths at the start of the training."""
         return {"start": self._start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on narrowing from the beginning of the whole training."""
+        """Restore the widths at the start of the training."""
         self._start = state_dict["start"]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, Task)
         if self.end == 1:
             return
-        for name, thresholds in thresholds_of(pl_module).items():
+        for name, thresholds in named_thresholds(pl_module.net):
             thresholds.tau.copy_(self._start[name].to(thresholds.tau.device) * self.end**pl_module.progress)
 
 
 class WatchThresholds(pl.Callback):
-    """Warn, once each, when trained thresholds have not moved or have collapsed.
+    """Warn once when trained thresholds have not moved, and once when they have collapsed.
 
     Args:
-        moved: Offsets that have all stayed within this distance of their start after half of the training
-            count as not moved.
+        moved: Offsets count as not moved if all are within this distance of their start after half of the
+            training.
         collapsed: Share of heads at threshold zero (only the best key is kept) that counts as collapse.
     """
 
@@ -202,14 +196,14 @@ class WatchThresholds(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Task)
         if not self._start:
-            self._start = {name: p.detach().clone() for name, p in threshold_parameters(pl_module.net).items()}
+            self._start = {name: p.detach().clone() for name, p in find_trainable_thresholds(pl_module.net).items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the thresholds that the training began with, and what was warned of."""
+        """Store the thresholds at the start of the training, and the warnings given."""
         return {"start": self._start, "warned": sorted(self._warned)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on watching against the beginning of the whole training."""
+        """Restore the thresholds at the start of the training, and the warnings given."""
         self._start = state_dict["start"]
         self._warned = set(state_dict["warned"])
 
@@ -218,19 +212,19 @@ class WatchThresholds(pl.Callback):
         assert isinstance(pl_module, Task)
         if not self._start:
             return
-        now = threshold_parameters(pl_module.net)
+        now = find_trainable_thresholds(pl_module.net)
         farthest = max(
             float((now[name] - start.to(now[name].device)).abs().max()) for name, start in self._start.items()
         )
-        values = torch.cat([t.values() for t in thresholds_of(pl_module).values()])
+        values = torch.cat([t.values() for _, t in named_thresholds(pl_module.net)])
         at_zero = float((values <= 0).float().mean())
-        pl_module.log("thresholds/moved", farthest, rank_zero_only=True)
-        pl_module.log("thresholds/at_zero", at_zero, rank_zero_only=True)
+        pl_module.log("thresholds/moved", farthest, sync_dist=True)
+        pl_module.log("thresholds/at_zero", at_zero, sync_dist=True)
         if pl_module.progress >= 0.5 and farthest < self.moved:
             self._warn(
                 "moved",
                 f"trained thresholds have moved by {farthest:.1e} at most in half of the training: they receive "
-                "no gradient. Raise optimizer.threshold_lr or attention.tau, or set callbacks.calibrate.initial",
+                "no gradient. Raise optimizer.threshold_lr or attention.gate.tau, or set callbacks.calibrate.initial",
             )
         if at_zero >= self.collapsed:
             self._warn(

@@ -1,1 +1,1 @@
-"""Data sets, one Lightning data module per file; `images.py` is what those of images share."""
+"""Data sets, one Lightning data module in each file; `images.py` has what image data sets share."""

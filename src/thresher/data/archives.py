@@ -1,4 +1,4 @@
-"""Files of archives and arrays of pickles, without the rest of what either may hold."""
+"""Read only the wanted files of archives, and only arrays of pickles."""
 
 import hashlib
 import io
@@ -19,15 +19,15 @@ ARRAYS = {
 
 
 def unpack(archive: Path, sha256: str, wanted: Mapping[str, Path]) -> None:
-    """Write some files of a tar archive to where they belong; nothing else of it is unpacked.
+    """Unpack some files of a tar archive, each to its path.
 
     Args:
         archive: The archive, compressed or not.
         sha256: Of the whole archive, in hexadecimal digits.
-        wanted: Names of members, and the file that each becomes.
+        wanted: The path of each file, by its name in the archive.
 
     Raises:
-        ValueError: It is another archive, or a member is missing, no plain file, or too large.
+        ValueError: It is another archive, or a member is missing, not a plain file, or too large.
     """
     with archive.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -41,7 +41,7 @@ def unpack(archive: Path, sha256: str, wanted: Mapping[str, Path]) -> None:
                 raise ValueError(f"{archive} holds no {name}") from error
             content = tar.extractfile(member) if member.isreg() and member.size <= LARGEST else None
             if content is None:
-                raise ValueError(f"{name} in {archive} is no plain file of at most {LARGEST} bytes: refused")
+                raise ValueError(f"{name} in {archive} is not a plain file of at most {LARGEST} bytes: refused")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.read())
 
@@ -49,17 +49,17 @@ def unpack(archive: Path, sha256: str, wanted: Mapping[str, Path]) -> None:
 class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ARRAYS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, and arrays need no such thing")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which arrays do not need")
         return super().find_class(module, name)
 
 
-def arrays_of(data: bytes, source: Path) -> Any:
-    """Return the arrays and plain values of a pickle; one that names anything else is refused.
+def read_arrays(data: bytes, source: Path) -> Any:
+    """Read the arrays and plain values of a pickle.
 
     Raises:
-        ValueError: It is no pickle, or holds something else.
+        ValueError: It is not a pickle, or holds anything else.
     """
     try:
         return _ArraysOnly(io.BytesIO(data), encoding="latin1").load()
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        raise ValueError(f"{source} is no pickle of arrays: {error}") from error
+        raise ValueError(f"{source} is not a pickle of arrays: {error}") from error

@@ -1,4 +1,4 @@
-"""Which novel? Paragraphs of Jane Austen's six novels, to be told apart; ships with the package."""
+"""Paragraphs of Jane Austen's six novels, classified by novel; ships with the package."""
 
 import re
 
@@ -18,6 +18,9 @@ class Austen(TextClassificationData):
     def read_texts(self) -> tuple[list[str], dict[str, Texts]]:
         """Cut the novels into paragraphs."""
         works = read_works("austen")
+        shipped = f"paragraphs of {SHORTEST} characters and more, from the texts that ship with the package"
+        self.sources["train"] = f"the first {1 - TEST_SHARE:.0%} of each novel: {shipped}"
+        self.sources["test"] = f"the last {TEST_SHARE:.0%} of each novel: {shipped}"
         parts = {"train": Texts([], []), "test": Texts([], [])}
         for label, text in enumerate(works.values()):
             paragraphs = [re.sub(r"\s+", " ", p).strip() for p in text.split("\n\n")]

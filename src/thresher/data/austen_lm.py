@@ -1,7 +1,7 @@
 """Jane Austen's novels for language modelling, with whole novels held out; ships with the package."""
 
 from thresher.data.corpus import CorpusData
-from thresher.data.works import split_works
+from thresher.data.works import describe_sources, split_works
 
 VAL = ("northangerabbey",)
 TEST = ("persuasion",)
@@ -15,4 +15,6 @@ class AustenLM(CorpusData):
 
     def read_works(self) -> dict[str, list[str]]:
         """Split by novel."""
-        return split_works("austen", VAL, TEST)
+        parts = split_works("austen", VAL, TEST)
+        self.sources = describe_sources(parts, VAL, TEST)
+        return parts

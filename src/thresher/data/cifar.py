@@ -11,7 +11,7 @@ import torch
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, download_url
 
-from thresher.data.archives import arrays_of, unpack
+from thresher.data.archives import read_arrays, unpack
 from thresher.data.examples import StoredImages
 from thresher.data.images import ImageData
 
@@ -27,7 +27,7 @@ tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 
 
 class CIFAR10(ImageData):
-    """Ten kinds of animals and vehicles, 32x32 colour pixels.
+    """Ten classes of animals and vehicles, 32x32 colour pixels.
 
     The other hyper-parameters are those of `ImageData`.
 
@@ -57,7 +57,7 @@ class CIFAR10(ImageData):
         limit_train: int | None = None,
         augment: str = "crop_flip",
         erase: float = 0.0,
-        image_size: int = 32,
+        image_size: int | Sequence[int] = 32,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -73,7 +73,7 @@ class CIFAR10(ImageData):
         self.download = download
 
     def prepare_data(self) -> None:
-        """Download and unpack what is missing, if `download` is set.
+        """Download and unpack missing files, if `download` is set.
 
         Raises:
             FileNotFoundError: The download failed.
@@ -91,11 +91,11 @@ class CIFAR10(ImageData):
             raise FileNotFoundError(f"could not download {source.url} to {where}: {error}. {self._how_to}") from error
 
     def read_train(self) -> StoredImages:
-        """Return the training images."""
+        """Read the training images."""
         return self._read(self.published.train_list)
 
     def read_test(self) -> StoredImages:
-        """Return the test images."""
+        """Read the test images."""
         return self._read(self.published.test_list)
 
     @property
@@ -111,7 +111,7 @@ class CIFAR10(ImageData):
         )
 
     def _read(self, listed: list[list[str]]) -> StoredImages:
-        # torchvision's data set opens the test file too, to check it, when it is asked for the training images
+        # torchvision's data set would also open the test file for the training images
         for name, _ in listed:
             if not (self._folder / name).is_file():
                 raise FileNotFoundError(f"there is no {name} in {self._folder.resolve()}. {self._how_to}")
@@ -121,7 +121,7 @@ class CIFAR10(ImageData):
             content = path.read_bytes()
             if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
                 raise ValueError(f"{path} is damaged (its MD5 is not {md5}); delete it. {self._how_to}")
-            entry = arrays_of(content, path)
+            entry = read_arrays(content, path)
             images.append(entry["data"])
             labels += entry[self.label_key]
         pixels = torch.from_numpy(np.concatenate(images)).view(-1, 3, 32, 32)
@@ -129,7 +129,7 @@ class CIFAR10(ImageData):
 
 
 class CIFAR100(CIFAR10):
-    """A hundred kinds of things, 32x32 colour pixels; hyper-parameters as for `CIFAR10`."""
+    """A hundred classes of objects, 32x32 colour pixels; hyper-parameters as for `CIFAR10`."""
 
     published = datasets.CIFAR100
     archive_sha256 = "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"

@@ -1,4 +1,4 @@
-"""Labelled images, delivered to the loader by the batch."""
+"""Labelled images, loaded a batch at a time."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -13,12 +13,18 @@ Batch = tuple[Float[Tensor, "b c h w"], Int64[Tensor, " b"]]
 
 @runtime_checkable
 class Source(Protocol):
-    """Where labelled images come from."""
+    """A source of labelled images.
+
+    Attributes:
+        labels: The class of each image, from 0.
+        origin: A file, a folder, or a description for people.
+    """
 
     labels: Int64[Tensor, " n"]
+    origin: object
 
     def load(self, indices: Int64[Tensor, " b"]) -> Any:
-        """Return the images at `indices`, in the form in which the first transform takes them."""
+        """Load the images at `indices`, as the first transform takes them."""
 
 
 class StoredImages:
@@ -26,12 +32,12 @@ class StoredImages:
 
     Args:
         images: The pixels.
-        labels: Class of each image, counted from 0.
+        labels: Class of each image, from 0.
         classes: Number of classes.
-        origin: File or folder that they were read from, for error messages.
+        origin: A file, a folder, or a description.
 
     Raises:
-        ValueError: There are no images, not as many labels as images, or a label is out of range.
+        ValueError: There are no images, another number of labels, or a label out of range.
     """
 
     def __init__(
@@ -48,22 +54,23 @@ class StoredImages:
             )
         self.images = images
         self.labels = labels.long()
+        self.origin = origin
 
     def load(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
-        """Return the images at `indices`."""
+        """Load the images at `indices`."""
         return self.images[indices]
 
 
 class Examples(Dataset[tuple[Tensor, Tensor]]):
     """Some of the images of a source, transformed a batch at a time.
 
-    Transforming a whole batch is what makes small images cheap: the fixed cost of a torchvision transform is paid
-    once a batch. The loader needs `collate_fn=as_delivered`.
+    Transforming a whole batch makes small images cheap: the fixed cost of a torchvision transform is paid once a
+    batch. The loader needs `collate_fn=pass_through`.
 
     Args:
         source: All images.
-        indices: Those that belong here.
-        transform: From what `source` loads to the images of a batch.
+        indices: The images to use.
+        transform: Maps what `source` loads to the images of a batch.
     """
 
     def __init__(self, source: Source, indices: Int64[Tensor, " n"], transform: nn.Module) -> None:
@@ -83,6 +90,6 @@ class Examples(Dataset[tuple[Tensor, Tensor]]):
         return self.transform(self.source.load(indices)), self.source.labels[indices]
 
 
-def as_delivered(batch: Any) -> Any:
-    """Return the batch: it was collated when it was loaded."""
+def pass_through(batch: Any) -> Any:
+    """Return a batch unchanged: it was collated when it was loaded."""
     return batch

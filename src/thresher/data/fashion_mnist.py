@@ -3,6 +3,7 @@
 import gzip
 import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,13 +22,13 @@ HOW_TO_GET = (
 
 
 class FashionMNIST(ImageData):
-    """Ten kinds of clothes, 28x28 grey pixels.
+    """Ten classes of clothes, 28x28 grey pixels.
 
     The other hyper-parameters are those of `ImageData`.
 
     Args:
-        root: Folder that holds the idx files, plain or gzipped, itself or in FashionMNIST/raw (torchvision's layout).
-        download: Download what is not there.
+        root: Folder of the idx files, plain or gzipped, directly or in FashionMNIST/raw (torchvision's layout).
+        download: Download missing files.
     """
 
     classes = tuple(datasets.FashionMNIST.classes)
@@ -48,7 +49,7 @@ class FashionMNIST(ImageData):
         limit_train: int | None = None,
         augment: str = "none",
         erase: float = 0.0,
-        image_size: int = 28,
+        image_size: int | Sequence[int] = 28,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -64,13 +65,13 @@ class FashionMNIST(ImageData):
         self.download = download
 
     def prepare_data(self) -> None:
-        """Download what is missing, if `download` is set.
+        """Download missing files, if `download` is set.
 
         Raises:
             FileNotFoundError: The download failed.
         """
         names = [f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-        if not self.download or all(self._present(f"{name}-ubyte") for name in names):
+        if not self.download or all(self._list_present(f"{name}-ubyte") for name in names):
             return
         try:
             datasets.FashionMNIST(self.root, download=True)
@@ -78,11 +79,11 @@ class FashionMNIST(ImageData):
             raise FileNotFoundError(f"could not download Fashion-MNIST to {self.root.resolve()}: {error}") from error
 
     def read_train(self) -> StoredImages:
-        """Return the training images."""
+        """Read the training images."""
         return self._read("train")
 
     def read_test(self) -> StoredImages:
-        """Return the test images."""
+        """Read the test images."""
         return self._read("t10k")
 
     def _read(self, split: str) -> StoredImages:
@@ -93,12 +94,12 @@ class FashionMNIST(ImageData):
         labels = read_idx(self._find(f"{split}-labels-idx1-ubyte"), dimensions=1)
         return StoredImages(images[:, None], labels, classes=self.num_classes, origin=path)
 
-    def _present(self, name: str) -> list[Path]:
+    def _list_present(self, name: str) -> list[Path]:
         folders = (self.root / "FashionMNIST" / "raw", self.root)
         return [path for folder in folders for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
 
     def _find(self, name: str) -> Path:
-        present = self._present(name)
+        present = self._list_present(name)
         if not present:
             raise FileNotFoundError(
                 f"there is no {name} (nor {name}.gz) in {self.root.resolve()} or its FashionMNIST/raw. {HOW_TO_GET}"
@@ -109,14 +110,14 @@ class FashionMNIST(ImageData):
 def read_idx(path: Path, *, dimensions: int) -> UInt8[Tensor, "..."]:
     """Read an array of bytes in the idx format, gzipped if the name ends in .gz.
 
-    torchvision's reader takes plain files only and lets a short or long one fail without naming it.
+    torchvision's reader takes plain files only, and its errors do not name the file.
 
     Args:
         path: The file.
         dimensions: Number of dimensions that the array must have.
 
     Raises:
-        ValueError: The file is damaged or holds something else.
+        ValueError: The file is damaged or of another kind.
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

@@ -2,6 +2,7 @@
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
@@ -14,7 +15,7 @@ from thresher.data.images import ImageData
 
 
 class FashionMNIST12k(ImageData):
-    """Ten kinds of clothes, as many images of each, 28x28 grey pixels; needs no download.
+    """Ten classes of clothes with equally many images, 28x28 grey pixels; needs no download.
 
     All hyper-parameters are those of `ImageData`.
     """
@@ -35,7 +36,7 @@ class FashionMNIST12k(ImageData):
         limit_train: int | None = None,
         augment: str = "none",
         erase: float = 0.0,
-        image_size: int = 28,
+        image_size: int | Sequence[int] = 28,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -49,18 +50,18 @@ class FashionMNIST12k(ImageData):
         )
 
     def read_train(self) -> StoredImages:
-        """Return the 10,000 training images."""
+        """Read the 10,000 training images."""
         return self._read("train")
 
     def read_test(self) -> StoredImages:
-        """Return the 2,000 test images."""
+        """Read the 2,000 test images."""
         return self._read("test")
 
     def _read(self, split: str) -> StoredImages:
-        archive = shipped_archive()
+        archive = find_archive()
         try:
             with archive.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                # the arrays of the other split stay compressed: numpy decompresses one when it is asked for
+                # numpy decompresses only the arrays of this split
                 images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{archive} is missing from the installation; install thresher again") from error
@@ -70,10 +71,10 @@ class FashionMNIST12k(ImageData):
             torch.from_numpy(images)[:, None],
             torch.from_numpy(labels),
             classes=self.num_classes,
-            origin=archive,
+            origin=f"{archive.name}, which ships with the package",
         )
 
 
-def shipped_archive() -> Traversable:
-    """Return the file that holds the images."""
+def find_archive() -> Traversable:
+    """Find the file of the images."""
     return files("thresher.data") / "files" / "fashion_mnist_12k.npz"

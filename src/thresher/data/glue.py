@@ -13,13 +13,13 @@ COLUMNS = {
     "rte": ("sentence1", "sentence2"),
     "wnli": ("sentence1", "sentence2"),
 }
-HELD_OUT = {"mnli": "validation_matched"}  # otherwise `validation`: the labels of GLUE's test sets are not public
+HELD_OUT = {"mnli": "validation_matched"}  # else `validation`: the labels of GLUE's test sets are not public
 
 
 class Glue(TextClassificationData):
     """A task of GLUE. Its validation set serves as the test set; validation texts are held out from training.
 
-    Pairs of sentences are joined as the tokenizer joins pairs; bytes by a line break.
+    The tokenizer joins pairs of sentences; bytes are joined by a line break.
 
     Args:
         task: cola, sst2, mrpc, qqp, mnli, qnli, rte or wnli.
@@ -28,8 +28,8 @@ class Glue(TextClassificationData):
         workers: Processes that load data.
         seed: Of the split and the order.
         val_fraction: Share of the training texts held out for validation.
-        limit_train: Train on the first so many of the training texts.
-        length: Tokens of a text that are read.
+        limit_train: Number of training texts to use, from the first.
+        length: Largest number of tokens of a text.
         tokenizer: `bytes`, or a tokenizer of Hugging Face's.
 
     Raises:
@@ -69,6 +69,16 @@ class Glue(TextClassificationData):
         held_out = HELD_OUT.get(self.task, "validation")
         parts = {}
         for part, split in (("train", "train"), ("test", held_out)):
-            first, *second = (list(splits[split][name]) for name in COLUMNS[self.task])
-            parts[part] = Texts(first, [int(label) for label in splits[split]["label"]], *second)
+            self.sources[part] = f"the {split} split of {self.root or 'nyu-mll/glue'}, task {self.task}"
+            columns = [list(splits[split][name]) for name in COLUMNS[self.task]]
+            labels = list(splits[split]["label"])
+            for row, (label, *texts) in enumerate(zip(labels, *columns, strict=True)):
+                if not all(isinstance(text, str) for text in texts):
+                    raise ValueError(f"row {row} of {self.sources[part]} lacks a text")
+                if label not in range(len(names)):
+                    raise ValueError(
+                        f"row {row} of {self.sources[part]} has label {label}; {', '.join(names)} are 0 to "
+                        f"{len(names) - 1}, and -1 stands where labels are not public"
+                    )
+            parts[part] = Texts(columns[0], labels, columns[1] if len(columns) > 1 else None)
         return names, parts

@@ -5,15 +5,15 @@ from typing import Any
 
 
 def load_splits(name: str, config: str, root: str | None) -> Any:
-    """Return the splits of a data set by name.
+    """Load the splits of a data set.
 
     Args:
-        name: Of the data set on the hub.
-        config: Which of its configurations.
+        name: Name on the hub.
+        config: One of its configurations.
         root: Folder that `datasets.DatasetDict.save_to_disk` wrote; None loads from the hub.
 
     Raises:
-        ModuleNotFoundError: datasets is not installed.
+        ModuleNotFoundError: The package `datasets` is not installed.
         FileNotFoundError: There is no such copy, or the hub cannot be reached.
     """
     try:

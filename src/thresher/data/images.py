@@ -1,7 +1,8 @@
-"""What all image classification data share: split, augmentation, normalisation, loaders."""
+"""Image classification data: split, augmentation, normalisation, loaders."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -13,37 +14,40 @@ from torchvision.transforms import v2
 
 from thresher.attention.options import check_choice, check_integer, check_number
 from thresher.data.augmentation import AUGMENTS, CropFlip, PerImage
-from thresher.data.examples import Examples, Source, as_delivered
-from thresher.data.loading import LARGEST_SEED, Seeded, check_loading, evaluation_loader, training_loader
+from thresher.data.examples import Examples, Source, pass_through
+from thresher.data.loading import Seeded, TrainingOrder, build_evaluation_loader, build_training_loader, check_loading
+from thresher.data.summary import PartSummary, count_classes, describe_held_out
 
 
-class ImageData(pl.LightningDataModule, ABC):
+class ImageData(TrainingOrder, pl.LightningDataModule, ABC):
     """Labelled images for training, validation and test.
 
-    A data set derives from this class, sets the class attributes and reads its files in `read_train` and `read_test`.
-    Where there is no validation set of its own, a share of the training images is held out. Batches are pairs of images
-    (float32, [b, c, h, w], normalised) and labels (int64, [b]).
+    A subclass sets the class attributes and reads its files in `read_train` and `read_test`. Without a validation set,
+    a share of the training images is held out. Batches are pairs of images (float32, [b, c, h, w], normalised) and
+    labels (int64, [b]).
 
     Which images are held out, and the order of training, depend on `seed` alone, never on the seed of the training
-    run unless it is set as `order_seed`. Several processes share the order of one; for validation and test Lightning
+    run unless `set_order_seed` is called. Several processes share the order of one; for validation and test Lightning
     spreads the images over them.
 
     Args:
         batch_size: Images in a batch of one process.
         workers: Processes that load images; 0 loads them in the training process.
-        seed: Of the split, and of the training order unless `order_seed` is set.
+        seed: Of the split, and of the training order unless `set_order_seed` is called.
         val_fraction: Share of the training images held out for validation, in (0, 1).
-        limit_train: Train on the first so many of the training images left after the split; None for all.
+        limit_train: Number of training images to use after the split, from the first; None for all.
         augment: "none", "crop_flip" (shift and mirror) or "randaugment" (these, then RandAugment).
-        erase: Probability of a training image to lose a random rectangle.
-        image_size: Height and width of the images delivered.
+        erase: Probability that a random rectangle of a training image is erased.
+        image_size: Height and width of the images in a batch: one number, or a list of two.
 
     Attributes:
         classes: Names of the classes, in the order of the labels.
         channels: Colour channels of an image.
         mean: Mean of the training pixels in [0, 1], by channel.
         std: Their standard deviation.
-        native_size: Height and width of the images as they are stored.
+        native_size: Height and width of the stored images.
+        sources: The origin of each part, in words; known once it is read.
+        left_out: Numbers of unused items by reason, for each part.
 
     Raises:
         ValueError: A hyper-parameter outside its range.
@@ -65,11 +69,11 @@ class ImageData(pl.LightningDataModule, ABC):
         limit_train: int | None = None,
         augment: str = "none",
         erase: float = 0.0,
-        image_size: int,
+        image_size: int | Sequence[int],
     ) -> None:
         super().__init__()
         check_loading(batch_size, workers, seed, limit_train)
-        check_integer("data.image_size", image_size, 1)
+        self.height, self.width = check_size(image_size)
         check_number("data.val_fraction", val_fraction, above=0.0, below=1.0)
         check_number("data.erase", erase, least=0.0)
         if erase > 1:
@@ -82,30 +86,32 @@ class ImageData(pl.LightningDataModule, ABC):
         self.limit_train = limit_train
         self.augment = augment
         self.erase = erase
-        self.image_size = image_size
+        self.image_size = self.height if self.height == self.width else [self.height, self.width]
         self._order_seed = seed
+        self.sources: dict[str, str] = {}
+        self.left_out: dict[str, Counter[str]] = {}
         self._train: Examples | None = None
         self._val: Examples | None = None
         self._test: Examples | None = None
 
     @abstractmethod
     def read_train(self) -> Source:
-        """Return the training images."""
+        """Read the training images."""
 
     def read_val(self) -> Source | None:
-        """Return the validation images, None where they are to be held out from the training images."""
+        """Read the validation images; None holds them out from the training images."""
         return None
 
     @abstractmethod
     def read_test(self) -> Source:
-        """Return the test images."""
+        """Read the test images."""
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of the labels.
 
         Raises:
-            ValueError: They are read from the data, and `setup` has not run.
+            ValueError: `setup` has not read them from the data.
         """
         if not self.classes:
             raise ValueError(f"the classes of {type(self).__name__} are known after prepare_data() and setup('fit')")
@@ -117,50 +123,60 @@ class ImageData(pl.LightningDataModule, ABC):
         return len(self.class_names)
 
     @property
-    def model_arguments(self) -> dict[str, int]:
-        """What a model must know of the data."""
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments of a model that depend on the data."""
         return {"num_classes": self.num_classes, "channels": self.channels, "image_size": self.image_size}
 
     @property
     def task_arguments(self) -> dict[str, int]:
-        """What a task must know of the data."""
+        """Arguments of a task that depend on the data."""
         return {"num_classes": self.num_classes}
 
-    @property
-    def order_seed(self) -> int:
-        """Seed of the training order; set it before the loader is made."""
-        return self._order_seed
-
-    @order_seed.setter
-    def order_seed(self, seed: int) -> None:
-        check_integer("order_seed", seed, 0, LARGEST_SEED)
-        self._order_seed = seed
-
     def setup(self, stage: str) -> None:
-        """Read what `stage` needs: training and validation images, or the test images."""
+        """Read the images that `stage` needs: training and validation, or test."""
         if stage in ("fit", "validate") and self._train is None:
             self._setup_training()
         if stage == "test" and self._test is None:
             test = self.read_test()
-            self._test = Examples(test, torch.arange(len(test.labels)), self.transform(training=False))
+            self.sources.setdefault("test", str(test.origin))
+            self._test = Examples(test, torch.arange(len(test.labels)), self.build_transform(training=False))
 
     def _setup_training(self) -> None:
         train, val = self.read_train(), self.read_val()
-        order = seeded_order(len(train.labels), self.seed)
+        order = draw_order(len(train.labels), self.seed)
+        self.sources.setdefault("train", str(train.origin))
         if val is None:
-            order, held_out = self.hold_out(order, "validation")
+            order, chosen = self.hold_out(order, "validation")
             val = train
+            self.sources.setdefault("val", describe_held_out(self.val_fraction, self.seed))
         else:
-            held_out = torch.arange(len(val.labels))
+            chosen = torch.arange(len(val.labels))
+            self.sources.setdefault("val", str(val.origin))
         if self.limit_train is not None:
             if self.limit_train > len(order):
                 raise ValueError(f"data.limit_train={self.limit_train} but the training split has {len(order)} images")
+            self.left_out.setdefault("train", Counter())[f"by data.limit_train={self.limit_train}"] = (
+                len(order) - self.limit_train
+            )
             order = order[: self.limit_train]
-        self._train = Examples(train, order, self.transform(training=True))
-        self._val = Examples(val, held_out, self.transform(training=False))
+        self._train = Examples(train, order, self.build_transform(training=True))
+        self._val = Examples(val, chosen, self.build_transform(training=False))
+
+    def summary(self) -> list[PartSummary]:
+        """Summarise each part, as far as it is read."""
+        parts = {"train": self._train, "val": self._val, "test": self._test}
+        return [self._summarise_part(name, examples) for name, examples in parts.items()]
+
+    def _summarise_part(self, name: str, examples: Examples | None) -> PartSummary:
+        left_out: Mapping[str, int] = self.left_out.get(name, {})
+        if examples is None:
+            return PartSummary(name, "images", None, "not read", left_out=left_out)
+        labels = examples.source.labels[examples.indices].tolist()
+        counts = count_classes(self.class_names, labels)
+        return PartSummary(name, "images", len(examples), self.sources[name], counts, left_out)
 
     def hold_out(self, order: Int64[Tensor, " n"], what: str) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " k"]]:
-        """Cut `order` into what is left and the share `val_fraction` of it that is held out.
+        """Split `order` into the rest and the held-out share `val_fraction`.
 
         Raises:
             ValueError: One of the two would be empty.
@@ -173,10 +189,10 @@ class ImageData(pl.LightningDataModule, ABC):
             )
         return order[count:], order[:count]
 
-    def transform(self, *, training: bool) -> nn.Module:
-        """Return the transform from what a source loads to the images of a batch."""
+    def build_transform(self, *, training: bool) -> nn.Module:
+        """Build the transform from what a source loads to the images of a batch."""
         augment = training and self.augment != "none"
-        steps = [self.frame(augment=augment)]
+        steps = [self.build_frame(augment=augment)]
         if augment and self.augment == "randaugment":
             steps.append(PerImage(v2.RandAugment()))
         steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
@@ -184,30 +200,30 @@ class ImageData(pl.LightningDataModule, ABC):
             steps.append(PerImage(v2.RandomErasing(self.erase)))
         return nn.Sequential(*steps)
 
-    def pictures(self, images: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b h w c"]:
-        """Return the pixels of normalised images."""
+    def restore_pixels(self, images: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b h w c"]:
+        """Restore the pixels of normalised images."""
         mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (self.mean, self.std))
         return ((images * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
-    def frame(self, *, augment: bool) -> nn.Module:
-        """Return the transform that brings images to `image_size`, with crop and flip if `augment`."""
-        resize = nn.Identity() if self.image_size == self.native_size else v2.Resize([self.image_size, self.image_size])
+    def build_frame(self, *, augment: bool) -> nn.Module:
+        """Build the transform that resizes images to `image_size`, with crop and flip if `augment`."""
+        resize = nn.Identity() if self.image_size == self.native_size else v2.Resize([self.height, self.width])
         return nn.Sequential(resize, CropFlip()) if augment else resize
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one."""
-        train = Seeded(self._ready(self._train, "fit"), self.order_seed)
-        return training_loader(train, self.trainer, seed=self.order_seed, **self._options)
+        """Load shuffled batches of one size; drop a smaller last batch unless it is the only one."""
+        train = Seeded(self._require(self._train, "fit"), self.order_seed)
+        return build_training_loader(train, self.trainer, seed=self.order_seed, **self._options)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return all validation images, in one order."""
-        return evaluation_loader(self._ready(self._val, "fit"), self.trainer, **self._options)
+        """Load all validation images, in a fixed order."""
+        return build_evaluation_loader(self._require(self._val, "fit"), self.trainer, **self._options)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return all test images, in one order."""
-        return evaluation_loader(self._ready(self._test, "test"), self.trainer, **self._options)
+        """Load all test images, in a fixed order."""
+        return build_evaluation_loader(self._require(self._test, "test"), self.trainer, **self._options)
 
-    def _ready(self, examples: Examples | None, stage: str) -> Examples:
+    def _require(self, examples: Examples | None, stage: str) -> Examples:
         if examples is None:
             raise ValueError(f"{type(self).__name__} has not read its images; call prepare_data() and setup({stage!r})")
         return examples
@@ -219,10 +235,24 @@ class ImageData(pl.LightningDataModule, ABC):
             "num_workers": self.workers,
             "persistent_workers": self.workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            "collate_fn": as_delivered,
+            "collate_fn": pass_through,
         }
 
 
-def seeded_order(count: int, seed: int) -> Int64[Tensor, " n"]:
-    """Return the numbers below `count` in an order that depends on `seed` alone."""
+def draw_order(count: int, seed: int) -> Int64[Tensor, " n"]:
+    """Draw an order of the numbers below `count` that depends on `seed` alone."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def check_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """Check `image_size`, and return height and width.
+
+    Raises:
+        ValueError: It is neither one number of pixels nor two.
+    """
+    sides = [size, size] if isinstance(size, int) else size
+    if isinstance(sides, str) or not isinstance(sides, Sequence) or len(sides) != 2:
+        raise ValueError(f"data.image_size is a whole number, or a height and a width such as [64,48]; got {size!r}")
+    for side in sides:
+        check_integer("data.image_size", side, 1)
+    return sides[0], sides[1]

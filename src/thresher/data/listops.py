@@ -2,8 +2,8 @@
 
 A tree is drawn from the top: above `max_depth` each place becomes an operator with probability 0.25, with 2 to
 `max_args` arguments, otherwise a digit. Only trees of more than `min_length` and fewer than `max_length` tokens are
-kept, each once. With the published lengths, 500 and 2,000, labels are skewed: 0 alone makes up 17.1 %, which is what a
-model that learns nothing reaches.
+kept, each once. With the published lengths, 500 and 2,000, labels are skewed: 17.1 % are 0, which is the accuracy of a
+model that learns nothing.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ OPERATOR_CHANCE = 0.25
 
 
 class Tree(NamedTuple):
-    """A tree, written out.
+    """A nested operation.
 
     Attributes:
-        tokens: Its symbols, as places in SYMBOLS.
-        value: What it evaluates to, 0 to 9.
+        tokens: Its symbols, as indices into SYMBOLS.
+        value: Its value, 0 to 9.
     """
 
     tokens: list[int]
@@ -42,12 +42,12 @@ class Tree(NamedTuple):
 
 
 def apply(operator: int, values: Sequence[int]) -> int:
-    """Evaluate an operator, given as its place in OPERATORS; medians are rounded down, sums taken modulo 10."""
+    """Evaluate an operator, given as an index into OPERATORS; medians are rounded down, sums taken modulo 10."""
     return (min, max, lambda v: int(median(v)), lambda v: sum(v) % 10)[operator](values)
 
 
 def draw_tree(rng: random.Random, max_depth: int, max_args: int, limit: int, depth: int = 1) -> Tree | None:
-    """Draw a tree, or None as soon as it is known to have `limit` tokens or more."""
+    """Draw a tree; None as soon as it has `limit` tokens or more."""
     if depth == max_depth or rng.random() > OPERATOR_CHANCE:
         digit = rng.randrange(10)
         return Tree([DIGIT + digit], digit)
@@ -65,7 +65,7 @@ def draw_tree(rng: random.Random, max_depth: int, max_args: int, limit: int, dep
 
 
 def draw_trees(seed: int, min_length: int, max_length: int, max_depth: int, max_args: int) -> Iterator[Tree]:
-    """Draw different trees of more than `min_length` and fewer than `max_length` tokens, for ever."""
+    """Draw distinct trees of more than `min_length` and fewer than `max_length` tokens, without end."""
     rng, seen = random.Random(seed), set()
     while True:
         tree = draw_tree(rng, max_depth, max_args, max_length)
@@ -82,15 +82,15 @@ class ListOps(SequenceData):
     Args:
         batch_size: Sequences in a batch of one process.
         workers: Processes that load data; 0 loads them in the training process.
-        seed: Of the trees, and of the training order unless `order_seed` is set.
+        seed: Of the trees, and of the training order unless `set_order_seed` is called.
         train: Number of training sequences.
         val: Number of validation sequences.
         test: Number of test sequences.
         min_length: Sequences have more tokens than this.
         max_length: Sequences have fewer tokens than this.
-        max_depth: Depth at which every place is a digit.
+        max_depth: Depth at which every argument is a digit.
         max_args: Largest number of arguments.
-        limit_train: Train on the first so many of the training sequences; None for all.
+        limit_train: Number of training sequences to use, from the first; None for all.
         root: Folder of the cache.
 
     Raises:
@@ -150,12 +150,12 @@ class ListOps(SequenceData):
 
     @property
     def model_arguments(self) -> dict[str, int]:
-        """What a model must know: its sizes."""
+        """Arguments of a model: its sizes."""
         return {"num_classes": 10, "vocabulary": len(SYMBOLS), "length": self.trees["max_length"] - 1}
 
     @property
     def path(self) -> Path:
-        """The file of the cache; its name says how it was generated."""
+        """The file of the cache, named by a hash of the hyper-parameters."""
         asked = json.dumps(self.trees | self.sizes, sort_keys=True)
         return self.root / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.npz"
 
@@ -183,10 +183,12 @@ class ListOps(SequenceData):
                 tokens, ends, labels = file["tokens"], file["ends"], file["labels"]
         except (BadZipFile, EOFError, OSError, ValueError, KeyError, zlib.error) as error:
             raise ValueError(f"{self.path} is damaged ({error}); delete it, and it is generated again") from error
+        drawn = ", ".join(f"{name}={value}" for name, value in self.trees.items())
         parts, first = {}, 0
         for part, size in self.sizes.items():
             start = int(ends[first - 1]) if first else 0
             stop = first + size
             parts[part] = Sequences(tokens[start : int(ends[stop - 1])], ends[first:stop] - start, labels[first:stop])
             first = stop
+            self.sources[part] = f"generated: {drawn}"
         return parts

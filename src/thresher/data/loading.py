@@ -1,9 +1,9 @@
-"""The order of training as a function of seed and epoch, so that a run that goes on meets the batches that were due.
+"""Load data in an order that depends on seed and epoch alone, so that a resumed run continues with the same batches.
 
-Random changes of examples are a function of the seed, the epoch and the examples of their batch, in whatever process
-they are made: they depend neither on the number of workers nor on what was drawn before. With several processes each
-takes every world-th example of one order: together their batches are the batch that a single process would have. In
-an evaluation each example is in one process alone, and all have as many batches, since each batch may wait for others.
+Augmentation depends on the seed, the epoch and the examples of the batch, not on the process, the number of workers or
+earlier random numbers. Of several processes each takes every world-th example of one order: together their batches are
+the batch of a single process. In an evaluation each example is in one process, and all processes have equally many
+batches, since a batch may wait for those of others.
 """
 
 import hashlib
@@ -20,33 +20,33 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from thresher.attention.options import check_integer
 
-LARGEST_SEED = 2**63 - 1  # of PyTorch
+LARGEST_SEED = 2**63 - 1  # largest seed of PyTorch
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """The share of a process in all examples, in an order that depends on `seed` and the epoch alone.
+    """The share of a process in all examples, in an order that depends on `seed` and the epoch.
 
     Args:
         examples: The examples.
         seed: Of the order.
         rank: Of this process.
-        world: Number of processes; each gets as many examples as the others, and what is left over waits an epoch.
+        world: Number of processes; all get equally many examples, and an epoch skips the remainder.
     """
 
     def __init__(self, examples: Any, seed: int, rank: int = 0, world: int = 1) -> None:
         super().__init__(examples, num_replicas=world, rank=rank, seed=seed, drop_last=True)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(key_of(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
         yield from order[self.rank : len(self) * self.num_replicas : self.num_replicas].tolist()
-        self.epoch += 1  # where nobody calls set_epoch
+        self.epoch += 1  # if nobody calls set_epoch
 
 
 class ShareSampler(DistributedSampler[Any]):
-    """The share of a process in all examples, in their order: none is left out, and none is seen twice.
+    """The share of a process in all examples, in their order, without gaps or repeats.
 
-    Its length is what all processes have; the first of them may have one example more.
+    Its length is the smallest share; the first processes may have one more example.
 
     Args:
         examples: The examples.
@@ -70,18 +70,18 @@ class ShareSampler(DistributedSampler[Any]):
 
 
 class Batch(list[int]):
-    """The indices of the examples of a batch, and the epoch that they are wanted in."""
+    """The indices of the examples of a batch, and their epoch."""
 
     epoch = 0
 
 
 class EpochBatches(BatchSampler):
-    """Batches that know their epoch, beginning anywhere in it.
+    """Batches that carry their epoch and can begin anywhere in it.
 
-    Its arguments are those of `BatchSampler`, so that Lightning can put another sampler in.
+    Its arguments are those of `BatchSampler`, so that Lightning can replace the sampler.
 
     Attributes:
-        first: The batch that the next iteration begins with.
+        first: The first batch of the next iteration.
     """
 
     def __init__(self, sampler: Any, batch_size: int, drop_last: bool) -> None:
@@ -97,28 +97,28 @@ class EpochBatches(BatchSampler):
         epoch, count = getattr(self.sampler, "epoch", 0), len(self)
         batches = self.batches()
         for i, indices in enumerate(islice(batches, count)):
-            batch = Batch(chain(indices, *batches) if i == count - 1 else indices)  # the last has what others have not
+            batch = Batch(chain(indices, *batches) if i == count - 1 else indices)  # the last batch takes the rest
             batch.epoch = epoch
             if i >= first:
                 yield batch
 
 
 class EpochLoader(DataLoader[Any]):
-    """A loader that asks its sampler when the first batch is wanted, and not when the iterator is made.
+    """A loader that starts its sampler at the first batch, not when the iterator is created.
 
-    Lightning makes the iterator before it says which epoch it is for, and workers fetch ahead. Its state, which
-    Lightning keeps and gives back, is the batch that the next iteration begins with.
+    Lightning creates the iterator before it sets the epoch, and workers prefetch. Its state, which Lightning stores and
+    restores, is the first batch of the next iteration.
     """
 
     def state_dict(self) -> dict[str, int]:
-        """Return where the next iteration begins."""
+        """Store the first batch of the next iteration."""
         return {"first": getattr(self.batch_sampler, "first", 0)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next iteration in the middle of an epoch.
+        """Restore the first batch of the next iteration.
 
         Raises:
-            ValueError: Its batches cannot.
+            ValueError: The batch sampler cannot begin there.
         """
         if not isinstance(self.batch_sampler, EpochBatches):
             raise ValueError(f"{type(self.batch_sampler).__name__} cannot begin at batch {state['first']}")
@@ -128,8 +128,28 @@ class EpochLoader(DataLoader[Any]):
         yield from super().__iter__()
 
 
+class TrainingOrder:
+    """The seed of the training order: that of the data, unless a run sets another."""
+
+    _order_seed: int
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the training order, and of augmentation."""
+        return self._order_seed
+
+    def set_order_seed(self, seed: int) -> None:
+        """Set the seed of the training order.
+
+        Raises:
+            ValueError: It is out of range.
+        """
+        check_integer("order_seed", seed, 0, LARGEST_SEED)
+        self._order_seed = seed
+
+
 def check_loading(batch_size: int, workers: int, seed: int, limit_train: int | None) -> None:
-    """Check what all data are told of their loading.
+    """Check the options of loading that all data share.
 
     Raises:
         ValueError: A number is out of range.
@@ -141,7 +161,7 @@ def check_loading(batch_size: int, workers: int, seed: int, limit_train: int | N
         check_integer("data.limit_train", limit_train, 1)
 
 
-def training_loader(
+def build_training_loader(
     examples: Any,
     trainer: pl.Trainer | None,
     *,
@@ -150,21 +170,21 @@ def training_loader(
     batches: type[EpochBatches] = EpochBatches,
     **options: Any,
 ) -> EpochLoader:
-    """Return shuffled batches of one size; a last smaller one is dropped unless it is the only one.
+    """Build a loader of shuffled batches of one size; it drops a smaller last batch unless that is the only one.
 
     Args:
-        examples: The examples, of which a process gets its share.
-        trainer: Knows the processes; None is one.
+        examples: All examples, of which each process gets its share.
+        trainer: Has the number of processes; None means one process.
         seed: Of the order.
         batch_size: Of one process.
-        batches: How examples are put together.
+        batches: Groups examples into batches.
         **options: Of the loader.
     """
-    sampler = EpochSampler(examples, seed, *_place(trainer))
-    return _loader(examples, batches(sampler, batch_size, drop_last=len(sampler) >= batch_size), **options)
+    sampler = EpochSampler(examples, seed, *_find_place(trainer))
+    return _build_loader(examples, batches(sampler, batch_size, drop_last=len(sampler) >= batch_size), **options)
 
 
-def evaluation_loader(
+def build_evaluation_loader(
     examples: Any,
     trainer: pl.Trainer | None,
     *,
@@ -172,29 +192,29 @@ def evaluation_loader(
     batches: type[EpochBatches] = EpochBatches,
     **options: Any,
 ) -> EpochLoader:
-    """Return batches of all examples, or of this process's share of them; the arguments are those of training."""
-    rank, world = _place(trainer)
+    """Build a loader of all examples, or of this process's share; arguments as for training."""
+    rank, world = _find_place(trainer)
     sampler: Sampler[int] = ShareSampler(examples, rank, world) if world > 1 else SequentialSampler(examples)
-    return _loader(examples, batches(sampler, batch_size, drop_last=False), **options)
+    return _build_loader(examples, batches(sampler, batch_size, drop_last=False), **options)
 
 
-def _place(trainer: pl.Trainer | None) -> tuple[int, int]:
+def _find_place(trainer: pl.Trainer | None) -> tuple[int, int]:
     return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
 
-def _loader(examples: Any, batches: EpochBatches, **options: Any) -> EpochLoader:
-    """Return a loader that Lightning leaves as it is, where its batches are shares already."""
+def _build_loader(examples: Any, batches: EpochBatches, **options: Any) -> EpochLoader:
+    """Build a loader that Lightning does not replace, as its batches are already shares."""
     loader = EpochLoader(examples, batch_sampler=batches, **options)
-    loader.__dict__["sampler"] = batches.sampler  # which torch sets to another one, and then forbids to set
+    loader.__dict__["sampler"] = batches.sampler  # torch sets another one, and then forbids to set it
     return loader
 
 
 class Seeded(Dataset[Any]):
-    """Examples whose random changes follow from a seed, the epoch and their batch; otherwise as they are.
+    """Examples whose augmentation depends on a seed, the epoch and their batch alone.
 
     Args:
         examples: The examples.
-        seed: Of the changes.
+        seed: Of the augmentation.
     """
 
     def __init__(self, examples: Any, seed: int) -> None:
@@ -204,29 +224,29 @@ class Seeded(Dataset[Any]):
         return len(self.examples)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "examples":  # not there yet, while a worker unpickles this
+        if name == "examples":  # not set yet while a worker unpickles this
             raise AttributeError(name)
         return getattr(self.examples, name)
 
     def __getitem__(self, index: int) -> Any:
-        with drawing_from(key_of(self.seed, index)):
+        with seed_generators(mix_seed(self.seed, index)):
             return self.examples[index]
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
-        with drawing_from(key_of(self.seed, getattr(indices, "epoch", 0), *indices)):
+        with seed_generators(mix_seed(self.seed, getattr(indices, "epoch", 0), *indices)):
             if hasattr(self.examples, "__getitems__"):
                 return self.examples.__getitems__(indices)
             return [self.examples[i] for i in indices]
 
 
 @contextmanager
-def drawing_from(seed: int) -> Iterator[None]:
-    """Seed the generators of Python, NumPy and PyTorch on the CPU, and put them back afterwards."""
+def seed_generators(seed: int) -> Iterator[None]:
+    """Seed the generators of Python, NumPy and PyTorch on the CPU, then restore them."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([]):
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, which nobody puts back
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed GPUs, which are not restored
         try:
             yield
         finally:
@@ -234,7 +254,7 @@ def drawing_from(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def key_of(*numbers: int) -> int:
-    """Return a seed that depends on all of some numbers, and is far from that of their neighbours."""
+def mix_seed(*numbers: int) -> int:
+    """Mix numbers into a seed that differs widely for neighbouring numbers."""
     digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

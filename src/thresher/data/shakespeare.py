@@ -1,7 +1,7 @@
 """Shakespeare's plays and poems, with whole plays held out; ships with the package."""
 
 from thresher.data.corpus import CorpusData
-from thresher.data.works import split_works
+from thresher.data.works import describe_sources, split_works
 
 VAL = ("macbeth", "twelfth_night")
 TEST = ("tempest", "henry_v", "much_ado_about_nothing")
@@ -15,4 +15,6 @@ class Shakespeare(CorpusData):
 
     def read_works(self) -> dict[str, list[str]]:
         """Split by work."""
-        return split_works("shakespeare", VAL, TEST)
+        parts = split_works("shakespeare", VAL, TEST)
+        self.sources = describe_sources(parts, VAL, TEST)
+        return parts

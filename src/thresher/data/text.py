@@ -1,15 +1,19 @@
-"""What all text classification data share: tokens, split, class names and counts."""
+"""Text classification data: tokens, split, class names and counts."""
 
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from thresher.attention.options import check_integer, check_number
 from thresher.data.sequences import SequenceData, Sequences
+from thresher.data.summary import describe_held_out
 from thresher.data.tokens import load_tokenizer
+
+UNLIMITED = 2**31 - 1  # tokens, more than any text has
 
 
 class Texts(NamedTuple):
@@ -17,25 +21,34 @@ class Texts(NamedTuple):
 
     Attributes:
         texts: One string for each example.
-        labels: The place of its class among the names of the classes.
-        second: The other string of each example, where they are pairs.
+        labels: The class of each example, as an index into the class names.
+        second: The second string of each example, if they are pairs.
+        lines: Their file, and the line where each begins.
     """
 
     texts: list[str]
     labels: list[int]
     second: list[str] | None = None
+    lines: tuple[Path, list[int]] | None = None
+
+    def take(self, indices: Sequence[int]) -> "Texts":
+        """Select some of the texts."""
+        texts, labels = [self.texts[i] for i in indices], [self.labels[i] for i in indices]
+        second = None if self.second is None else [self.second[i] for i in indices]
+        lines = None if self.lines is None else (self.lines[0], [self.lines[1][i] for i in indices])
+        return Texts(texts, labels, second, lines)
 
 
 class TextClassificationData(SequenceData):
-    """Labelled texts; a data set derives from this class and reads its files in `read_texts`.
+    """Labelled texts; a subclass reads its files in `read_texts`.
 
     Args:
         batch_size: Texts in a batch of one process.
         workers: Processes that load data; 0 loads them in the training process.
-        seed: Of the split, and of the training order unless `order_seed` is set.
+        seed: Of the split, and of the training order unless `set_order_seed` is called.
         val_fraction: Share of the training texts held out for validation, where there is no validation set.
-        limit_train: Train on the first so many of the training texts left after the split; None for all.
-        length: Tokens of a text that are read; the rest is cut off.
+        limit_train: Number of training texts to use after the split, from the first; None for all.
+        length: Largest number of tokens of a text; longer ones are truncated.
         tokenizer: `bytes`, the folder of a tokenizer of Hugging Face's, or its name on the hub.
 
     Raises:
@@ -64,40 +77,56 @@ class TextClassificationData(SequenceData):
 
     @abstractmethod
     def read_texts(self) -> tuple[list[str], dict[str, Texts]]:
-        """Return the names of the classes and the parts `train` and `test`, and `val` if there is one.
+        """Read the class names and the parts `train` and `test`, and `val` if there is one.
 
         Raises:
-            FileNotFoundError: The files are not there; the message says how to get them.
+            FileNotFoundError: The files are missing; the message says how to get them.
         """
 
     def read(self) -> dict[str, Sequences]:
-        """Turn texts into tokens, put each part into random order, and hold some out for validation.
+        """Encode the texts, shuffle each part, and hold out some for validation.
 
-        Files are often sorted by class; a test on the first batches would then see a few classes only.
+        Files are often sorted by class; without shuffling, the first test batches would hold few classes.
         """
         self._classes, parts = self.read_texts()
         if len(self._classes) < 2:
             found = f"of one class only: {self._classes[0]}" if self._classes else "of no class at all"
             raise ValueError(f"{type(self).__name__} has texts {found}")
-        sequences = {name: self._shuffled(self._encode(name, part)) for name, part in parts.items()}
+        self.kind = "texts" if all(part.second is None for part in parts.values()) else "pairs of texts"
+        sequences = {name: self._shuffle(self._encode(name, part)) for name, part in parts.items()}
         if "val" not in sequences:
             train = sequences["train"]
-            held_out = round(self.val_fraction * len(train))
-            sequences["val"] = train.select(range(held_out))
-            sequences["train"] = train.select(range(held_out, len(train)))
+            count = round(self.val_fraction * len(train))
+            sequences["val"] = train.select(range(count))
+            sequences["train"] = train.select(range(count, len(train)))
+            self.sources["val"] = describe_held_out(self.val_fraction, self.seed)
         return sequences
 
-    def _shuffled(self, part: Sequences) -> Sequences:
+    def _shuffle(self, part: Sequences) -> Sequences:
         return part.select(torch.randperm(len(part), generator=torch.Generator().manual_seed(self.seed)).tolist())
 
     def _encode(self, name: str, part: Texts) -> Sequences:
         if part.second is None:
-            ids = self.tokenizer.encode(part.texts, whole=True, limit=self.length)
+            ids, lengths = self.tokenizer.encode_counted(part.texts, limit=self.length)
         else:
             ids, self._separator = self.tokenizer.encode_pairs(part.texts, part.second, limit=self.length)
-        if blank := sum(not each for each in ids):
-            raise ValueError(f"{blank} of the {name} texts of {type(self).__name__} are empty")
-        return Sequences.of(ids, part.labels)
+            lengths = self._count_uncut(part.texts, part.second, ids)
+        if blank := [i for i, each in enumerate(ids) if not each]:
+            first = f"the first of them is number {blank[0]}"
+            if part.lines is not None:
+                file, lines = part.lines
+                first = f"one of them is in {file}, line {min(lines[i] for i in blank)}"
+            raise ValueError(f"{len(blank)} of the {name} texts of {type(self).__name__} are empty; {first}")
+        return Sequences.pack(ids, part.labels, lengths)
+
+    def _count_uncut(self, first: Sequence[str], second: Sequence[str], ids: list[list[int]]) -> list[int]:
+        """Count the tokens of pairs before truncation."""
+        lengths = [len(each) for each in ids]
+        full = [i for i, length in enumerate(lengths) if length >= self.length]
+        uncut = self.tokenizer.encode_pairs([first[i] for i in full], [second[i] for i in full], limit=UNLIMITED).ids
+        for i, each in zip(full, uncut, strict=True):
+            lengths[i] = len(each)
+        return lengths
 
     @property
     def class_names(self) -> list[str]:
@@ -111,7 +140,7 @@ class TextClassificationData(SequenceData):
 
     @property
     def model_arguments(self) -> Mapping[str, Any]:
-        """What a model must know of the data; of pairs of texts, also what separates them."""
+        """Arguments of a model that depend on the data; for pairs of texts also the separator."""
         arguments = {
             "num_classes": len(self.class_names),
             "vocabulary": self.tokenizer.vocabulary,
@@ -122,8 +151,8 @@ class TextClassificationData(SequenceData):
 
     @property
     def task_arguments(self) -> Mapping[str, Any]:
-        """What a task must know of the data: how often each class occurs in training, too."""
-        counts = Counter(self._part("train").labels.tolist())
+        """Arguments of a task that depend on the data, with the number of training texts of each class."""
+        counts = Counter(self._get_part("train").labels.tolist())
         return {
             "num_classes": len(self.class_names),
             "class_counts": [counts[i] for i in range(len(self.class_names))],

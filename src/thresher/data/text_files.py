@@ -1,22 +1,24 @@
-"""Labelled texts in files of one's own: CSV, TSV or JSON lines with a text and a label column."""
+"""Labelled texts from the user's files: CSV, TSV or JSON lines with a text and a label column."""
 
-import csv
-import io
-import json
-import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import torch
 
+from thresher.attention.options import check_choice
+from thresher.data.part_names import find_part
+from thresher.data.summary import describe_held_out
+from thresher.data.tables import ENDINGS, Quoting, check_distinct, read_rows
 from thresher.data.text import TextClassificationData, Texts
-
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-JSON_LINES = (".jsonl", ".ndjson")
 
 
 class TextFiles(TextClassificationData):
-    """Texts from one file for each part. Classes are the labels that occur in training, in alphabetical order.
+    """Texts from one file for each part. Classes are the labels of the training texts, in alphabetical order.
+
+    Blanks around labels are stripped, and 1.0 is read as 1. A row that cannot be read in full is refused with its file
+    and line.
 
     Args:
         train: File of the training texts: .csv or .tsv with a header, or .jsonl.
@@ -24,12 +26,13 @@ class TextFiles(TextClassificationData):
         val: File of the validation texts; None holds out a share `val_fraction` of the training texts.
         text: Name of the column of texts.
         label: Name of the column of labels.
+        quoting: "double": fields of a table may stand in double quotes, as in RFC 4180; "none": quotes are text.
         batch_size: See `TextClassificationData`, as for the others.
         workers: Processes that load data.
         seed: Of the split and the order.
         val_fraction: Share of the training texts held out for validation.
-        limit_train: Train on the first so many of the training texts.
-        length: Tokens of a text that are read.
+        limit_train: Number of training texts to use, from the first.
+        length: Largest number of tokens of a text.
         tokenizer: `bytes`, or a tokenizer of Hugging Face's.
     """
 
@@ -41,6 +44,7 @@ class TextFiles(TextClassificationData):
         val: str | None = None,
         text: str = "text",
         label: str = "label",
+        quoting: Quoting = "double",
         batch_size: int = 32,
         workers: int = 0,
         seed: int = 0,
@@ -58,88 +62,47 @@ class TextFiles(TextClassificationData):
             length=length,
             tokenizer=tokenizer,
         )
+        check_choice("data.quoting", quoting, get_args(Quoting))
+        if text == label:
+            raise ValueError(f"data.text and data.label both name the column {text!r}")
         self.files = {"train": train, "val": val, "test": test}
-        self.columns = (text, label)
+        self.columns, self.quoting = (text, label), quoting
 
     def read_texts(self) -> tuple[list[str], dict[str, Texts]]:
         """Read the files."""
-        rows = {part: read_rows(Path(p).expanduser(), *self.columns) for part, p in self.files.items() if p is not None}
-        names = sorted({label for _, label in rows["train"]})
+        files = {part: Path(path).expanduser() for part, path in self.files.items() if path is not None}
+        rows = {part: read_rows(path, *self.columns, self.quoting) for part, path in files.items()}
+        check_distinct((row.label for some in rows.values() for row in some), ", ".join(map(str, files.values())))
+        self._count_unread(files)
+        names = sorted({row.label for row in rows["train"]})
+        self.sources |= {part: str(path) for part, path in files.items()}
         number = {name: i for i, name in enumerate(names)}
         parts = {}
         for part, some in rows.items():
-            if unknown := sorted({label for _, label in some} - number.keys()):
-                raise ValueError(f"{self.files[part]} has labels that training does not: {', '.join(unknown[:10])}")
-            parts[part] = Texts([text for text, _ in some], [number[label] for _, label in some])
+            if unknown := sorted({row.label for row in some} - number.keys()):
+                first = next(row for row in some if row.label not in number)
+                raise ValueError(
+                    f"{self.files[part]} has labels that training does not: {', '.join(unknown[:10])}; the first, "
+                    f"{first.label}, is in line {first.line}"
+                )
+            lines = [row.line for row in some]
+            parts[part] = Texts(
+                [row.text for row in some], [number[row.label] for row in some], None, (files[part], lines)
+            )
         if "test" not in parts:
             parts["train"], parts["test"] = self._hold_out(parts["train"])
+            self.sources["test"] = describe_held_out(self.val_fraction, self.seed)
         return names, parts
+
+    def _count_unread(self, files: Mapping[str, Path]) -> None:
+        """Count unused files beside the training file that are named after a held-out part."""
+        for path in sorted(files["train"].parent.iterdir()):
+            part = find_part(path.stem)
+            if part and part not in files and path.suffix.lower() in ENDINGS and path.is_file():
+                reason = f"file beside data.train that is named after {part}: {path.name} (data.{part} is not set)"
+                self.left_out.setdefault(part, Counter())[reason] = 1
 
     def _hold_out(self, train: Texts) -> tuple[Texts, Texts]:
         order = torch.randperm(len(train.texts), generator=torch.Generator().manual_seed(self.seed + 1)).tolist()
         cut = round(self.val_fraction * len(order))
-        left, held_out = (
-            Texts([train.texts[i] for i in some], [train.labels[i] for i in some])
-            for some in (order[cut:], order[:cut])
-        )
-        return left, held_out
-
-
-def read_rows(path: Path, text: str, label: str) -> list[tuple[str, str]]:
-    """Read (text, label) from a file, as its ending says.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It has another ending, lacks a column, or a line cannot be read; the message says which.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; data.train, data.val and data.test each name one file")
-    if path.suffix in DELIMITERS:
-        rows, found = _table(path)
-        if missing := [name for name in (text, label) if name not in found]:
-            raise ValueError(
-                f"{path} has no column {', '.join(missing)}, only {', '.join(found) or 'none at all'}; "
-                "name yours by data.text and data.label"
-            )
-    elif path.suffix in JSON_LINES:
-        lines = _text(path).split("\n")
-        rows = [(number, _parsed(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
-    else:
-        raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; readable are .csv, .tsv, .jsonl and .ndjson")
-    if not rows:
-        raise ValueError(f"{path} holds no texts")
-    return [_row(path, number, row, text, label) for number, row in rows]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it, for example with iconv") from error
-
-
-def _table(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
-    """Return the rows of a file with the lines that they end at, and the names of its columns."""
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=DELIMITERS[path.suffix])
-    try:
-        return [(reader.line_num, row) for row in reader], list(reader.fieldnames or [])
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-
-
-def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number}: not an object with a text and a label")
-    return row
-
-
-def _row(path: Path, number: int, row: dict[str, Any], text: str, label: str) -> tuple[str, str]:
-    for name in (text, label):
-        if row.get(name) is None or not str(row[name]).strip():
-            raise ValueError(f"{path}, line {number}: {name} is missing or empty")
-    return str(row[text]), str(row[label])
+        return train.take(order[cut:]), train.take(order[:cut])

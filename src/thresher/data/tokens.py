@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from thresher.installed import located
+from thresher.installed import resolve_path
+
+FILLS = -1  # padding if every id of a tokenizer may occur in a text; models recognise it as negative
+AS_TEXT = {"split_special_tokens": True}  # special tokens written inside a text are text
 
 
 class Pairs(NamedTuple):
@@ -12,8 +15,8 @@ class Pairs(NamedTuple):
 
     Attributes:
         ids: Of each pair.
-        separator: The id whose first occurrence ends the first text, where the tokenizer tells the tokens of the second
-            one apart (`token_type_ids`); else None.
+        separator: The id whose first occurrence ends the first text, if the tokenizer marks the tokens of the second
+            one (`token_type_ids`); else None.
     """
 
     ids: list[list[int]]
@@ -21,14 +24,14 @@ class Pairs(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """What turns text into token ids.
+    """Turns text into token ids.
 
     Attributes:
         vocabulary: Number of ids; all are smaller.
-        padding: The id that fills up sequences.
-        mask: The id that stands for hidden tokens; None where there is none.
-        first: The id that a sequence to be generated begins with.
-        last: The id that it ends with.
+        padding: The id of padding, which never occurs in a text; -1 if the tokenizer has no such id.
+        mask: The id of hidden tokens; None without one.
+        first: The first id of a generated sequence.
+        last: The last id of a sequence.
     """
 
     vocabulary: int
@@ -38,24 +41,28 @@ class Tokenizer(Protocol):
     last: int
 
     def encode(self, texts: Sequence[str], *, whole: bool, limit: int | None = None) -> list[list[int]]:
-        """Return the ids of each text, the first `limit` of them; as a `whole` one, it gets its special tokens."""
+        """Encode each text to at most `limit` ids; a `whole` text gets its special tokens."""
+        ...
+
+    def encode_counted(self, texts: Sequence[str], *, limit: int) -> tuple[list[list[int]], list[int]]:
+        """Encode each whole text to at most `limit` ids; return also the numbers before truncation."""
         ...
 
     def encode_pairs(self, first: Sequence[str], second: Sequence[str], *, limit: int) -> Pairs:
-        """Return the ids of pairs of texts, of which the longer one is cut until there are at most `limit`."""
+        """Encode pairs of texts to at most `limit` ids; the longer text is truncated first."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special ones left out."""
+        """Decode ids to text, without special tokens."""
         ...
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Return what each id stands for, special ones by a name in brackets."""
+        """Name the token of each id, special ones in brackets."""
         ...
 
 
 class ByteTokenizer:
-    """UTF-8 bytes, shifted by one: id 0 is padding, 257 a mask, 258 and 259 begin and end a sequence."""
+    """UTF-8 bytes, shifted by one: id 0 is padding, 257 the mask, 258 and 259 begin and end a sequence."""
 
     vocabulary = 260
     padding = 0
@@ -66,8 +73,12 @@ class ByteTokenizer:
     def encode(self, texts: Sequence[str], *, whole: bool, limit: int | None = None) -> list[list[int]]:
         return [[byte + 1 for byte in text.encode()[:limit]] for text in texts]
 
+    def encode_counted(self, texts: Sequence[str], *, limit: int) -> tuple[list[list[int]], list[int]]:
+        ids = self.encode(texts, whole=True)
+        return [each[:limit] for each in ids], [len(each) for each in ids]
+
     def encode_pairs(self, first: Sequence[str], second: Sequence[str], *, limit: int) -> Pairs:
-        """Return the ids of pairs of texts, with a line break between them."""
+        """Encode pairs of texts with a line break between them."""
         (between,), room = self.encode(["\n"], whole=False)[0], limit - 1
         ids = []
         for a, b in zip(self.encode(first, whole=True), self.encode(second, whole=True), strict=True):
@@ -87,13 +98,16 @@ class ByteTokenizer:
 class HuggingFaceTokenizer:
     """A tokenizer of Hugging Face's.
 
+    Many have no padding of their own and pad with the end token, which also occurs in texts. Padding is then -1, so
+    that it never depends on a text.
+
     Args:
         name: Of a model on the hub, a folder with its files, or `package:NAME/FOLDER` inside an installed package.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
-        FileNotFoundError: There is no such tokenizer, or no network to get it by.
-        ValueError: It has nothing that could serve as padding.
+        FileNotFoundError: There is no such tokenizer, or the network cannot be reached.
+        ValueError: It has no token to end a sequence with.
     """
 
     def __init__(self, name: str) -> None:
@@ -103,7 +117,7 @@ class HuggingFaceTokenizer:
             raise ModuleNotFoundError(
                 f"data.tokenizer={name} needs transformers: pip install 'thresher[hf]', or use data.tokenizer=bytes"
             ) from error
-        name = located(name)
+        name = resolve_path(name)
         try:
             self._inner: Any = AutoTokenizer.from_pretrained(
                 name, local_files_only=Path(name).is_dir(), trust_remote_code=False
@@ -114,32 +128,75 @@ class HuggingFaceTokenizer:
                 "data.tokenizer takes `bytes`, a folder with tokenizer.json, or a name on the hub"
             ) from error
         if getattr(self._inner, "backend_tokenizer", None) is not None:
-            # Some files tell the tokenizer to pad and truncate by itself.
+            # Some files make the tokenizer pad and truncate by itself.
             self._inner.backend_tokenizer.no_padding()
             self._inner.backend_tokenizer.no_truncation()
         self.vocabulary = len(self._inner)
-        ends = (self._inner.eos_token_id, self._inner.sep_token_id)
+        ends = (self._inner.eos_token_id, self._inner.sep_token_id, self._inner.pad_token_id)
         last = next((i for i in ends if i is not None), None)
-        padding = self._inner.pad_token_id if self._inner.pad_token_id is not None else last
-        if padding is None:
-            raise ValueError(f"the tokenizer {name!r} has neither a padding nor an end token to fill up sequences with")
+        if last is None:
+            raise ValueError(
+                f"the tokenizer {name!r} has neither an end token nor a padding token to end sequences with"
+            )
         begins = (self._inner.bos_token_id, self._inner.cls_token_id)
-        self.padding: int = padding
         self.mask: int | None = self._inner.mask_token_id
-        self.last: int = padding if last is None else last
-        self.first: int = next((i for i in begins if i is not None), self.last)
+        self.last: int = last
+        self.first: int = next((i for i in begins if i is not None), last)
+        own = {self.first, self.last, self.mask, self._inner.unk_token_id, *ends[:2], *begins}
+        padding = self._inner.pad_token_id
+        self.padding: int = FILLS if padding is None or padding in own else padding
+        self._unknown: int | None = self._inner.unk_token_id
+        if (
+            self._unknown is None
+            and padding in self._encode_ids([f"a {self._inner.pad_token}"], False, None, **AS_TEXT)[0]
+        ):
+            self.padding = FILLS
 
     def encode(self, texts: Sequence[str], *, whole: bool, limit: int | None = None) -> list[list[int]]:
         if not texts:
             return []
-        ids: list[list[int]] = self._inner(
-            list(texts), add_special_tokens=whole, truncation=limit is not None, max_length=limit, verbose=False
-        )["input_ids"]
+        return self._finish(self._encode_ids(texts, whole, limit), texts, whole, limit)
+
+    def encode_counted(self, texts: Sequence[str], *, limit: int) -> tuple[list[list[int]], list[int]]:
+        if not texts:
+            return [], []
+        found = self._run_tokenizer(texts, True, limit)
+        ids = self._finish(list(found["input_ids"]), texts, True, limit)
+        if found.encodings is None:
+            return ids, [len(each) for each in self.encode(texts, whole=True)]
+        special = self._inner.num_special_tokens_to_add(pair=False)
+        cut = [sum(len(more) - special for more in each.overflowing) for each in found.encodings]
+        lengths = [len(each) + more for each, more in zip(found.encodings, cut, strict=True)]
+        for i, text in enumerate(texts):
+            if self._inner.pad_token and self._inner.pad_token in text:  # as text it has other tokens
+                lengths[i] = len(self.encode([texts[i]], whole=True)[0])
+        return ids, lengths
+
+    def _finish(self, ids: list[list[int]], texts: Sequence[str], whole: bool, limit: int | None) -> list[list[int]]:
+        """Read padding tokens written inside texts as text."""
+        for i, each in enumerate(ids):
+            if self.padding in each:
+                ids[i] = self._encode_ids([texts[i]], whole, limit, **AS_TEXT)[0]
         _check_room(ids, limit)
+        return self._replace_padding(ids)
+
+    def _replace_padding(self, ids: list[list[int]]) -> list[list[int]]:
+        """Replace padding ids inside a text by the unknown token, if the tokenizer has one."""
+        unknown = self._unknown
+        if unknown is None:
+            return ids
+        return [[unknown if i == self.padding else i for i in each] if self.padding in each else each for each in ids]
+
+    def _encode_ids(self, texts: Sequence[str], whole: bool, limit: int | None, **options: bool) -> list[list[int]]:
+        ids: list[list[int]] = self._run_tokenizer(texts, whole, limit, **options)["input_ids"]
         return ids
 
+    def _run_tokenizer(self, texts: Sequence[str], whole: bool, limit: int | None, **options: bool) -> Any:
+        cut = {"truncation": limit is not None, "max_length": limit}
+        return self._inner(list(texts), add_special_tokens=whole, verbose=False, **cut, **options)
+
     def encode_pairs(self, first: Sequence[str], second: Sequence[str], *, limit: int) -> Pairs:
-        """Return the ids of pairs of texts as the tokenizer joins them; a line break joins them where it would not."""
+        """Encode pairs of texts as the tokenizer joins them; with a line break if it does not."""
         if not first:
             return Pairs([], None)
         if self._inner.num_special_tokens_to_add(pair=True) <= self._inner.num_special_tokens_to_add(pair=False):
@@ -151,19 +208,20 @@ class HuggingFaceTokenizer:
             truncation="longest_first",
             max_length=limit,
             return_token_type_ids=True,
-            split_special_tokens=True,  # what looks like a separator inside a text is text
             verbose=False,
+            **AS_TEXT,
         )
-        _check_room(found["input_ids"], limit)
-        return Pairs(found["input_ids"], _separator(found["input_ids"], found["token_type_ids"]))
+        ids = self._replace_padding(found["input_ids"])
+        _check_room(ids, limit)
+        return Pairs(ids, _find_separator(ids, found["token_type_ids"]))
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._inner.decode(list(ids), skip_special_tokens=True)
+        text: str = self._inner.decode([i for i in ids if i >= 0], skip_special_tokens=True)
         return text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        pieces: list[str] = self._inner.convert_ids_to_tokens(list(ids))
-        return pieces
+        pieces: list[str] = self._inner.convert_ids_to_tokens([max(i, 0) for i in ids])
+        return ["[padding]" if i < 0 else piece for i, piece in zip(ids, pieces, strict=True)]
 
 
 def _check_room(ids: Sequence[Sequence[int]], limit: int | None) -> None:
@@ -174,11 +232,11 @@ def _check_room(ids: Sequence[Sequence[int]], limit: int | None) -> None:
         )
 
 
-def _separator(ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> int | None:
-    """Return the id after whose first occurrence all types are 1 and before which all are 0; None if all are 0.
+def _find_separator(ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> int | None:
+    """Find the id whose first occurrence separates types 0 from types 1; None if all are 0.
 
     Raises:
-        ValueError: Types are of another kind.
+        ValueError: No id separates them.
     """
     row = next((i for i, kinds in enumerate(types) if any(kinds)), None)
     if row is None:
@@ -188,12 +246,12 @@ def _separator(ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> 
         end = own.index(separator) + 1 if separator in own else len(own)
         if any(kinds[:end]) or any(kind != 1 for kind in kinds[end:]):
             raise ValueError(
-                "this tokenizer tells the two texts of a pair apart by more than what stands between them; set "
-                "data.tokenizer to another one"
+                "this tokenizer marks the two texts of a pair by more than a separator; set data.tokenizer to "
+                "another one"
             )
     return separator
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer called `name`: `bytes`, a folder, or a name on the hub."""
+    """Load the tokenizer `name`: `bytes`, a folder, or a name on the hub."""
     return ByteTokenizer() if name == "bytes" else HuggingFaceTokenizer(name)

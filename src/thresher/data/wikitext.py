@@ -1,6 +1,6 @@
 """WikiText through the package `datasets`: from the hub, or from a local copy."""
 
-from thresher.data.corpus import CorpusData, Objective
+from thresher.data.corpus import CorpusData, Objective, Short
 from thresher.data.hub import load_splits
 
 PARTS = {"train": "train", "val": "validation", "test": "test"}
@@ -17,7 +17,8 @@ class WikiText(CorpusData):
         seed: Of the order.
         context: Tokens of a window.
         objective: "causal", "masked" or "denoising".
-        limit_train: Train on the first so many windows.
+        short: "pack", "pad" or "drop", see `CorpusData`.
+        limit_train: Number of training windows to use, from the first.
         tokenizer: `bytes`, or a tokenizer of Hugging Face's.
     """
 
@@ -31,6 +32,7 @@ class WikiText(CorpusData):
         seed: int = 0,
         context: int = 512,
         objective: Objective = "causal",
+        short: Short = "drop",
         limit_train: int | None = None,
         tokenizer: str = "bytes",
     ) -> None:
@@ -40,6 +42,7 @@ class WikiText(CorpusData):
             seed=seed,
             context=context,
             objective=objective,
+            short=short,
             limit_train=limit_train,
             tokenizer=tokenizer,
         )
@@ -48,4 +51,6 @@ class WikiText(CorpusData):
     def read_works(self) -> dict[str, list[str]]:
         """Join the lines of each part."""
         splits = load_splits("Salesforce/wikitext", self.configuration, self.root)
+        name = self.root or f"Salesforce/wikitext, {self.configuration}"
+        self.sources = {part: f"the {split} split of {name}" for part, split in PARTS.items()}
         return {part: ["".join(splits[split]["text"])] for part, split in PARTS.items()}

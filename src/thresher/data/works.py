@@ -3,12 +3,12 @@
 import gzip
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 
 def read_works(name: str) -> dict[str, str]:
-    """Return the texts of the works in `files/NAME.jsonl.gz` by title.
+    """Read the texts of the works in `files/NAME.jsonl.gz`, by title.
 
     Raises:
         FileNotFoundError: The file is missing from the installation.
@@ -26,10 +26,16 @@ def read_works(name: str) -> dict[str, str]:
 
 
 def split_works(name: str, val: Sequence[str], test: Sequence[str]) -> dict[str, list[str]]:
-    """Return the texts of a file in the parts `train`, `val` and `test`, the last two given by title."""
+    """Split the texts of a file into `train`, `val` and `test`, the last two given by title."""
     works = read_works(name)
     return {
         "train": [text for title, text in works.items() if title not in (*val, *test)],
         "val": [works[title] for title in val],
         "test": [works[title] for title in test],
     }
+
+
+def describe_sources(parts: Mapping[str, Sequence[str]], val: Sequence[str], test: Sequence[str]) -> dict[str, str]:
+    """Describe the works of each part."""
+    shipped = {"train": f"the {len(parts['train'])} other works", "val": ", ".join(val), "test": ", ".join(test)}
+    return {part: f"{works}, from the texts that ship with the package" for part, works in shipped.items()}

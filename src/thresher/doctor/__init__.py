@@ -1,1 +1,1 @@
-"""What works on this machine, and whether masks hold in a model: `python -m thresher.doctor`."""
+"""`python -m thresher.doctor`; its code is in `thresher.tools.doctor`."""

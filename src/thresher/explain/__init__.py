@@ -1,1 +1,1 @@
-"""What a network looked at in one example: attention maps by layer and head, and what of them matters."""
+"""Explain one example: attention maps by layer and head, and the part of them that matters."""

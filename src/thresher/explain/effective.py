@@ -1,13 +1,13 @@
 """Effective attention: the part of an attention map that can reach the output (Brunner et al., arXiv 1908.04211).
 
-With fewer features than keys, values V [m, c] have a left null space: rows a with a V = 0. Whatever a map holds of
-it is lost, so two maps that differ there attend differently and compute the same ("On Explaining with Attention
-Matrices", arXiv 2410.18541). Effective attention is what is left after projecting it off,
+With fewer features than keys, values V [m, c] have a left null space: rows a with a V = 0. That part of a map does not
+reach the output, so maps that differ only there give the same output ("On Explaining with Attention Matrices", arXiv
+2410.18541). Effective attention is the map with this part projected off,
 
     A_eff = A V V^+,    A_eff V = A V,    and of all such maps the one of least norm.
 
-A query may use its own visible keys only; its row is projected with the values of those, so that nothing moves to a
-hidden key. The result is no distribution: it may be negative, and its rows need not sum to the same.
+A query uses its visible keys only; its row is projected with their values, so nothing moves to a hidden key. The result
+is not a distribution: it may be negative, and the sums of rows may change.
 """
 
 from typing import NamedTuple
@@ -16,16 +16,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-BLOCK = 256  # rows with different visible keys at a time
+BLOCK = 256  # rows at a time
 
 
 class Effective(NamedTuple):
-    """Effective attention, and how much of the map it leaves out.
+    """Effective attention and the share of the map that it leaves out.
 
     Attributes:
         weights: A_eff, in fp64.
         ineffective: |A - A_eff| / |A|, Frobenius norms by head, 0 to 1.
-        rank: The largest rank of the values that a query sees.
+        rank: Largest rank of the values that a query sees, by head.
     """
 
     weights: Float[Tensor, "h n m"]
@@ -42,13 +42,13 @@ def effective_attention(
 ) -> Effective:
     """Project the left null space of the values off an attention map.
 
-    Values may be those of the heads, V, or what the output projection makes of them, V W_O; the result is the same
-    where W_O loses no rank. With a column of ones beside them, sums of rows are kept too.
+    Values may be those of heads, V, or their output projections, V W_O; the result is the same if W_O has full rank.
+    An extra column of ones preserves the sums of rows.
 
     Args:
         weights: Attention maps A by head, zero where hidden.
-        values: What each head sums.
-        visible: Keys that each query may use; all by default.
+        values: Values that each head sums.
+        visible: Visible keys of each query; all by default.
         rtol: Singular values below this share of the largest count as zero; by default the rounding error of fp32
             times the larger dimension of the values, at least 1e-6 (Gram matrices resolve no less).
     """
@@ -60,7 +60,7 @@ def effective_attention(
         seen, group = (
             torch.unique(seen, dim=0, return_inverse=True) if len(seen) > 1 else (seen, seen.new_zeros(1).long())
         )
-        inverses, rank = _inverses(v[head], seen, rtol)
+        inverses, rank = _invert(v[head], seen, rtol)
         group = group.expand(len(a[head])) if len(group) == 1 else group
         sums = a[head] @ v[head]  # what reaches the output
         rows = torch.empty_like(a[head])
@@ -76,8 +76,8 @@ def effective_attention(
     return Effective(effective, lost, ranks)
 
 
-def _inverses(v: Float[Tensor, "m c"], seen: Bool[Tensor, "g m"], rtol: float) -> tuple[Float[Tensor, "g c c"], int]:
-    """Return the pseudo-inverse of V^T V over the keys of each group of queries, and the largest rank."""
+def _invert(v: Float[Tensor, "m c"], seen: Bool[Tensor, "g m"], rtol: float) -> tuple[Float[Tensor, "g c c"], int]:
+    """Compute the pseudo-inverse of V^T V over the keys of each group of queries, and the largest rank."""
     inverses, rank = [], 0
     for some in seen.split(BLOCK):
         gram = torch.einsum("gm,mc,md->gcd", some.to(v.dtype), v, v)

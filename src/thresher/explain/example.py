@@ -1,4 +1,4 @@
-"""Explain mode: attention maps of chosen test examples, for every head of every layer, into files."""
+"""Write the attention maps of selected test examples, for every head of every layer."""
 
 import math
 from collections.abc import Sequence
@@ -10,60 +10,40 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from thresher.attention.base import Mechanism
-from thresher.attention.thresholds import Thresholds
+from thresher.attention.mechanism import Mechanism
+from thresher.attention.registry import name_of
+from thresher.attention.shared.thresholds import named_thresholds
+from thresher.explain.description import Description, describe_example, find_sides
 from thresher.explain.effective import effective_attention
 from thresher.explain.files import write_example
-from thresher.explain.maps import Recorded, attention_map, recorded_calls
-from thresher.explain.shown import Shown, shown_example, sides
+from thresher.explain.maps import RecordedCall, record_calls, recover_map
 
-LONGEST = 2048  # keys of a map that somebody could look at
-
-
-def wanted_examples(options: dict[str, Any]) -> list[int]:
-    """Return the places in the test data that `explain` and `explain.example` ask for; none without them.
-
-    Raises:
-        ValueError: They contradict each other, or are no places.
-    """
-    on, example = options.get("explain", "explain.example" in options), options.get("explain.example", 0)
-    if not isinstance(on, bool):
-        raise ValueError(f"explain is true or false, not {on!r}; explain.example=3 chooses an example")
-    if not on:
-        if "explain.example" in options:
-            raise ValueError("explain=false and explain.example contradict each other: leave one out")
-        return []
-    places = example if isinstance(example, list) else [example]
-    if not places or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in places):
-        raise ValueError(
-            f"explain.example is a place in the test data from 0, or a list such as [0,7]; got {example!r}"
-        )
-    return list(dict.fromkeys(places))
+MAX_KEYS = 2048  # of a readable map
 
 
-class Explained(Protocol):
-    """What can be explained: a task."""
+class ExplainableTask(Protocol):
+    """A task whose network can be explained."""
 
     net: nn.Module
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         ...
 
     def step(self, batch: Any) -> Any:
-        """Run the network on a batch; what it returns has `predictions`."""
+        """Run the network on a batch; the result has `predictions`."""
         ...
 
 
-def explain(task: Explained, data: Any, examples: Sequence[int], folder: Path) -> list[Path]:
-    """Write the attention maps of test examples, each by itself; return the files.
+def explain(task: ExplainableTask, data: Any, examples: Sequence[int], folder: Path) -> list[Path]:
+    """Write the attention maps of test examples, one at a time; return the files.
 
     Args:
-        task: The network and how it is run.
-        data: Where the examples come from.
-        examples: Their places in the test data.
-        folder: Where the files go.
+        task: The network and its step.
+        data: Source of the examples.
+        examples: Their indices in the test data.
+        folder: Folder of the files.
 
     Raises:
         ValueError: There is no such example, or something in the network has no attention map.
@@ -78,32 +58,33 @@ def explain(task: Explained, data: Any, examples: Sequence[int], folder: Path) -
     files = []
     one_by_one = DataLoader(Subset(loader.dataset, list(examples)), batch_size=1, collate_fn=loader.collate_fn)
     for place, batch in zip(examples, one_by_one, strict=True):
-        inputs, targets = (_to(part, device) for part in batch)
-        with torch.no_grad(), recorded_calls(net) as calls:
+        inputs, targets = (_move(part, device) for part in batch)
+        with torch.no_grad(), record_calls(net) as calls:
             predictions = task.step((inputs, targets)).predictions
-        shown = shown_example(data, net, inputs)
-        names = _names(calls)
-        layers, arrays = zip(*(_layer(name, call, shown) for name, call in zip(names, calls, strict=True)), strict=True)
+        description = describe_example(data, net, inputs)
+        names = _name_calls(calls)
+        described = [_describe_layer(name, call, description) for name, call in zip(names, calls, strict=True)]
+        layers, arrays = zip(*described, strict=True)
         example = {
             "example": place,
-            **_classes(data.class_names, predictions, targets),
-            "texts": shown.texts,
-            "picture": None if shown.picture is None else list(shown.picture.shape),
-            "grid": shown.grid and list(shown.grid),
+            **_name_classes(data.class_names, predictions, targets),
+            "texts": description.texts,
+            "picture": None if description.picture is None else list(description.picture.shape),
+            "grid": description.grid and list(description.grid),
             "layers": list(layers),
         }
-        files += write_example(folder, example, shown, list(arrays))
-    for module, training in modes.items():
-        module.training = training
+        files += write_example(folder, example, description, list(arrays))
+    for module, training in modes.items():  # parents first: each call sets all modules below
+        module.train(training)
     return files
 
 
-def _to(part: Any, device: torch.device) -> Any:
+def _move(part: Any, device: torch.device) -> Any:
     return part.to(device) if isinstance(part, Tensor) else tuple(x.to(device) for x in part)
 
 
-def _names(calls: Sequence[Recorded]) -> list[str]:
-    """Name each call by its module; a module that is called again gets a number."""
+def _name_calls(calls: Sequence[RecordedCall]) -> list[str]:
+    """Name each call by its module; further calls of a module get a number."""
     names: list[str] = []
     for call in calls:
         name = call.name.removesuffix(".mechanism")
@@ -112,27 +93,29 @@ def _names(calls: Sequence[Recorded]) -> list[str]:
     return names
 
 
-def _layer(name: str, recorded: Recorded, shown: Shown) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return what one call kept and weighed, in words and in numbers."""
-    if recorded.k.shape[2] > LONGEST:
+def _describe_layer(
+    name: str, recorded: RecordedCall, description: Description
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Describe one call: facts about each head, and its maps as arrays."""
+    if recorded.k.shape[2] > MAX_KEYS:
         raise ValueError(
-            f"{name} attends to {recorded.k.shape[2]:,} keys; explain shows maps of {LONGEST:,} at most: shorten the "
+            f"{name} attends to {recorded.k.shape[2]:,} keys; explain shows maps of {MAX_KEYS:,} at most: shorten the "
             "example by data.length, data.context or data.image_size"
         )
-    found = attention_map(recorded)
-    weights, visible = found.weights[0], found.visible[0]
-    effective = effective_attention(weights, found.values[0], visible)
+    map_ = recover_map(recorded)
+    weights, visible = map_.weights[0], map_.visible[0]
+    effective = effective_attention(weights, map_.values[0], visible)
     cost, mechanism = recorded.attended.cost, recorded.mechanism
-    thresholds = _thresholds(mechanism)
-    queries, keys = sides(shown, mechanism.pattern, *weights.shape[1:])
+    thresholds = _list_thresholds(mechanism)
+    queries, keys = find_sides(description, mechanism.pattern, *weights.shape[1:])
     about = {
         "name": name,
-        "attention": type(mechanism).__module__.rpartition(".")[2],
+        "attention": name_of(type(mechanism)),
         "pattern": mechanism.pattern.name.lower(),
         "queries": queries,
         "keys": keys,
-        "error": found.error,
-        "sampled_values": found.expected,
+        "error": map_.error,
+        "sampled_values": map_.expected,
         "heads": [
             {
                 "threshold": thresholds[head],
@@ -149,15 +132,14 @@ def _layer(name: str, recorded: Recorded, shown: Shown) -> tuple[dict[str, Any],
     return about, {key: value.cpu().numpy() for key, value in arrays.items()}
 
 
-def _thresholds(mechanism: Mechanism) -> list[float | None]:
-    for module in mechanism.modules():
-        if isinstance(module, Thresholds):
-            return [float(t) if math.isfinite(t) else None for t in module.values().detach()]
+def _list_thresholds(mechanism: Mechanism) -> list[float | None]:
+    for _, thresholds in named_thresholds(mechanism):
+        return [float(t) if math.isfinite(t) else None for t in thresholds.values().detach()]
     return [None] * mechanism.num_heads
 
 
-def _classes(names: Sequence[str], predictions: Tensor, targets: Any) -> dict[str, str | None]:
-    """Return the class of an example and the one that the network takes it for, where there are classes."""
+def _name_classes(names: Sequence[str], predictions: Tensor, targets: Any) -> dict[str, str | None]:
+    """Name the true and the predicted class of an example, if there are classes."""
     if not names:
         return {"label": None, "predicted": None}
     return {"label": names[int(targets[0])], "predicted": names[int(predictions[0].argmax())]}

@@ -1,1 +1,1 @@
-"""A trained network as files for use elsewhere: `python -m thresher.export RUN`."""
+"""`python -m thresher.export`; its code is in `thresher.tools.export`."""

@@ -1,4 +1,4 @@
-"""Putting a mechanism into somebody else's model; `core.py` is what users call."""
+"""Put mechanisms into existing models."""
 
 from thresher.hosts.core import inject, mount, mounted
 from thresher.hosts.public import densify, sparsify

@@ -1,4 +1,4 @@
-"""Print the table of docs/hosts.md, found by trying every mechanism in every host: `python -m thresher.hosts`."""
+"""Print the table of docs/hosts.md: `python -m thresher.hosts` tries every mechanism in every host."""
 
 import copy
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from thresher.attention import available
+from thresher.console import accept_any_text, end_command
 from thresher.hosts import mounted, sparsify
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
@@ -32,10 +33,10 @@ class Model(NamedTuple):
     """A small model to mount mechanisms into.
 
     Attributes:
-        build: Builds it.
-        inputs: What it takes.
-        recorded: Whether its attention is found only with example inputs.
-        parts: Kinds of attention that it has, and how their modules' names are told.
+        build: Builds the model.
+        inputs: Example inputs.
+        recorded: Whether its attention is found only by example inputs.
+        parts: Its kinds of attention, with a regular expression for the names of their modules.
     """
 
     build: Callable[[], nn.Module]
@@ -44,21 +45,21 @@ class Model(NamedTuple):
     parts: dict[str, str] = {"": "."}
 
 
-def _hub(name: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
-    """Return what builds a model of transformers from its configuration, with random weights."""
+def _hub_builder(name: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+    """Build a constructor of a model of transformers from its configuration, with random weights."""
     known = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | settings
     return lambda: getattr(transformers, name)(getattr(transformers, f"{config}Config")(**known))
 
 
-def _timm(name: str, **settings: Any) -> Callable[[], nn.Module]:
+def _timm_builder(name: str, **settings: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, **IMAGE, **settings)
 
 
-def _encoder() -> nn.Module:
+def _build_encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 40, 0.0, batch_first=True), 2)
 
 
-def _decoder() -> nn.Module:
+def _build_decoder() -> nn.Module:
     return nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 4, 40, 0.0, batch_first=True), 2)
 
 
@@ -70,10 +71,10 @@ BART = SEQ2SEQ | {
 }
 T5 = SEQ2SEQ | {"d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
 MODELS = {
-    "BERT": Model(_hub("BertForMaskedLM", "Bert", **TEXT, **NO_DROPOUT), {"input_ids": TOKENS}),
-    "RoBERTa": Model(_hub("RobertaForMaskedLM", "Roberta", **TEXT, **NO_DROPOUT), {"input_ids": TOKENS}),
+    "BERT": Model(_hub_builder("BertForMaskedLM", "Bert", **TEXT, **NO_DROPOUT), {"input_ids": TOKENS}),
+    "RoBERTa": Model(_hub_builder("RobertaForMaskedLM", "Roberta", **TEXT, **NO_DROPOUT), {"input_ids": TOKENS}),
     "DistilBERT": Model(
-        _hub(
+        _hub_builder(
             "DistilBertModel",
             "DistilBert",
             vocab_size=64,
@@ -87,11 +88,11 @@ MODELS = {
         {"input_ids": TOKENS},
     ),
     "ViT": Model(
-        _hub("ViTForImageClassification", "ViT", **SIZE, **NO_DROPOUT, image_size=16, patch_size=4),
+        _hub_builder("ViTForImageClassification", "ViT", **SIZE, **NO_DROPOUT, image_size=16, patch_size=4),
         {"pixel_values": PICTURES},
     ),
     "GPT-2": Model(
-        _hub(
+        _hub_builder(
             "GPT2LMHeadModel",
             "GPT2",
             vocab_size=64,
@@ -104,24 +105,26 @@ MODELS = {
         ),
         {"input_ids": TOKENS},
     ),
-    "Llama": Model(_hub("LlamaForCausalLM", "Llama", **TEXT, num_key_value_heads=2), {"input_ids": TOKENS}),
-    "Qwen3": Model(_hub("Qwen3ForCausalLM", "Qwen3", **TEXT, num_key_value_heads=2, head_dim=8), {"input_ids": TOKENS}),
+    "Llama": Model(_hub_builder("LlamaForCausalLM", "Llama", **TEXT, num_key_value_heads=2), {"input_ids": TOKENS}),
+    "Qwen3": Model(
+        _hub_builder("Qwen3ForCausalLM", "Qwen3", **TEXT, num_key_value_heads=2, head_dim=8), {"input_ids": TOKENS}
+    ),
     "T5": Model(
-        _hub("T5ForConditionalGeneration", "T5", **T5),
+        _hub_builder("T5ForConditionalGeneration", "T5", **T5),
         PAIR,
         parts={"encoder": "encoder", "decoder": r"decoder.*\.SelfAtt", "cross": "EncDec"},
     ),
     "BART": Model(
-        _hub("BartForConditionalGeneration", "Bart", **BART),
+        _hub_builder("BartForConditionalGeneration", "Bart", **BART),
         PAIR,
         parts={"encoder": r"encoder\.layers", "decoder": r"decoder.*self_attn", "cross": "encoder_attn"},
     ),
-    "timm ViT": Model(_timm("vit_tiny_patch16_224"), PICTURES),
-    "timm EVA": Model(_timm("eva02_tiny_patch14_224"), PICTURES, recorded=True),
-    "timm BEiT": Model(_timm("beit_base_patch16_224"), PICTURES, recorded=True),
-    "nn.TransformerEncoder": Model(_encoder, torch.linspace(-1, 1, 448).view(2, 7, 32).sin()),
+    "timm ViT": Model(_timm_builder("vit_tiny_patch16_224"), PICTURES),
+    "timm EVA": Model(_timm_builder("eva02_tiny_patch14_224"), PICTURES, recorded=True),
+    "timm BEiT": Model(_timm_builder("beit_base_patch16_224"), PICTURES, recorded=True),
+    "nn.TransformerEncoder": Model(_build_encoder, torch.linspace(-1, 1, 448).view(2, 7, 32).sin()),
     "nn.TransformerDecoder": Model(
-        _decoder,
+        _build_decoder,
         {
             "tgt": torch.linspace(-1, 1, 320).view(2, 5, 32).sin(),
             "memory": torch.linspace(-1, 1, 448).view(2, 7, 32).cos(),
@@ -135,7 +138,7 @@ MODELS = {
 
 
 def build(name: str) -> nn.Module:
-    """Build a model in evaluation mode, with weights that make its attention anything but uniform."""
+    """Build a model in evaluation mode, with weights that make its attention far from uniform."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = MODELS[name].build()
@@ -145,21 +148,21 @@ def build(name: str) -> nn.Module:
     return model.eval()
 
 
-def output_of(model: nn.Module, inputs: Any) -> Tensor:
-    """Return the first output of a model."""
+def compute_output(model: nn.Module, inputs: Any) -> Tensor:
+    """Compute the first output of a model."""
     out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     return out if isinstance(out, Tensor) else out[0]
 
 
 def attempt(name: str, model: nn.Module, attention: str, where: str) -> str:
-    """Mount a mechanism into a copy of a model and train it for a step; return why not, or nothing."""
+    """Mount a mechanism into a copy of a model and train one step; return the reason if that is refused."""
     example, copied = MODELS[name], copy.deepcopy(model)
     try:
         sparsify(copied, attention, where=where, example_inputs=example.inputs if example.recorded else None)
     except ValueError as error:
         return str(error)
     optimiser = torch.optim.SGD([p for p in copied.train().parameters() if p.requires_grad], lr=1e-3)
-    loss = output_of(copied, example.inputs).square().mean()
+    loss = compute_output(copied, example.inputs).square().mean()
     loss.backward()
     optimiser.step()
     if not all(parameter.isfinite().all() for parameter in (loss, *copied.parameters())):
@@ -167,8 +170,8 @@ def attempt(name: str, model: nn.Module, attention: str, where: str) -> str:
     return ""
 
 
-def table() -> str:
-    """Return the table as Markdown, and below it the reasons of those that refuse."""
+def build_table() -> str:
+    """Build the table as Markdown, with the reasons of refusals below it."""
     names, reasons = available(), []
     rows = [("model", "attention", "host", *(f"`{name}`" for name in names)), ("---",) * (3 + len(names))]
     for name, example in MODELS.items():
@@ -189,5 +192,6 @@ def table() -> str:
 
 
 if __name__ == "__main__":
+    accept_any_text()
     transformers.logging.set_verbosity_error()
-    print(table())
+    end_command(lambda: print(build_table()))

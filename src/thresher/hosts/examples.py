@@ -1,25 +1,25 @@
-"""Inputs that a model of transformers can be run on without asking its user."""
+"""Build example inputs for a model of transformers."""
 
 from typing import Any
 
 import torch
 
 
-def example_inputs_of(root: Any) -> dict[str, Any]:
-    """Make small inputs for a model: text of 7 and, behind an encoder, 5 tokens, or an image.
+def build_example_inputs(root: Any) -> dict[str, Any]:
+    """Build small inputs for a model: text of 7 tokens, and 5 for a decoder behind an encoder; or an image.
 
-    The lengths differ, so that cross attention is told from self attention.
+    The lengths differ to distinguish cross attention from self attention.
 
     Raises:
-        ValueError: The model takes something else.
+        ValueError: The model takes other inputs.
     """
     config, device = root.config, root.device
     text = config.get_text_config()
     name = root.main_input_name
     if name == "input_ids" and hasattr(text, "vocab_size"):
-        inputs: dict[str, Any] = {"input_ids": _ids(7, text.vocab_size, device)}
+        inputs: dict[str, Any] = {"input_ids": _build_ids(7, text.vocab_size, device)}
         if config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = _ids(5, config.get_text_config(decoder=True).vocab_size, device)
+            inputs["decoder_input_ids"] = _build_ids(5, config.get_text_config(decoder=True).vocab_size, device)
         return inputs | ({"use_cache": False} if hasattr(text, "use_cache") else {})
     vision = getattr(config, "vision_config", config)
     if name == "pixel_values" and hasattr(vision, "image_size") and hasattr(vision, "num_channels"):
@@ -28,5 +28,5 @@ def example_inputs_of(root: Any) -> dict[str, Any]:
     raise ValueError(f"{type(root).__name__} takes {name}; give example_inputs, say {{{name!r}: ...}}")
 
 
-def _ids(length: int, vocabulary: int, device: torch.device) -> torch.Tensor:
+def _build_ids(length: int, vocabulary: int, device: torch.device) -> torch.Tensor:
     return torch.arange(3, 3 + 2 * length, device=device).view(2, length) % vocabulary

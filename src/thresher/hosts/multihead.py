@@ -1,9 +1,10 @@
 """Host for `nn.MultiheadAttention`, and with it for `nn.TransformerEncoderLayer` and its relatives.
 
-In evaluation these modules have fast paths that would pass the mechanism by; an attention that says that its
-projections differ in size (`_qkv_same_embed_dim`) and encoders that use no nested tensors close them.
+In evaluation these modules have fast paths that skip the mechanism. They are off if the projections differ in size
+(`_qkv_same_embed_dim`) and if encoders use no nested tensors.
 """
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -11,11 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thresher.attention.base import Call, MakeMechanism, Pattern, ValueSource
-from thresher.hosts.core import FINDERS, Build, Found, Host, mount
-from thresher.hosts.masks import Masked, add_biases, read_mask
-from thresher.hosts.recording import Recording, evaluating, hides_future, run
+from thresher.attention.contract import Call, Pattern, ValueSource
+from thresher.attention.mechanism import MakeMechanism
+from thresher.hosts.core import FINDERS, RESTORERS, Build, Findings, Host, mount
+from thresher.hosts.masks import (
+    MaskParts,
+    add_biases,
+    check_mask_pattern,
+    find_order,
+    hides_future,
+    read_mask,
+)
+from thresher.hosts.recipes import read_usage, restore_make
+from thresher.hosts.recording import Recording, call_model, evaluation_mode
+from thresher.hosts.tracing import create_leaf, find_proxy
+from thresher.hosts.weights import attend_with_weights
 from thresher.hosts.wrapper import Wrapper
+
+_log = logging.getLogger(__name__)
 
 
 class MultiheadAttention(Wrapper):
@@ -24,10 +38,11 @@ class MultiheadAttention(Wrapper):
     Args:
         original: The module.
         make: Builds the mechanism.
-        pattern: Where it is used.
-        encoders: The encoders that it stands in, and whether they used nested tensors.
+        pattern: Of the attention.
+        encoders: The encoders around the module, and whether they used nested tensors.
     """
 
+    kind = "multihead"
     _qkv_same_embed_dim = False
 
     def __init__(
@@ -38,7 +53,7 @@ class MultiheadAttention(Wrapper):
         encoders: tuple[tuple[nn.TransformerEncoder, bool], ...] = (),
     ) -> None:
         if original.bias_k is not None or original.add_zero_attn:
-            raise ValueError("nn.MultiheadAttention with add_bias_kv or add_zero_attn adds keys that no mask speaks of")
+            raise ValueError("nn.MultiheadAttention with add_bias_kv or add_zero_attn adds keys that no mask covers")
         mechanism = make(num_heads=original.num_heads, head_dim=original.head_dim, pattern=pattern)
         super().__init__(original, mechanism)
         mechanism.dropout = original.dropout
@@ -65,10 +80,15 @@ class MultiheadAttention(Wrapper):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[Tensor, None]:
-        """Attend as `nn.MultiheadAttention` does, masks True or -inf where hidden; there are no weights to return."""
-        if need_weights:
-            raise ValueError("a mechanism has no matrix of attention weights to return; leave need_weights out")
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend as `nn.MultiheadAttention` does, masks True or -inf where hidden.
+
+        With `need_weights=True` weights are returned, without a gradient: they take a second call of the mechanism, on
+        as many columns of values as there are keys.
+        """
+        if (proxy := find_proxy((query, key, value, key_padding_mask, attn_mask))) is not None:
+            given = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return create_leaf(self, proxy, given, {})
         if query.is_nested:
             raise ValueError("nested tensors are not supported; set use_nested_tensor=False on the encoder")
         batched, first, same = query.ndim == 3, self.batch_first, query is key
@@ -78,26 +98,33 @@ class MultiheadAttention(Wrapper):
         elif not first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         (b, n, _), m = query.shape, key.shape[1]
-        self._check(same, n, attn_mask, is_causal)
-        keys, pairs, bias = self._masks(b, n, m, key_padding_mask, None if is_causal else attn_mask)
+        self._check(same, n, m, attn_mask, is_causal)
+        masked = self._combine_masks(b, n, m, key_padding_mask, None if is_causal else attn_mask)
         call = Call(
-            queries=None if key_padding_mask is None or not same else self._masks(b, n, m, key_padding_mask, None)[0],
-            keys=keys,
-            pairs=pairs,
-            bias=bias,
-            source=ValueSource(value, *self._projections()[2]) if self.mechanism.needs_source else None,
+            queries=None
+            if key_padding_mask is None or not same
+            else self._combine_masks(b, n, m, key_padding_mask, None)[0],
+            source=ValueSource(value, *self._split_projections()[2]) if self.mechanism.needs_source else None,
+            **masked._asdict(),
+            **find_order(masked, self.mechanism.pattern, n, m),
         )
         q, k, v = (
             F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for x, (weight, bias) in zip((query, key, value), self._projections(), strict=True)
+            for x, (weight, bias) in zip((query, key, value), self._split_projections(), strict=True)
         )
-        out = self.out_proj(self.mechanism(q, k, v, call).out.transpose(1, 2).flatten(2))
+        weights = None
+        if need_weights:
+            attended, weights = attend_with_weights(self.mechanism, q, k, v, call)
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            attended = self.mechanism(q, k, v, call).out
+        out = self.out_proj(attended.transpose(1, 2).flatten(2))
         if not batched:
-            return out[0], None
-        return out if first else out.transpose(0, 1), None
+            return out[0], None if weights is None else weights[0]
+        return out if first else out.transpose(0, 1), weights
 
-    def _projections(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Return the weights and biases of queries, keys and values."""
+    def _split_projections(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Split the joint projection into weights and biases of queries, keys and values."""
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.chunk(3)
         else:
@@ -105,7 +132,7 @@ class MultiheadAttention(Wrapper):
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         return list(zip(weights, biases, strict=True))
 
-    def _check(self, same: bool, n: int, attn_mask: Tensor | None, is_causal: bool) -> None:
+    def _check(self, same: bool, n: int, m: int, attn_mask: Tensor | None, is_causal: bool) -> None:
         pattern = self.mechanism.pattern
         where = pattern.name.lower()
         if pattern.cross == same:
@@ -114,52 +141,76 @@ class MultiheadAttention(Wrapper):
             raise ValueError(f"this attention was mounted as {where} and is called as causal; give such example inputs")
         if pattern is Pattern.CAUSAL_SELF and attn_mask is None and not is_causal and n > 1:
             raise ValueError(f"this attention was mounted as {where} and is called without a causal mask")
+        if attn_mask is not None and not is_causal:
+            check_mask_pattern(self.mechanism, _invert(attn_mask), n, m)
 
-    def _masks(self, b: int, n: int, m: int, padding: Tensor | None, attn_mask: Tensor | None) -> Masked:
-        """Combine both masks. One that is_causal describes is not among them: the pattern says the same."""
+    def _combine_masks(self, b: int, n: int, m: int, padding: Tensor | None, attn_mask: Tensor | None) -> MaskParts:
+        """Combine both masks; the pattern already covers a mask that `is_causal` describes."""
         if attn_mask is not None and attn_mask.ndim == 3:
             attn_mask = attn_mask.unflatten(0, (b, self.num_heads))
-        one = read_mask(None if padding is None else _shown(padding).view(b, 1, 1, m), b, n, m)
-        other = read_mask(None if attn_mask is None else _shown(attn_mask), b, n, m)
+        one = read_mask(None if padding is None else _invert(padding).view(b, 1, 1, m), b, n, m)
+        other = read_mask(None if attn_mask is None else _invert(attn_mask), b, n, m)
         keys = one.keys if other.keys is None else other.keys if one.keys is None else one.keys & other.keys
-        return Masked(keys, other.pairs, add_biases(one.bias, other.bias))
+        return MaskParts(keys, other.pairs, add_biases(one.bias, other.bias))
 
 
-def _shown(mask: Tensor) -> Tensor:
-    """Turn a mask that is True where hidden into one that is True where visible; additive ones stay."""
+def _invert(mask: Tensor) -> Tensor:
+    """Invert a mask that is True where hidden; keep an additive one."""
     return ~mask if mask.dtype == torch.bool else mask
 
 
 @mount.register
 def _(module: nn.MultiheadAttention, make: MakeMechanism) -> Host:
     if type(module).forward is not nn.MultiheadAttention.forward:
-        raise TypeError(f"{type(module).__name__} computes something of its own; this host knows nn.MultiheadAttention")
+        raise TypeError(f"{type(module).__name__} overrides forward; this host supports nn.MultiheadAttention only")
     return MultiheadAttention(module, make)
 
 
-def find(model: nn.Module, example_inputs: Any) -> Found:
-    """Find every `nn.MultiheadAttention`: noncausal self attention, unless a forward on example inputs shows more."""
+def find(model: nn.Module, example_inputs: Any) -> Findings:
+    """Find every `nn.MultiheadAttention`: noncausal self attention, unless example inputs show another pattern.
+
+    Modules that the example inputs do not reach are left out, as their pattern is unknown.
+    """
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if type(m) is nn.MultiheadAttention}
     if not modules:
-        return Found({})
+        return Findings({})
     recording = Recording()
     if example_inputs is not None:
         _record(model, example_inputs, recording)
     builds: dict[str, Build] = {}
+    left_out: list[str] = []
     for name, module in modules.items():
-        encoders = tuple(
-            (encoder, _used_nested(encoder))
-            for place, encoder in model.named_modules()
-            if isinstance(encoder, nn.TransformerEncoder) and (not place or name.startswith(f"{place}."))
-        )
         if module in recording.differing:
             raise ValueError(f"{name} is called in more than one pattern; leave it out by `where`")
-        pattern = recording.seen[module].pattern if module in recording.seen else Pattern.NONCAUSAL_SELF
-        builds[name] = partial(MultiheadAttention, module, pattern=pattern, encoders=encoders)
-    return Found(builds)
+        if example_inputs is not None and module not in recording.usages:
+            left_out.append(name)
+            continue
+        pattern = recording.usages[module].pattern if module in recording.usages else Pattern.NONCAUSAL_SELF
+        builds[name] = partial(MultiheadAttention, module, pattern=pattern, encoders=_find_encoders(model, name))
+    trials = () if example_inputs is None else ((model, example_inputs),)
+    if not left_out:
+        return Findings(builds, trials)
+    why = f"The example inputs do not reach {', '.join(left_out)}, so that its pattern is unknown."
+    _log.warning("%s It stays dense; other example_inputs may reach it", why)
+    return Findings(builds, trials, refused=why, left_out=tuple(left_out))
 
 
-def _used_nested(encoder: nn.TransformerEncoder) -> bool:
+def _find_encoders(model: nn.Module, name: str) -> tuple[tuple[nn.TransformerEncoder, bool], ...]:
+    return tuple(
+        (encoder, _find_nested_setting(encoder))
+        for place, encoder in model.named_modules()
+        if isinstance(encoder, nn.TransformerEncoder) and (not place or name.startswith(f"{place}."))
+    )
+
+
+def _restore(model: nn.Module, name: str, module: nn.Module, recipe: dict[str, Any]) -> Host:
+    if not isinstance(module, nn.MultiheadAttention):
+        raise ValueError(f"it stood in an nn.MultiheadAttention, and a {type(module).__name__} stands there now")
+    pattern = read_usage(recipe).pattern
+    return MultiheadAttention(module, restore_make(recipe), pattern=pattern, encoders=_find_encoders(model, name))
+
+
+def _find_nested_setting(encoder: nn.TransformerEncoder) -> bool:
     hosts = (m for m in encoder.modules() if isinstance(m, MultiheadAttention))
     return next((nested for host in hosts for e, nested in host._encoders if e is encoder), encoder.use_nested_tensor)
 
@@ -169,7 +220,7 @@ def _record(model: nn.Module, example_inputs: Any, recording: Recording) -> None
         names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average", "is_causal")
         given = dict(zip(names, args, strict=False)) | kwargs
         mask, query, key = given.get("attn_mask"), given["query"], given["key"]
-        causal = given.get("is_causal", False) or (mask is not None and hides_future(_shown(mask)))
+        causal = given.get("is_causal", False) or (mask is not None and bool(hides_future(_invert(mask))))
         along = 0 if query.ndim == 2 or not module.batch_first else 1
         n, m = query.shape[along], key.shape[along]
         recording.add(module, module.num_heads, module.head_dim, n, m, causal=causal, cross=query is not key)
@@ -182,8 +233,8 @@ def _record(model: nn.Module, example_inputs: Any, recording: Recording) -> None
         if type(module) is nn.MultiheadAttention
     ]
     try:
-        with evaluating(model):
-            run(model, example_inputs)
+        with evaluation_mode(model):
+            call_model(model, example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
@@ -191,3 +242,4 @@ def _record(model: nn.Module, example_inputs: Any, recording: Recording) -> None
 
 
 FINDERS["multihead"] = find
+RESTORERS["multihead"] = _restore

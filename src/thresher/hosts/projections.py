@@ -1,4 +1,4 @@
-"""Which linear layer values come from: found by the memory that they share with its output."""
+"""Find the linear layer that projects values, by the memory that they share with its output."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from thresher.attention.base import ValueSource
+from thresher.attention.contract import ValueSource
 
 
 class Projection:
-    """A linear layer of an attention module, and the rows of its weight that make the values.
+    """A linear layer of an attention module, and the rows of its weight that project the values.
 
     Args:
         module: The attention module.
         name: The layer's name in it.
-        rows: Features of its output that are the values, head by head.
+        rows: The output features that are the values, head by head.
         transposed: Whether its weight is [in, out].
     """
 
@@ -27,38 +27,53 @@ class Projection:
         self.x: Tensor | None = None
         self.handle: Any = None
 
+    @classmethod
+    def from_words(cls, module: nn.Module, words: dict[str, Any]) -> "Projection":
+        """Build the projection that `words` describe."""
+        rows = words["rows"]
+        kept = torch.tensor(rows, device="cpu") if isinstance(rows, list) else slice(rows["first"], rows["end"])
+        return cls(module, words["name"], kept, words["transposed"])
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """The projection as plain values for a configuration file."""
+        rows: Any = self.rows
+        kept = {"first": rows.start, "end": rows.stop} if isinstance(rows, slice) else rows.tolist()
+        return {"name": self.name, "rows": kept, "transposed": self.transposed}
+
     def watch(self) -> None:
-        """Keep what the layer is given, until it is asked for."""
+        """Keep the input of the layer until `build_source` takes it."""
         self.handle = self.layer.register_forward_hook(self._keep)
 
     def forget(self) -> None:
-        """Stop that."""
+        """Stop keeping inputs."""
         self.handle.remove()
 
     def _keep(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         self.x = args[0]
 
-    def source(self, b: int, m: int) -> ValueSource:
-        """Return what m values of b examples were projected from in this forward.
+    def build_source(self, b: int, m: int) -> ValueSource:
+        """Build the source of m values of b examples in this forward.
 
         Raises:
-            ValueError: Some of them were not: they were cached, or another layer stands there by now.
+            ValueError: Some values were cached, or the layer has been replaced.
         """
         x, self.x = self.x, None
         if x is None or x.shape[:2] != (b, m):
-            raise ValueError(f"some values were not projected in this call but cached; {self.name} has not made them")
+            raise ValueError(f"some values come from a cache, not from {self.name} in this call")
         if self.module.get_submodule(self.name) is not self.layer:
-            raise ValueError(f"{self.name} was exchanged after the mechanism was mounted; densify, then mount again")
+            raise ValueError(f"{self.name} was replaced after mounting; call densify(), then mount again")
         layer: Any = self.layer
         weight, bias = layer.weight.T if self.transposed else layer.weight, layer.bias
-        return ValueSource(x, weight[self.rows], None if bias is None else bias[self.rows])
+        rows = self.rows if isinstance(self.rows, slice) else self.rows.to(weight.device)
+        return ValueSource(x, weight[rows], None if bias is None else bias[rows])
 
 
 class Projections:
-    """The outputs of the linear layers of a forward, by the memory that they lie in.
+    """The outputs of the linear layers of a forward, by memory address.
 
     Args:
-        transposed: Other classes of linear layers, whose weights are [in, out].
+        transposed: Classes of linear layers whose weights are [in, out].
     """
 
     def __init__(self, *transposed: type[nn.Module]) -> None:
@@ -66,8 +81,8 @@ class Projections:
         self.outputs: dict[int, tuple[nn.Module, Tensor]] = {}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Note every output of a linear layer."""
+    def record(self) -> Iterator[None]:
+        """Record every output of a linear layer."""
         handle = nn.modules.module.register_module_forward_hook(self._note)
         try:
             yield
@@ -79,8 +94,8 @@ class Projections:
         if type(module) in (nn.Linear, *self.transposed):
             self.outputs[output.untyped_storage().data_ptr()] = (module, output)
 
-    def behind(self, value: Tensor, module: nn.Module) -> Projection | None:
-        """Return what projected values [b, h, m, d], if they are features of the output of a layer in `module`."""
+    def find(self, value: Tensor, module: nn.Module) -> Projection | None:
+        """Find the projection of values [b, h, m, d]; None if no layer in `module` has them in its output."""
         layer, out = self.outputs.get(value.untyped_storage().data_ptr(), (None, None))
         self.outputs = {}
         names = [name for name, child in module.named_modules() if child is layer]

@@ -1,51 +1,57 @@
-"""How a mechanism was made, in words that a configuration file can hold."""
+"""Describe how a mechanism was made, as plain values for a configuration file."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
-
 from thresher import attention as mechanisms
-from thresher.attention.base import MakeMechanism, Mechanism, Pattern
-from thresher.attention.thresholds import Thresholds
-from thresher.hosts.recording import Seen
+from thresher.attention.contract import Pattern
+from thresher.attention.mechanism import MakeMechanism, Mechanism, Metered
+from thresher.attention.registry import complete_hyperparameters
+from thresher.feedforward.topk_ffn import TopKFeedForward
+from thresher.hosts.recording import Usage
+
+FEED_FORWARD = {"topk_ffn": TopKFeedForward}
 
 
-def recipe_of(make: MakeMechanism, seen: Seen) -> dict[str, Any]:
-    """Say how a mechanism was made. One of nobody's knowledge is noted too, so that its absence is not overlooked."""
+def build_recipe(make: Callable[..., Metered], mechanism: Metered) -> dict[str, Any]:
+    """Build the recipe of a mechanism, with all hyper-parameters, so that a changed default does not change it.
+
+    A mechanism from outside is recorded by its class, so that its absence is reported.
+    """
     cls, settings = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
-    name = getattr(cls, "__module__", "").rpartition(".")[2]
-    if not (isinstance(cls, type) and issubclass(cls, Mechanism) and name in mechanisms.available()):
-        name = repr(make)
-    place = {"num_heads": seen.num_heads, "head_dim": seen.head_dim, "pattern": seen.pattern.name}
-    return {"attention": name, "hyperparameters": dict(settings), **place}
+    name = next((name for name, known in {**_find_mechanism(cls), **FEED_FORWARD}.items() if known is cls), None)
+    place = {}
+    if isinstance(mechanism, Mechanism):
+        place = {"num_heads": mechanism.num_heads, "head_dim": mechanism.head_dim, "pattern": mechanism.pattern.name}
+    if name is None:
+        return {"attention": _format_class(mechanism), **place}
+    return {"attention": name, "hyperparameters": complete_hyperparameters(cls, settings), **place}
 
 
-def make_of(recipe: dict[str, Any]) -> MakeMechanism:
-    """Return what makes the mechanism of a recipe.
+def build_unknown_recipe(kind: str, mechanism: Metered) -> dict[str, Any]:
+    """Build the recipe of a mechanism whose arguments are unknown: `mount` was called, not `inject`."""
+    return {"host": kind, "attention": _format_class(mechanism)}
+
+
+def _format_class(mechanism: Metered) -> str:
+    return f"{type(mechanism).__module__}.{type(mechanism).__qualname__}"
+
+
+def _find_mechanism(cls: Any) -> dict[str, type[Mechanism]]:
+    name = mechanisms.name_of(cls) if isinstance(cls, type) else ""
+    return {name: mechanisms.find(name)} if name in mechanisms.available() else {}
+
+
+def restore_make(recipe: dict[str, Any]) -> MakeMechanism:
+    """Restore the constructor of the mechanism of a recipe.
 
     Raises:
-        ValueError: It is none of thresher's, and a file is not to name code that runs.
+        ValueError: The mechanism is not a known one; a file must not name code to run.
     """
     return partial(mechanisms.find(recipe["attention"]), **recipe["hyperparameters"])
 
 
-def seen_of(recipe: dict[str, Any]) -> Seen:
-    """Return where it stood."""
-    return Seen(recipe["num_heads"], recipe["head_dim"], Pattern[recipe["pattern"]])
-
-
-@torch.no_grad()
-def complete(model: nn.Module, missing: Iterable[str]) -> list[str]:
-    """Fill in what files of earlier versions do not hold; return what mechanisms lack still."""
-    lacking = []
-    for key in sorted(key for key in missing if ".mechanism." in key):
-        owner, _, name = key.rpartition(".")
-        thresholds = model.get_submodule(owner)
-        if name == "eval_base" and isinstance(thresholds, Thresholds):  # there was one base once
-            thresholds.eval_base.copy_(thresholds.base)
-        else:
-            lacking.append(key)
-    return lacking
+def read_usage(recipe: dict[str, Any]) -> Usage:
+    """Read the usage that a recipe stores."""
+    return Usage(recipe["num_heads"], recipe["head_dim"], Pattern[recipe["pattern"]])

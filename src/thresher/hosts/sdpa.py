@@ -1,6 +1,6 @@
-"""Host for any module that calls `F.scaled_dot_product_attention`: that one call goes to the mechanism.
+"""Host for any module that calls `F.scaled_dot_product_attention`, which then runs the mechanism.
 
-Such modules have no class in common. One forward on example inputs finds them.
+Such modules share no class; one forward on example inputs finds them.
 """
 
 from functools import partial
@@ -10,10 +10,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from thresher.attention.base import Call, MakeMechanism, Pattern
-from thresher.hosts.core import FINDERS, Build, Found, holder, known
-from thresher.hosts.masks import read_mask, rescale, seen_queries
-from thresher.hosts.recording import Recording, Seen, evaluating, hides_future, run
+from thresher.attention.contract import Call, Pattern
+from thresher.attention.mechanism import MakeMechanism
+from thresher.hosts.adapters import find_running
+from thresher.hosts.core import FINDERS, RESTORERS, Build, Findings, find_host, is_mountable
+from thresher.hosts.masks import (
+    check_mask_pattern,
+    find_order,
+    find_visible_queries,
+    hides_future,
+    read_mask,
+    rescale,
+)
+from thresher.hosts.recipes import read_usage, restore_make
+from thresher.hosts.recording import Recording, Usage, call_model, evaluation_mode
+from thresher.hosts.tracing import create_leaf, find_proxy
 from thresher.hosts.wrapper import Wrapper
 
 
@@ -23,11 +34,13 @@ class SdpaAttention(Wrapper):
     Args:
         original: The module.
         make: Builds the mechanism.
-        seen: What a recorded call told.
+        usage: From a recorded call.
     """
 
-    def __init__(self, original: nn.Module, make: MakeMechanism, seen: Seen) -> None:
-        mechanism = make(num_heads=seen.num_heads, head_dim=seen.head_dim, pattern=seen.pattern)
+    kind = "sdpa"
+
+    def __init__(self, original: nn.Module, make: MakeMechanism, usage: Usage) -> None:
+        mechanism = make(num_heads=usage.num_heads, head_dim=usage.head_dim, pattern=usage.pattern)
         if mechanism.needs_source:
             raise ValueError(
                 f"{type(mechanism).__name__} needs to know what values are projected from, and a call of "
@@ -37,6 +50,8 @@ class SdpaAttention(Wrapper):
         super().__init__(original, mechanism)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if (proxy := find_proxy((*args, *kwargs.values()))) is not None:
+            return create_leaf(self, proxy, args, kwargs)
         with _Route(self):
             return self.original(*args, **kwargs)
 
@@ -51,17 +66,20 @@ class SdpaAttention(Wrapper):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Attend as the function does that this stands for."""
+        """Attend as `F.scaled_dot_product_attention` does."""
         _check_shapes(query, key, enable_gqa)
         (b, _, n, _), m = query.shape, key.shape[2]
         pattern = self.mechanism.pattern
         _check_pattern(pattern, n, m, is_causal, attn_mask)
         if dropout_p and not self.training:
             raise ValueError(f"dropout_p={dropout_p:g} outside of training; pass it only while self.training is True")
-        if self.training and self.mechanism.dropout != dropout_p:
-            self.mechanism.dropout = dropout_p
-        keys, pairs, bias = read_mask(attn_mask, b, n, m)
-        call = Call(queries=seen_queries(self.mechanism, keys, n), keys=keys, pairs=pairs, bias=bias)
+        if self.training and find_running(self.mechanism).dropout != dropout_p:
+            find_running(self.mechanism).dropout = dropout_p
+        if attn_mask is not None:
+            check_mask_pattern(find_running(self.mechanism), attn_mask, n, m)
+        masked = read_mask(attn_mask, b, n, m)
+        queries = find_visible_queries(find_running(self.mechanism), masked.keys, n)
+        call = Call(queries=queries, **masked._asdict(), **find_order(masked, pattern, n, m))
         return self.mechanism(rescale(query, scale), key, value, call).out
 
 
@@ -80,7 +98,7 @@ class _Route(TorchFunctionMode):
 
 def _check_shapes(q: Tensor, k: Tensor, enable_gqa: bool) -> None:
     if q.ndim != 4:
-        raise ValueError(f"attention over [batch, heads, tokens, features] is what mechanisms know, got {q.ndim} axes")
+        raise ValueError(f"mechanisms attend over [batch, heads, tokens, features], got {q.ndim} axes")
     if q.shape[1] != k.shape[1] and not enable_gqa:
         raise ValueError(f"{q.shape[1]} query heads and {k.shape[1]} key heads; sharing keys takes enable_gqa=True")
 
@@ -98,7 +116,7 @@ def _check_pattern(pattern: Pattern, n: int, m: int, is_causal: bool, mask: Tens
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes which module calls `F.scaled_dot_product_attention`, and lets it compute."""
+    """Records which modules call `F.scaled_dot_product_attention`, which computes as usual."""
 
     def __init__(self, skip: set[nn.Module]) -> None:
         super().__init__()
@@ -129,7 +147,7 @@ class _Recorder(TorchFunctionMode):
         except ValueError as error:
             self.refused[module] = str(error)
             return
-        causal = is_causal or (attn_mask is not None and hides_future(attn_mask))
+        causal = is_causal or (attn_mask is not None and bool(hides_future(attn_mask)))
         (_, h, n, d), m = query.shape, key.shape[2]
         self.recording.add(module, h, d, n, m, causal=causal)
 
@@ -141,46 +159,38 @@ class _Recorder(TorchFunctionMode):
 
 
 def record(model: nn.Module, example_inputs: Any, skip: set[nn.Module]) -> _Recorder:
-    """Run a model once and note which modules attend, but for those in `skip`."""
+    """Record which modules of a model attend in one run, except those in `skip`."""
     recorder, handles = _Recorder(skip), []
     for module in model.modules():
         handles.append(module.register_forward_pre_hook(recorder.enter))
         handles.append(module.register_forward_hook(recorder.leave, always_call=True))
     try:
-        with evaluating(model), recorder:
-            run(model, example_inputs)
+        with evaluation_mode(model), recorder:
+            call_model(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()
     return recorder
 
 
-def find(model: nn.Module, example_inputs: Any) -> Found:
-    """Find the modules that call `F.scaled_dot_product_attention`, where no other host knows them."""
+def find(model: nn.Module, example_inputs: Any) -> Findings:
+    """Find the modules that call `F.scaled_dot_product_attention` and that no other host supports."""
     if example_inputs is None:
-        return Found({})
-    others = [module for module in model.modules() if known(module) or holder(module) is not None]
+        return Findings({})
+    others = [module for module in model.modules() if is_mountable(module) or find_host(module) is not None]
     recorder = record(model, example_inputs, {inner for module in others for inner in module.modules()})
-    seen = recorder.recording.seen
+    usages = recorder.recording.usages
     refused = recorder.refused | dict.fromkeys(recorder.recording.differing, "its calls differ in heads or pattern")
-    if model in seen:
+    if model in usages:
         refused[model] = "it attends in its own forward, outside of any submodule; put attention into a module"
     builds: dict[str, Build] = {
-        name: partial(SdpaAttention, module, seen=seen[module])
+        name: partial(SdpaAttention, module, usage=usages[module])
         for name, module in model.named_modules(remove_duplicate=False)
-        if module in seen and module not in refused
+        if module in usages and module not in refused
     }
     reasons = [f"{type(m).__module__}.{type(m).__qualname__} is refused: {why}." for m, why in refused.items()]
-    return Found(builds, partial(_try_out, model, example_inputs), " ".join(reasons))
-
-
-def _try_out(model: nn.Module, example_inputs: Any) -> None:
-    """Run a model once with its mechanisms, and with the attention dropout that training will ask for."""
-    with evaluating(model):
-        for module in model.modules():
-            if isinstance(module, SdpaAttention):
-                module.training = True
-        run(model, example_inputs)
+    return Findings(builds, ((model, example_inputs),), " ".join(reasons))
 
 
 FINDERS["sdpa"] = find
+RESTORERS["sdpa"] = lambda model, name, module, recipe: SdpaAttention(module, restore_make(recipe), read_usage(recipe))

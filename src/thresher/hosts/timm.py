@@ -4,10 +4,12 @@ from timm.layers.attention import Attention
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
-from thresher.attention.base import Call, MakeMechanism, Mechanism, Pattern, ValueSource
+from thresher.attention.contract import Call, Pattern, ValueSource
+from thresher.attention.mechanism import MakeMechanism, Mechanism
 from thresher.hosts.core import Host, mount
 from thresher.hosts.feedforward import FeedForwardHost, MakeFeedForward, mount_feed_forward
-from thresher.hosts.masks import read_mask, seen_queries
+from thresher.hosts.masks import check_mask_pattern, find_visible_queries, read_mask
+from thresher.hosts.tracing import create_node, find_proxy
 
 
 class TimmAttention(Host):
@@ -31,24 +33,21 @@ class TimmAttention(Host):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend over tokens [b, n, c]; `attn_mask` broadcasts to [b, heads, n, n], boolean or additive."""
-        if is_causal:
-            raise ValueError("this attention was mounted as noncausal; a causal call would need another mechanism")
         b, n, _ = x.shape
         gate = None if self.gate is None else self.gate(x).sigmoid()
         q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        keys, pairs, bias = read_mask(attn_mask, b, n, n)
-        queries = seen_queries(self.mechanism, keys, n)
-        source = self.source(x) if self.mechanism.needs_source else None
-        call = Call(queries=queries, keys=keys, pairs=pairs, bias=bias, source=source)
-        x = self.mechanism(q, k, v, call).out.transpose(1, 2).reshape(b, n, -1)
-        x = self.norm(x)
+        source = self.build_source(x) if self.mechanism.needs_source else None
+        given = (q, k, v, attn_mask, is_causal, source)
+        proxy = find_proxy(given)
+        out = attend(self.mechanism, *given) if proxy is None else create_node(attend, self.mechanism, proxy, given)
+        x = self.norm(out.transpose(1, 2).reshape(b, n, -1))
         if gate is not None:
             x = x * gate
         return self.proj_drop(self.proj(x))
 
-    def source(self, x: Tensor) -> ValueSource:
-        """Return what the values are projected from: the last third of the joint projection."""
+    def build_source(self, x: Tensor) -> ValueSource:
+        """Build the source of the values: the last third of the joint projection."""
         if not isinstance(self.qkv, nn.Linear):
             raise TypeError(
                 f"values are projected by a {type(self.qkv).__name__}, not by a Linear whose weight can be read"
@@ -58,12 +57,31 @@ class TimmAttention(Host):
         return ValueSource(x, self.qkv.weight[-size:], None if bias is None else bias[-size:])
 
 
+def attend(
+    mechanism: Mechanism,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    source: ValueSource | None,
+) -> Tensor:
+    """Attend by a mechanism with a mask of timm; torch.fx traces this as one function."""
+    if is_causal:
+        raise ValueError("this attention was mounted as noncausal; a causal call would need another mechanism")
+    b, _, n, _ = q.shape
+    if attn_mask is not None:
+        check_mask_pattern(mechanism, attn_mask, n, n)
+    masked = read_mask(attn_mask, b, n, n)
+    queries = find_visible_queries(mechanism, masked.keys, n)
+    out: Tensor = mechanism(q, k, v, Call(queries=queries, source=source, **masked._asdict())).out
+    return out
+
+
 @mount.register
 def _(module: Attention, make: MakeMechanism) -> Host:
     if type(module).forward is not Attention.forward:
-        raise TypeError(
-            f"{type(module).__name__} computes something of its own; timm's Attention is what this host knows"
-        )
+        raise TypeError(f"{type(module).__name__} overrides forward; this host supports timm's Attention only")
     return TimmAttention(module, make)
 
 

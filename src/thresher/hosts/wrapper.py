@@ -1,17 +1,17 @@
-"""A host that keeps the module it replaces at work, instead of taking over its arithmetic."""
+"""A host that runs the module it replaces, instead of repeating its arithmetic."""
 
 from typing import Any
 
 from torch import nn
 
-from thresher.attention.base import Mechanism
+from thresher.attention.mechanism import Mechanism
 from thresher.hosts.core import Host
 
 
 class Wrapper(Host):
-    """A host that shares the parameters, buffers and children of the module it replaces, and answers for it.
+    """A host that shares the parameters, buffers, children and attributes of the module it replaces.
 
-    The tables themselves are shared: whoever moves, wraps or exchanges an entry does it for both.
+    Both use the same tables, so a change of an entry applies to both.
     """
 
     mechanism: Mechanism
@@ -20,17 +20,18 @@ class Wrapper(Host):
         super().__init__(original, mechanism)
         original._modules["mechanism"] = mechanism
         self._parameters, self._buffers, self._modules = original._parameters, original._buffers, original._modules
+        self._non_persistent_buffers_set = original._non_persistent_buffers_set
 
     @property
     def original(self) -> nn.Module:
-        """The module that was replaced, in the mode that this one is in."""
+        """The replaced module, in the mode of this one."""
         (original,) = self._original
         if original.training != self.training:
             original.training = self.training
         return original
 
     def restore(self) -> nn.Module:
-        """Return the module that was replaced, without the mechanism."""
+        """Return the replaced module, without the mechanism."""
         (original,) = self._original
         original._modules.pop("mechanism", None)
         return original.train(self.training)

@@ -1,1 +1,1 @@
-"""The arithmetic of mechanisms in C++, for CPUs: never a second definition of one, only a faster way to compute it."""
+"""C++ kernels for CPUs; they compute what the PyTorch reference of a mechanism defines, only faster."""

@@ -1,1 +1,1 @@
-"""Networks: built dense, then given their attention."""
+"""Networks: build them dense, then inject their attention."""

@@ -1,14 +1,18 @@
-"""Create a network, then inject the mechanism."""
+"""Build a network, then inject the mechanism."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from thresher.attention.base import MakeMechanism
+from thresher.attention.mechanism import MakeMechanism
 from thresher.attention.options import check_integer, check_number
 from thresher.hosts import inject
+from thresher.hosts.core import is_mountable, load_hosts
+from thresher.hosts.recording import evaluation_mode
 
 SHARES = {f"{what}_rate" for what in ("drop", "drop_path", "attn_drop", "proj_drop", "pos_drop", "patch_drop")}
 
@@ -18,26 +22,26 @@ def timm_classifier(
     attention: MakeMechanism,
     num_classes: int,
     channels: int,
-    image_size: int,
+    image_size: int | Sequence[int],
     name: str = "vit_tiny_patch16_224",
     pretrained: bool = False,
     where: str | None = None,
     **architecture: Any,
 ) -> nn.Module:
-    """Build an image classifier of timm's with another attention.
+    """Build an image classifier of timm with another attention.
 
     Args:
         attention: Builds one mechanism for each attention module.
         num_classes: Number of logits.
         channels: Channels of the images.
-        image_size: Side of the images in pixels.
-        name: Any model name of timm whose attention a host knows.
-        pretrained: Whether to load timm's weights (needs a network).
+        image_size: Side of the images in pixels, or their height and width.
+        name: Model name of timm; a host must know its attention by class or by watching it process an image.
+        pretrained: Whether to load the weights of timm (needs a network connection).
         where: Regular expression for the names of the attention modules to replace; all by default.
         **architecture: Passed to `timm.create_model`.
 
     Raises:
-        ValueError: timm knows no such model or option, an option would load other files, or there is no attention
+        ValueError: timm has no such model or option, an option would load other files, or there is no attention
             to replace.
     """
     import timm
@@ -51,21 +55,60 @@ def timm_classifier(
         family = timm.list_models(f"{name.partition('_')[0]}_*") or timm.list_models()
         close = ", ".join(difflib.get_close_matches(name, family, n=5, cutoff=0.3)) or "see timm.list_models()"
         raise ValueError(f"timm has no model {name!r}; similar: {close}")
-    try:
-        net: nn.Module = timm.create_model(
-            name,
-            pretrained=pretrained,
-            num_classes=num_classes,
-            in_chans=channels,
-            img_size=image_size,
-            **architecture,
-        )
-    except (TypeError, AssertionError, RuntimeError) as error:
-        given = ", ".join(f"{key}={value}" for key, value in architecture.items()) or "none"
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"timm's {name} refuses an option of model.* ({given}): {reason}") from error
-    inject(net, attention, where=where)
+    size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+    build = partial(timm.create_model, name, pretrained=pretrained, num_classes=num_classes, in_chans=channels)
+    net = _build_for_size(name, build, size, architecture)
+    load_hosts()
+    known_by_class = any(is_mountable(module) or isinstance(module, nn.MultiheadAttention) for module in net.modules())
+    examples = None if known_by_class else _build_examples(name, net, channels, size)
+    inject(net, attention, where=where, example_inputs=examples)
     return net
+
+
+def _build_for_size(
+    name: str, build: partial[nn.Module], size: tuple[int, int], architecture: Mapping[str, Any]
+) -> nn.Module:
+    """Build a model for images of this size, whether or not the size is an argument of the model."""
+    try:
+        return build(img_size=size[0] if size[0] == size[1] else size, **architecture)
+    except (TypeError, AssertionError, RuntimeError) as error:
+        if not isinstance(error, TypeError) or "'img_size'" not in str(error):
+            raise _build_error(name, architecture, error) from error
+    try:
+        net = build(**architecture)
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise _build_error(name, architecture, error) from error
+    _build_examples(name, net, build.keywords["in_chans"], size)
+    return net
+
+
+def _build_error(name: str, architecture: Mapping[str, Any], error: Exception) -> ValueError:
+    given = ", ".join(f"{key}={value}" for key, value in architecture.items()) or "none"
+    reason = str(error) or type(error).__name__
+    return ValueError(f"timm's {name} refuses an option of model.* ({given}): {reason}")
+
+
+def _build_examples(name: str, net: nn.Module, channels: int, size: tuple[int, int]) -> Tensor:
+    """Build example images for hosts that watch the model; run the model on them once.
+
+    Raises:
+        ValueError: The model cannot process images of this size.
+    """
+    images = torch.zeros(2, channels, *size)
+    try:
+        with evaluation_mode(net):
+            net(images)
+    except (AssertionError, RuntimeError, ValueError, IndexError, TypeError) as error:
+        own = getattr(net, "default_cfg", {}).get("input_size", ("?", "?"))[-1]
+        raise ValueError(
+            f"timm's {name} cannot take images of {_format_size(size)} pixels ({str(error) or type(error).__name__}); "
+            f"it is made for {own}: set data.image_size={own}, or another model.name"
+        ) from error
+    return images
+
+
+def _format_size(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"{size[0]} x {size[1]}"
 
 
 def token_classifier(
@@ -82,7 +125,7 @@ def token_classifier(
     padding: int = 0,
     separator: int | None = None,
 ) -> nn.Module:
-    """Build our own encoder with a classification head (see `transformer.py`).
+    """Build the encoder of `transformer.py` with a classification head.
 
     Args:
         attention: Builds one mechanism for each block.
@@ -93,9 +136,9 @@ def token_classifier(
         depth: Number of blocks.
         num_heads: Heads of each attention.
         ffn_dim: Width of the feed-forward layers.
-        dropout: Of embeddings and of each sublayer.
-        padding: The token id that stands for nothing.
-        separator: Of pairs of texts, the token id between the two; the second text's tokens get an embedding more.
+        dropout: Dropout of embeddings and of each sublayer.
+        padding: Token id of padding; negative if every id of the vocabulary is a token.
+        separator: Token id between the two texts of a pair; tokens of the second text get an additional embedding.
     """
     from thresher.models.transformer import Classifier
 
@@ -130,25 +173,25 @@ def language_model(
     ffn_dim: int = 512,
     dropout: float = 0.1,
 ) -> nn.Module:
-    """Build our own transformer for what is to be predicted (see `transformer.py`).
+    """Build the transformer of `transformer.py` for an objective.
 
     Args:
-        attention: Builds one mechanism for each attention that is not given one below.
+        attention: Builds the mechanisms of all attentions that have no argument of their own below.
         vocabulary: Number of token ids, padding included.
         length: Largest number of tokens.
-        padding: The token id that stands for nothing.
+        padding: Token id of padding; negative if every id of the vocabulary is a token.
         objective: "causal" builds a decoder, "masked" an encoder, "denoising" an encoder and a decoder.
         encoder: Builds the mechanisms of the encoder.
         decoder: Builds the mechanisms of the decoder's self attention.
         cross: Builds the mechanisms of the decoder's attention to the encoder.
         dim: Width.
-        depth: Number of blocks, of encoder and decoder each.
+        depth: Number of blocks of the encoder and of the decoder.
         num_heads: Heads of each attention.
         ffn_dim: Width of the feed-forward layers.
-        dropout: Of embeddings and of each sublayer.
+        dropout: Dropout of embeddings and of each sublayer.
 
     Raises:
-        ValueError: A mechanism is given for a part that the objective does not have.
+        ValueError: An argument names a part that the objective does not have.
     """
     from thresher.models.transformer import EncoderDecoder, LanguageModel
 
@@ -174,8 +217,8 @@ def language_model(
     return LanguageModel(makes[has[0]], causal=objective == "causal", **size)
 
 
-def _check_architecture(architecture: Mapping[str, Any], image_size: int) -> None:
-    """Check what timm would fail at without a name, or round away."""
+def _check_architecture(architecture: Mapping[str, Any], image_size: int | Sequence[int]) -> None:
+    """Check options for which timm would give an unclear error or would round."""
     for name in ("patch_size", "embed_dim", "depth", "num_heads"):
         if name in architecture:
             check_integer(f"model.{name}", architecture[name], 1)
@@ -184,8 +227,12 @@ def _check_architecture(architecture: Mapping[str, Any], image_size: int) -> Non
     dim, heads, patch = (architecture.get(name) for name in ("embed_dim", "num_heads", "patch_size"))
     if dim and heads and dim % heads:
         raise ValueError(f"model.embed_dim={dim} cannot be shared evenly by model.num_heads={heads}")
-    if patch and image_size % patch:
-        raise ValueError(
-            f"model.patch_size={patch} does not divide images of {image_size} pixels: the last "
-            f"{image_size % patch} of each row and column would be cut off; choose a divisor, or data.image_size"
-        )
+    sides = [image_size] if isinstance(image_size, int) else image_size
+    for side, places in zip(
+        sides, ["each row and column"] if len(sides) == 1 else ["each column", "each row"], strict=True
+    ):
+        if patch and side % patch:
+            raise ValueError(
+                f"model.patch_size={patch} does not divide images of {side} pixels: the last "
+                f"{side % patch} of {places} would be cut off; choose a divisor, or data.image_size"
+            )

@@ -1,7 +1,9 @@
-"""Models of transformers as networks to train: token ids in, logits out, with another attention inside."""
+"""Models of transformers as trainable networks: token ids in, logits out, with another attention."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from thresher.attention.base import MakeMechanism
+from thresher.attention.mechanism import MakeMechanism
 from thresher.hosts import inject
-from thresher.installed import located
-from thresher.models.transformer import after_first
+from thresher.installed import resolve_path
+from thresher.models.heads import load_classifier
+from thresher.models.transformer import find_after_first
 
 HEADS: Mapping[str, Any] = {
     "classification": AutoModelForSequenceClassification,
@@ -30,17 +33,18 @@ HEADS: Mapping[str, Any] = {
     "masked": AutoModelForMaskedLM,
     "denoising": AutoModelForSeq2SeqLM,
 }
+POSITIONS_FROM_IDS = "create_position_ids_from_inputs_embeds"  # of the embeddings of RoBERTa and its kin
 NAMES_CODE = ("attn_implementation", "auto_map", "experts_implementation", "quantization_config")
 
 
 class HuggingFaceNet(nn.Module):
-    """A model of transformers that takes token ids alone; ids that are padding are masked.
+    """A model of transformers that takes token ids only and masks padding.
 
     Args:
-        model: Any model with logits.
-        padding: The token id that stands for nothing.
-        separator: The token id after whose first occurrence tokens are of the second text of a pair; a model that has
-            an embedding for those (`token_type_ids`) is told.
+        model: A model with logits.
+        padding: Token id of padding; negative if every id of the vocabulary is a token.
+        separator: Token id whose first occurrence ends the first text of a pair; used for the `token_type_ids` of
+            models that have them.
     """
 
     def __init__(self, model: nn.Module, padding: int, separator: int | None = None) -> None:
@@ -50,11 +54,29 @@ class HuggingFaceNet(nn.Module):
         self.separator = separator if _has_types(model) else None
 
     def forward(self, tokens: Int64[Tensor, "b n"], target: Int64[Tensor, "b m"] | None = None) -> Tensor:
-        """Return logits; an encoder-decoder takes the tokens before each target, too."""
+        """Compute logits; an encoder-decoder also takes the tokens before each target."""
         decoder = {} if target is None else {"decoder_input_ids": target}
-        types = _types(tokens, self.padding, self.separator)
-        logits: Tensor = self.model(input_ids=tokens, attention_mask=tokens != self.padding, **types, **decoder).logits
+        inputs = _build_inputs(self.model, tokens, self.padding, self.separator)
+        with _set_padding_id(self.model.config, self.padding):
+            logits: Tensor = self.model(**inputs, **decoder).logits
         return logits
+
+
+@contextmanager
+def _set_padding_id(config: Any, padding: int) -> Iterator[None]:
+    """Set a negative padding id in the config, for heads that read the last token; restore it afterwards."""
+    if padding >= 0:
+        yield
+        return
+    configs = [config, config.get_text_config()]
+    own = [each.pad_token_id for each in configs]
+    try:
+        for each in configs:
+            each.pad_token_id = padding
+        yield
+    finally:
+        for each, value in zip(configs, own, strict=True):
+            each.pad_token_id = value
 
 
 def _has_types(model: nn.Module) -> bool:
@@ -62,10 +84,29 @@ def _has_types(model: nn.Module) -> bool:
     return taken and getattr(model.config, "type_vocab_size", 0) > 1
 
 
-def _types(tokens: Tensor, padding: int, separator: int | None) -> dict[str, Tensor]:
-    if separator is None:
-        return {}
-    return {"token_type_ids": (after_first(separator, tokens) & (tokens != padding)).long()}
+def _build_inputs(model: nn.Module, tokens: Tensor, padding: int, separator: int | None) -> dict[str, Tensor]:
+    visible = tokens != padding
+    inputs = {"input_ids": tokens, "attention_mask": visible}
+    if separator is not None:
+        inputs["token_type_ids"] = (find_after_first(separator, tokens) & visible).long()
+    counting = [m for m in model.modules() if hasattr(m, POSITIONS_FROM_IDS)] if padding < 0 else []
+    if counting:  # by default these models skip tokens with that id when they count positions
+        inputs["position_ids"] = visible.cumsum(1) * visible + int(counting[0].padding_idx)  # type: ignore[arg-type]
+    return inputs
+
+
+def _pad_with_no_token(model: Any) -> None:
+    """Let the embeddings of a model accept a negative padding id."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # that row belongs to a token and is trained
+            module.register_forward_pre_hook(_replace_padding)
+        elif hasattr(module, POSITIONS_FROM_IDS) and module.padding_idx is None:
+            module.padding_idx = 0
+
+
+def _replace_padding(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.clamp_min(0) if isinstance(x, Tensor) else x for x in inputs)
 
 
 def huggingface_model(
@@ -75,6 +116,7 @@ def huggingface_model(
     length: int,
     padding: int,
     num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
     separator: int | None = None,
     objective: str | None = None,
     name_or_path: str = "bert",
@@ -82,42 +124,46 @@ def huggingface_model(
     where: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a model of transformers with another attention and the head that the data ask for.
+    """Build a model of transformers with another attention and a head for the data.
+
+    A trained classifier keeps the rows of its head whose class names match the data, in the order of the data; other
+    rows are new. The log names them.
 
     Args:
         attention: Builds one mechanism for each attention module.
         vocabulary: Number of token ids.
         length: Largest number of tokens.
-        padding: The token id that stands for nothing.
+        padding: Token id of padding; negative if every id of the vocabulary is a token.
         num_classes: Number of logits of a classifier.
-        separator: Of pairs of texts, the token id between the two, for models that tell their tokens apart.
-        objective: Of a language model: "causal", "masked" or "denoising".
-        name_or_path: A folder with a model's files, `package:NAME/FOLDER` for one inside an installed package, a name
-            on the hub, or for random weights a kind of model: "bert".
+        class_names: Names of the classes, in the order of the logits.
+        separator: Token id between the two texts of a pair, for models with token types.
+        objective: Objective of a language model: "causal", "masked" or "denoising".
+        name_or_path: A folder with the files of a model, `package:NAME/FOLDER` inside an installed package, a name on
+            the hub, or, for random weights, a kind of model such as "bert".
         pretrained: Whether to load weights; otherwise the configuration alone is used.
         where: Regular expression for the names of the attention modules to replace; all by default.
         config: Entries of the configuration to set.
 
     Raises:
         ValueError: There is no such model, an entry of its configuration is unknown, or it is too small for the data.
-        FileNotFoundError: The model's files are neither there nor, as far as the network reaches, on the hub.
+        FileNotFoundError: The files of the model are neither local nor on the hub.
     """
     settings = dict(config or {})
-    if num_classes is not None:
-        settings["num_labels"] = num_classes
     auto = HEADS[objective or "classification"]
     size = {"vocabulary": vocabulary, "length": length, "padding": padding}
-    net = HuggingFaceNet(_model(auto, name_or_path, pretrained, settings, **size), padding, separator)
-    inject(net, attention, where=where)
+    model = _load_model(auto, name_or_path, pretrained, settings, num_classes, class_names, **size)
+    net = HuggingFaceNet(model, padding, separator)
+    with _set_padding_id(model.config, padding):
+        inject(net, attention, where=where)
     return net
 
 
 class SentenceEncoder(nn.Module):
-    """The mean of the states that a model of transformers gives to a text's tokens; ids that are padding are masked.
+    """The mean of the last hidden states of a model of transformers; padding is masked.
 
     Args:
-        model: Any model with a last hidden state.
-        padding: The token id that stands for nothing.
+        model: A model with a last hidden state.
+        padding: Token id of padding; negative if every id of the vocabulary is a token.
         num_classes: Number of logits of a linear head on the mean; None returns the mean, scaled to length 1.
         separator: See `HuggingFaceNet`.
     """
@@ -130,9 +176,9 @@ class SentenceEncoder(nn.Module):
         self.head = None if num_classes is None else nn.Linear(model.config.hidden_size, num_classes)
 
     def forward(self, tokens: Int64[Tensor, "b n"]) -> Float[Tensor, "b c"]:
-        visible = tokens != self.padding
-        types = _types(tokens, self.padding, self.separator)
-        states = self.model(input_ids=tokens, attention_mask=visible, **types).last_hidden_state
+        inputs = _build_inputs(self.model, tokens, self.padding, self.separator)
+        visible = inputs["attention_mask"]
+        states = self.model(**inputs).last_hidden_state
         mean = states.masked_fill(~visible[..., None], 0).sum(1) / visible.sum(1, keepdim=True).clamp_min(1)
         result: Tensor = F.normalize(mean, dim=-1) if self.head is None else self.head(mean)
         return result
@@ -151,44 +197,76 @@ def sentence_encoder(
     where: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a model of transformers that turns a text into one vector, the mean over its tokens, or classifies by it.
+    """Build a model of transformers that maps a text to the mean of its token states, or classifies by it.
 
-    Arguments and errors are those of `huggingface_model`; without `num_classes` the result are embeddings.
+    Arguments and errors are those of `huggingface_model`; without `num_classes` outputs are embeddings.
     """
-    size = {"vocabulary": vocabulary, "length": length, "padding": padding}
-    model = _model(AutoModel, name_or_path, pretrained, dict(config or {}), **size)
+    size: dict[str, Any] = {"vocabulary": vocabulary, "length": length, "padding": padding}
+    model = _load_model(AutoModel, name_or_path, pretrained, dict(config or {}), **size)
     if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # reads the first token alone, and nothing reads it here
+        model.pooler = None  # it reads the first token only and is not used
     net = SentenceEncoder(model, padding, num_classes, separator)
     inject(net, attention, where=where)
     return net
 
 
-def bare_model(name: str) -> Any:
-    """Build a model of transformers without a head from its configuration alone, with random weights.
+def build_bare_model(name: str) -> Any:
+    """Build a model of transformers from its configuration, with random weights and without a head.
 
     Raises:
-        FileNotFoundError: See `huggingface_model`, whose `name_or_path` this is.
-        ValueError: Its configuration names code to load.
+        FileNotFoundError: See `huggingface_model`; `name` is its `name_or_path`.
+        ValueError: The configuration names code to load.
     """
-    return AutoModel.from_config(_config(located(name), False, {}), trust_remote_code=False)
+    return AutoModel.from_config(_load_config(resolve_path(name), False, {}), trust_remote_code=False)
 
 
-def _model(
-    auto: Any, name: str, pretrained: bool, settings: dict[str, Any], *, vocabulary: int, length: int, padding: int
+def _load_model(
+    auto: Any,
+    name: str,
+    pretrained: bool,
+    settings: dict[str, Any],
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    *,
+    vocabulary: int,
+    length: int,
+    padding: int,
 ) -> Any:
-    name = located(name)
-    built = _config(name, pretrained, settings | {"pad_token_id": padding})
+    name = resolve_path(name)
+    named = {"num_labels", "id2label", "label2id"} & settings.keys()
+    if named and (pretrained or settings.get("num_labels", num_classes) != num_classes):
+        raise ValueError(f"model.config.{min(named)} follows from the data, whose classes are those of the model")
+    settings = {key: value for key, value in settings.items() if key not in named}  # entries of a rebuilt checkpoint
+    if num_classes is not None and not pretrained:
+        settings = settings | {"num_labels": num_classes}
+    if padding >= 0:
+        settings = settings | {"pad_token_id": padding}
+    elif not pretrained:
+        settings = settings | {"pad_token_id": None}
+    built = _load_config(name, pretrained, settings)
     if not pretrained:
         built.vocab_size = vocabulary
     _check_size(built, name, vocabulary, length)
+    build = partial(auto.from_config, trust_remote_code=False)
     if pretrained:
-        model = auto.from_pretrained(name, config=built, use_safetensors=True, trust_remote_code=False)
-        return model.train()  # it comes in evaluation mode, in which its dropout would stay off in training
-    return auto.from_config(built, trust_remote_code=False)
+        load = partial(auto.from_pretrained, name, use_safetensors=True, trust_remote_code=False)
+        if num_classes is None:
+            model = load(config=built)
+        else:
+            with_report = partial(load, output_loading_info=True)
+            model = load_classifier(lambda c, **o: with_report(config=c, **o), build, built, num_classes, class_names)
+        model.train()  # transformers loads in evaluation mode, without dropout
+    else:
+        model = build(built)
+    if class_names is not None:
+        model.config.id2label = dict(enumerate(class_names))
+        model.config.label2id = {class_name: i for i, class_name in enumerate(class_names)}
+    if padding < 0:
+        _pad_with_no_token(model)
+    return model
 
 
-def _config(name: str, pretrained: bool, settings: dict[str, Any]) -> PreTrainedConfig:
+def _load_config(name: str, pretrained: bool, settings: dict[str, Any]) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[name] if not pretrained and name in CONFIG_MAPPING else None
     if kind is not None:
         built: PreTrainedConfig = kind()
@@ -206,7 +284,7 @@ def _config(name: str, pretrained: bool, settings: dict[str, Any]) -> PreTrained
     if code := [key for key in settings if key.startswith("_") or key in NAMES_CODE]:
         raise ValueError(f"model.config.{code[0]} would name code to load, which no config may")
     if kind is not None:
-        built = kind(**settings)  # so that what follows from them, such as the size of a head, does
+        built = kind(**settings)  # so that dependent entries, such as the size of a head, follow
     else:
         for key, value in settings.items():
             setattr(built, key, value)

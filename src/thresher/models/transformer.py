@@ -1,8 +1,7 @@
-"""A transformer in one file: encoder, decoder and both together, the smallest model that uses all four patterns.
+"""A small transformer that uses all four patterns: encoder, decoder, and both together.
 
-Blocks are pre-norm with a GELU feed-forward layer; positions are learned. Tokens are ids [b, n], and one id is padding
-wherever it stands: padded tokens are hidden from attention on both sides. Language models read their logits off the
-embedding of their tokens.
+Blocks are pre-norm with a GELU feed-forward layer; positions are learned. Tokens are ids [b, n]. One id is padding;
+attention hides it among queries and keys. Language models share the token embedding with their output layer.
 """
 
 from typing import Any
@@ -11,12 +10,13 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from thresher.attention.base import Call, MakeMechanism, Pattern, ValueSource
+from thresher.attention.contract import Call, Pattern, ValueSource
+from thresher.attention.mechanism import MakeMechanism
 from thresher.attention.options import check_integer, check_number
 from thresher.hosts.core import Host
 from thresher.hosts.feedforward import FeedForwardHost, MakeFeedForward, mount_feed_forward
 
-SPARED = ("positions", "embedding.weight")  # by weight decay, besides vectors
+SPARED = ("positions", "embedding.weight")  # without weight decay, like vectors
 
 
 class Attention(nn.Module):
@@ -26,7 +26,7 @@ class Attention(nn.Module):
         dim: Width of the tokens; heads divide it evenly.
         num_heads: Number of heads.
         make: Builds the mechanism.
-        pattern: Where this attention is used.
+        pattern: Pattern of the attention.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or the mechanism does not support the pattern.
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         queries: Bool[Tensor, "b n"] | None,
         keys: Bool[Tensor, "b m"] | None,
     ) -> Float[Tensor, "b n c"]:
-        """Attend from x to memory, which is x itself in self attention; True is visible."""
+        """Attend from x to memory, which is x in self attention; True means visible."""
         q, k, v = (
             y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.q(x), self.k(memory), self.v(memory))
         )
@@ -70,7 +70,7 @@ def _(module: FeedForward, make: MakeFeedForward) -> Host:
 
 
 class Block(nn.Module):
-    """Self attention, cross attention if there is a memory to attend to, and a feed-forward layer."""
+    """Self attention, optional cross attention, and a feed-forward layer."""
 
     def __init__(
         self,
@@ -104,14 +104,14 @@ class Block(nn.Module):
         return out
 
 
-def after_first(separator: int, tokens: Int64[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
-    """Say which tokens come after the first `separator` of their row."""
+def find_after_first(separator: int, tokens: Int64[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
+    """Find the tokens after the first `separator` of their row."""
     found = tokens == separator
     return found.cumsum(1) > found
 
 
 class Stack(nn.Module):
-    """Embedding, positions, blocks and a last norm: an encoder, or with `causal` and `cross` a decoder.
+    """Embedding, positions, blocks and a final norm: an encoder, or a decoder with `causal` and `cross`.
 
     Args:
         make: Builds the mechanism of each self attention.
@@ -121,12 +121,12 @@ class Stack(nn.Module):
         depth: Number of blocks.
         num_heads: Heads of each attention.
         ffn_dim: Width of the feed-forward layers.
-        causal: Whether no token may depend on later ones.
-        cross: Builds the mechanism of each attention to a memory; None builds no such attention.
-        dropout: Of embeddings and of each sublayer.
-        padding: The token id that stands for nothing.
-        separator: The token id after whose first occurrence tokens are of the second text of a pair, which is then an
-            embedding of its own; None where there are no pairs.
+        causal: Whether tokens must not depend on later ones.
+        cross: Builds the mechanism of each cross attention; None builds no cross attention.
+        dropout: Dropout of embeddings and of each sublayer.
+        padding: Token id of padding; negative if every id of the vocabulary is a token.
+        separator: Token id whose first occurrence ends the first text of a pair; tokens of the second text get an
+            additional embedding. None without pairs.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Stack(nn.Module):
             check_integer(f"model.{name}", size, 1)
         check_number("model.dropout", dropout, least=0.0, below=1.0)
         self.padding = padding
-        self.embedding = nn.Embedding(vocabulary, dim, padding_idx=padding)
+        self.embedding = nn.Embedding(vocabulary, dim, padding_idx=None if padding < 0 else padding)
         self.positions = nn.Parameter(torch.empty(length, dim))
         self.separator = separator
         if separator is not None:
@@ -170,7 +170,7 @@ class Stack(nn.Module):
         memory: Float[Tensor, "b m c"] | None = None,
         memory_visible: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b n c"]:
-        """Return the states of all tokens, those of padding included.
+        """Compute the states of all tokens, padding included.
 
         Raises:
             ValueError: There are more tokens than positions.
@@ -179,9 +179,9 @@ class Stack(nn.Module):
         if n > len(self.positions):
             raise ValueError(f"{n} tokens, but positions for {len(self.positions)}: raise the length of the model")
         visible = tokens != self.padding
-        x = self.embedding(tokens) + self.positions[:n]
+        x = self.embedding(tokens if self.padding >= 0 else tokens.clamp_min(0)) + self.positions[:n]
         if self.separator is not None:
-            x = x + after_first(self.separator, tokens)[..., None] * self.second
+            x = x + find_after_first(self.separator, tokens)[..., None] * self.second
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, visible, memory, memory_visible)
@@ -190,7 +190,7 @@ class Stack(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A stack that predicts tokens: the next ones if it is causal, hidden ones otherwise.
+    """A stack that predicts tokens: next tokens if causal, masked tokens otherwise.
 
     Args:
         make: Builds the mechanism of each attention.
@@ -206,18 +206,18 @@ class LanguageModel(nn.Module):
         return logits
 
     def no_weight_decay(self) -> set[str]:
-        """Name the parameters that weight decay spares besides vectors."""
+        """List the parameters without weight decay, besides vectors."""
         return {f"stack.{name}" for name in SPARED}
 
 
 class EncoderDecoder(nn.Module):
-    """An encoder whose states a decoder attends to, and which predicts tokens from the decoder's states.
+    """An encoder and a decoder that attends to its states and predicts tokens.
 
     Args:
         encoder: Builds the mechanism of each self attention of the encoder.
-        decoder: Builds that of each self attention of the decoder.
-        cross: Builds that of each attention of the decoder to the encoder.
-        causal: Whether the decoder is; False gives a decoder that sees its whole input.
+        decoder: Builds the mechanism of each self attention of the decoder.
+        cross: Builds the mechanism of each attention of the decoder to the encoder.
+        causal: Whether the decoder is causal; otherwise it sees its whole input.
         **size: See `Stack`.
     """
 
@@ -234,12 +234,12 @@ class EncoderDecoder(nn.Module):
         return logits
 
     def no_weight_decay(self) -> set[str]:
-        """Name the parameters that weight decay spares besides vectors."""
+        """List the parameters without weight decay, besides vectors."""
         return {f"{part}.{name}" for part in ("encoder", "decoder") for name in SPARED}
 
 
 class Classifier(nn.Module):
-    """An encoder, the mean of its visible tokens, and a small head: the standard of Long Range Arena's small models.
+    """An encoder, the mean of its visible tokens, and a small head, as in the small models of Long Range Arena.
 
     Args:
         make: Builds the mechanism of each attention.
@@ -260,5 +260,5 @@ class Classifier(nn.Module):
         return logits
 
     def no_weight_decay(self) -> set[str]:
-        """Name the parameters that weight decay spares besides vectors."""
+        """List the parameters without weight decay, besides vectors."""
         return {f"encoder.{name}" for name in SPARED}

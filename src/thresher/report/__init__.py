@@ -1,1 +1,1 @@
-"""The report: what a folder of runs gave, as a page, as files and as a table in the terminal."""
+"""`python -m thresher.report`; its code is in `thresher.tools.report`."""

@@ -1,1 +1,1 @@
-"""Sweeps that survive: one child process for each trial, and a study in a database that every driver shares."""
+"""`python -m thresher.sweep`; its code is in `thresher.tools.sweep`."""

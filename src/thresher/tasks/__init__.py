@@ -1,1 +1,1 @@
-"""What a network is trained to do: one LightningModule a file."""
+"""Tasks: what a network is trained to do, one LightningModule a file."""

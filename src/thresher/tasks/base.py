@@ -1,4 +1,4 @@
-"""What all tasks share: the meter around the forward pass, the budget in the loss, the logs of both."""
+"""The training step of every task: meters compute, adds the budget to the loss, logs, refuses NaN and infinity."""
 
 import hashlib
 import random
@@ -15,19 +15,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric
 
+from thresher.attention.mechanism import Mechanism
 from thresher.attention.options import check_number
-from thresher.attention.thresholds import Thresholds
-from thresher.budgets import Budget
-from thresher.compute import ComputeMeter, ComputeRatio
-from thresher.tasks.finite import NonFiniteError, all_finite, bad_gradients, first_bad_layer, tensors
-from thresher.tasks.optimizer import threshold_parameters
+from thresher.attention.registry import name_of
+from thresher.attention.shared.thresholds import find_trainable_thresholds, named_thresholds
+from thresher.budget.budgets import Budget
+from thresher.budget.meter import ComputeMeter, ComputeRatio
+from thresher.tasks.finite import NonFiniteError, all_finite, find_bad_gradients, find_bad_layer, walk_tensors
 
 NonFinite = Literal["stop", "skip"]
-GRADIENT_LOG_EVERY = 10  # steps between two looks at the thresholds' gradients
+GRADIENT_LOG_EVERY = 10  # steps between measurements of the thresholds' gradients
+
+
+def name_attention(net: nn.Module) -> str:
+    """Name the mechanisms of a network."""
+    return ", ".join(sorted({name_of(type(m)) for m in net.modules() if isinstance(m, Mechanism)}))
 
 
 class Step(NamedTuple):
-    """What a task makes of one batch."""
+    """The loss and the predictions of one batch."""
 
     loss: Tensor  # mean over the batch
     size: int  # number of examples
@@ -36,25 +42,23 @@ class Step(NamedTuple):
 
 
 class Task(pl.LightningModule, ABC):
-    """Trains a network under a compute budget. A subclass says what the loss and the metrics are.
+    """Trains a network under a compute budget. A subclass defines the loss and the metrics.
 
     Args:
         net: The network, with its mechanisms mounted.
         optimizer: Builds the optimiser for a network.
         scheduler: Builds the schedule of the learning rates for an optimiser and a number of steps.
-        budget: What compute may cost.
-        clip: Largest gradient norm of the weights; thresholds are clipped by a norm of their own, so that
-            neither can shrink the other. None does not clip.
-        nonfinite: What to do in a step whose loss or gradient is NaN or infinite: "stop" the training, or "skip" the
-            step, which then changes nothing but the schedules. Either reads one value from the device in each
-            optimiser step, for which the host waits; None looks at nothing, and then a step waits for nothing.
+        budget: The bound or the price of compute.
+        seed: Of all random numbers in training.
+        clip: Largest gradient norm, of the weights and of the thresholds separately, so that neither shrinks the
+            other. None does not clip.
+        nonfinite: At a NaN or infinite loss or gradient, "stop" the training, or "skip" the step, which then changes
+            only the schedules. Either waits for one value from the device in each optimiser step; None checks nothing.
 
     Attributes:
-        metric: Name of the metric that says how good the network is, for example "acc".
-        attention: What runs inside, for messages.
-        seed: Of what is drawn in training.
+        metric: Name of the metric that measures the quality of the network, for example "acc".
+        attention: Names of the mechanisms in the network.
         fixed_ratio: Share of dense MACs that selection costs, known after the first step.
-        stored: Plain values that every checkpoint carries under the key "thresher".
     """
 
     metric: str
@@ -66,21 +70,21 @@ class Task(pl.LightningModule, ABC):
         optimizer: Callable[[nn.Module], Optimizer],
         scheduler: Callable[..., Any],
         budget: Budget,
+        seed: int,
         clip: float | None = 1.0,
         nonfinite: NonFinite | None = "stop",
     ) -> None:
         super().__init__()
         if nonfinite not in (None, *get_args(NonFinite)):
             raise ValueError(f"task.nonfinite must be one of {', '.join(get_args(NonFinite))}, null, got {nonfinite!r}")
-        if clip is not None:  # which does not clip
+        if clip is not None:  # None does not clip
             check_number("task.clip", clip, above=0.0)
         self.net = net
         self.meter = ComputeMeter(net)
         self.budget = budget
-        self.attention = "this attention"
+        self.attention = name_attention(net)
         self.fixed_ratio = 0.0
-        self.seed = 0
-        self.stored: dict[str, Any] = {}
+        self.seed = seed
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
         self._clip = clip
@@ -90,53 +94,53 @@ class Task(pl.LightningModule, ABC):
         self._settled = False
         self._compute_gradient: list[Tensor] = []
         self._pulls: dict[str, float | Tensor] = {}
-        self._values: dict[str, float | Tensor] = {}  # of the last step, for the log
-        self.evaluation = nn.ModuleDict({stage: self._metrics_of(stage) for stage in ("val", "test")})
+        self._values: dict[str, float | Tensor] = {}  # values of the last step, to log
+        self.evaluation = nn.ModuleDict({stage: self._build_all_metrics(stage) for stage in ("val", "test")})
 
     @abstractmethod
     def step(self, batch: Any) -> Step:
         """Run the network on a batch."""
 
     @abstractmethod
-    def make_metrics(self, stage: str) -> dict[str, Metric]:
-        """Return the metrics of an evaluation, each taking predictions and targets; `self.metric` among them."""
+    def build_metrics(self, stage: str) -> dict[str, Metric]:
+        """Build the metrics of an evaluation, `self.metric` among them; each takes predictions and targets."""
 
-    def _metrics_of(self, stage: str) -> nn.ModuleDict:
+    def _build_all_metrics(self, stage: str) -> nn.ModuleDict:
         shared: dict[str, Metric] = {
             "loss": MeanMetric(),
             "kept": ComputeRatio("kept"),
             "compute": ComputeRatio("macs"),
         }
-        return nn.ModuleDict(shared | self.make_metrics(stage))
+        return nn.ModuleDict(shared | self.build_metrics(stage))
 
     # Training
 
     def configure_model(self) -> None:
-        """Shard the network where the strategy spreads it over processes; thresholds stay whole in each."""
+        """Shard the network if the strategy does; thresholds stay whole in each process."""
         if self.device_mesh is not None:
-            from thresher.tasks.sharding import shard
+            from thresher.tasks.sharding import shard_network
 
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
             if any(isinstance(callback, WeightAveraging) for callback in callbacks):
                 raise ValueError("callbacks=ema averages whole weights, not sharded ones: use trainer=ddp with it")
-            whole = [module.offset for module in self.net.modules() if isinstance(module, Thresholds)]
-            shard(self.net, self.device_mesh["data_parallel"], whole)
+            whole = [thresholds.offset for _, thresholds in named_thresholds(self.net)]
+            shard_network(self.net, self.device_mesh["data_parallel"], whole)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make all that is drawn a function of seed, step, micro-batch and process, whatever was drawn before."""
-        self._seed(self._key(batch_idx))
+        """Seed all generators by seed, step, micro-batch and process alone."""
+        self._seed_generators(self._format_key(batch_idx))
 
-    def _key(self, batch_idx: int) -> str:
+    def _format_key(self, batch_idx: int) -> str:
         return f"{self.seed}/{self.global_step}/{batch_idx}/{self.global_rank}"
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._seed(f"{self.seed}/evaluation/{batch_idx}/{self.global_rank}")
+        self._seed_generators(f"{self.seed}/evaluation/{batch_idx}/{self.global_rank}")
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._seed(f"{self.seed}/evaluation/{batch_idx}/{self.global_rank}")
+        self._seed_generators(f"{self.seed}/evaluation/{batch_idx}/{self.global_rank}")
 
     @staticmethod
-    def _seed(key: str) -> None:
+    def _seed_generators(key: str) -> None:
         number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
         torch.manual_seed(number)
         np.random.seed(number % 2**32)
@@ -144,7 +148,7 @@ class Task(pl.LightningModule, ABC):
 
     @property
     def progress(self) -> float:
-        """Share of the training steps that are done."""
+        """Finished share of the training steps."""
         return min(self.global_step / self.total_steps, 1.0)
 
     @property
@@ -166,7 +170,7 @@ class Task(pl.LightningModule, ABC):
             self._refuse_unreachable_bound()
         compute_loss = self.budget.loss(ratio, progress)
         self._last_ratio = ratio.detach()
-        self._keep_compute_gradient(compute_loss)
+        self._store_compute_gradient(compute_loss)
         aim = self.budget.aim(progress)
         self._values = {
             "train/loss": step.loss.detach(),
@@ -182,50 +186,51 @@ class Task(pl.LightningModule, ABC):
         self._losses.append((loss.detach(), batch, batch_idx))
         return loss
 
-    def _reason(self, loss: Tensor, batch: Any, batch_idx: int) -> str:
-        """Say in which batch the loss was not finite, and which layer was the first that was not."""
-        self._seed(self._key(batch_idx))
-        layer = first_bad_layer(self.net, lambda: self.step(batch))
+    def _explain_loss(self, loss: Tensor, batch: Any, batch_idx: int) -> str:
+        """Explain a loss that is not finite: its batch, and the first layer with such an output."""
+        self._seed_generators(self._format_key(batch_idx))
+        layer = find_bad_layer(self.net, lambda: self.step(batch))
         where = f"first in the output of {layer}" if layer else "while all layers were finite"
-        if not all(map(all_finite, tensors(batch))):
+        if not all(map(all_finite, walk_tensors(batch))):
             where += "; the batch itself holds values that are not"
         return f"the loss is {float(loss)} in batch {batch_idx} of epoch {self.current_epoch}, {where}"
 
-    def _tell(self, reason: str) -> None:
+    def _report_nonfinite(self, reason: str) -> None:
+        """Raise or warn, as `nonfinite` asks."""
         step = f"step {self.global_step}"
         if self._nonfinite == "stop":
             raise NonFiniteError(
-                f"{step}: {reason}. The weights are as they were before it, and checkpoints hold finite ones. Lower "
-                "optimizer.lr, take another trainer.precision, or leave such steps out by task.nonfinite=skip"
+                f"{step}: {reason}. The weights are unchanged, and checkpoints hold finite ones. Lower "
+                "optimizer.lr, choose another trainer.precision, or skip such steps by task.nonfinite=skip"
             )
-        rank_zero_warn(f"{step}: {reason}; the step is left out")
+        rank_zero_warn(f"{step}: {reason}; the step is skipped")
 
     def weight(self, step: Step) -> float | Tensor:
-        """Return how much the loss of a batch weighs in the mean of an evaluation."""
+        """Weigh the loss of a batch in the mean of an evaluation."""
         return step.size
 
     def training_metrics(self, step: Step) -> dict[str, Tensor]:
-        """Return what to log of a training batch besides its loss."""
+        """Compute further metrics of a training batch to log."""
         return {}
 
     def on_train_batch_end(self, *_: Any) -> None:
-        if self.finished_step() and not self._skipped:
+        if self.ends_step() and not self._skipped:
             self.budget.update(self._last_ratio, self.progress)
         self._log_values()
 
     def _log_values(self) -> None:
-        """Log what a step was like where a logger, or what follows the last one, asks: Lightning takes long for each.
+        """Log the values of a step only when a logger or the end of an epoch needs them, as each call is slow.
 
-        None of them is for Lightning's progress bar, which reads each such value from the device in every step.
+        Lightning's progress bar gets none of them: it would read each value from the device in every step.
         """
-        trainer, last = self.trainer, self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        trainer, is_last = self.trainer, self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        asked = every and self.finished_step() and self.global_step % every == 0
-        if asked or last or trainer.should_stop or self.global_step == trainer.max_steps:
+        is_due = every and self.ends_step() and self.global_step % every == 0
+        if is_due or is_last or trainer.should_stop or self.global_step == trainer.max_steps:
             self.log_dict(self._values)
 
-    def finished_step(self) -> bool:
-        """Say whether the batch that just ended was the last to accumulate into an optimiser step."""
+    def ends_step(self) -> bool:
+        """Tell whether the batch that just ended was the last to accumulate into an optimiser step."""
         batches = self.trainer.fit_loop.epoch_loop.batch_progress
         return batches.is_last_batch or batches.current.ready % self.trainer.accumulate_grad_batches == 0
 
@@ -234,24 +239,33 @@ class Task(pl.LightningModule, ABC):
         if bound is not None and self.budget.quantity == "macs" and bound <= fixed:
             raise ValueError(
                 f"compute.target={bound:g} of dense macs is out of reach: selection alone costs {fixed:.3g}. "
-                f"Choose a target above that, fewer attention.est_bits, or compute.quantity=kept"
+                f"Choose a target above that, fewer attention.estimate.bits, or compute.quantity=kept"
             )
 
     # Gradients
 
-    def _keep_compute_gradient(self, compute_loss: Tensor) -> None:
-        thresholds = list(threshold_parameters(self.net).values())
-        if thresholds and compute_loss.requires_grad and self.global_step % GRADIENT_LOG_EVERY == 0:
-            scaled = compute_loss / self.trainer.accumulate_grad_batches
-            gradients = torch.autograd.grad(scaled, thresholds, retain_graph=True, allow_unused=True)
-            flat = torch.cat(
-                [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, thresholds, strict=True)]
-            )
-            self._compute_gradient.append(flat)
+    def _store_compute_gradient(self, compute_loss: Tensor) -> None:
+        """Store the gradient of the compute loss at the thresholds, call by call.
+
+        Each call is differentiated on its own. A walk through the whole network would find nothing more, as scores get
+        no gradient of compute, and would need weights that sharded training has freed after the forward.
+        """
+        thresholds = find_trainable_thresholds(self.net)
+        calls = [(name, cost.kept) for name, cost in self.meter.calls if name in thresholds and cost.kept.requires_grad]
+        if not calls or not compute_loss.requires_grad or self.global_step % GRADIENT_LOG_EVERY:
+            return
+        scaled = compute_loss / self.trainer.accumulate_grad_batches
+        pulls = torch.autograd.grad(scaled, [kept for _, kept in calls], retain_graph=True, allow_unused=True)
+        stored = {name: torch.zeros_like(offset) for name, offset in thresholds.items()}
+        for (name, kept), pull in zip(calls, pulls, strict=True):
+            if pull is not None:
+                (own,) = torch.autograd.grad(kept, thresholds[name], pull, retain_graph=True)
+                stored[name] = stored[name] + own
+        self._compute_gradient.append(torch.cat(list(stored.values())))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log how hard the task and the budget pull at the thresholds."""
-        thresholds = list(threshold_parameters(self.net).values())
+        """Log the gradient norms of the task and of the budget at the thresholds."""
+        thresholds = list(find_trainable_thresholds(self.net).values())
         if self.device_mesh is not None:
             from thresher.tasks.sharding import average_gradients
 
@@ -273,7 +287,7 @@ class Task(pl.LightningModule, ABC):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         if gradient_clip_val is not None:
-            raise ValueError("set task.clip in place of trainer.gradient_clip_val: thresholds are clipped apart")
+            raise ValueError("set task.clip instead of trainer.gradient_clip_val: thresholds are clipped separately")
         groups = [
             [p for g in optimizer.param_groups if g["name"] in names for p in g["params"] if p.grad is not None]
             for names in (("decay", "no_decay"), ("thresholds",))
@@ -282,31 +296,31 @@ class Task(pl.LightningModule, ABC):
         norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
         self._skipped = False
         if self._nonfinite is not None:
-            self._look(optimizer, norms)
+            self._check_finite(optimizer, norms)
         self._losses = []
         if self._clip is not None and not self._skipped:
             for group, norm in zip(groups, norms, strict=True):
                 nn.utils.clip_grads_with_norm_(group, self._clip, norm)
 
-    def _look(self, optimizer: Optimizer, norms: list[Tensor]) -> None:
-        """Find out whether the losses of this step and its gradients are finite; the step is left out if not."""
+    def _check_finite(self, optimizer: Optimizer, norms: list[Tensor]) -> None:
+        """Check that the losses and the gradients of this step are finite; skip the step if not."""
         finite = torch.stack([all_finite(x) for x in (*(loss for loss, _, _ in self._losses), *norms)])
         if finite.all():  # the only value that a training step reads from its device
             return
         for loss, batch, batch_idx in self._losses:
             if not all_finite(loss):
-                self._tell(self._reason(loss, batch, batch_idx))
+                self._report_nonfinite(self._explain_loss(loss, batch, batch_idx))
         scaler = getattr(self._trainer and self._trainer.precision_plugin, "scaler", None)
-        # A scaler of fp16 meets infinities as a matter of course, and leaves out such steps itself.
+        # The fp16 scaler expects infinities, and skips such steps itself.
         self._skipped = scaler is None and not all(map(all_finite, norms))
         if self._skipped:
-            self._leave_out(optimizer)
+            self._skip_step(optimizer)
 
-    def _leave_out(self, optimizer: Optimizer) -> None:
-        bad = bad_gradients(self.net.named_parameters())
+    def _skip_step(self, optimizer: Optimizer) -> None:
+        bad = find_bad_gradients(self.net.named_parameters())
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         batch = self.trainer.fit_loop.batch_idx
-        self._tell(
+        self._report_nonfinite(
             f"the gradient of {bad[-1] if bad else 'all parameters together'}{more} is not finite after batch {batch} "
             f"of epoch {self.current_epoch}"
         )
@@ -339,22 +353,21 @@ class Task(pl.LightningModule, ABC):
         self._evaluate("test", batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log val/score: exp(-loss) where the budget holds, minus the excess (below any exp) where it does not.
+        """Log val/score: exp(-loss) if the budget holds, else minus the excess, which is below any exp(-loss).
 
-        Checkpoints are chosen by it. Without the budget the best epoch would be one of the dense warm-up, and
-        on a small validation set accuracy is too coarse: of the last epochs it picked one at random.
+        The score chooses checkpoints. Without the budget the best epoch would be one of the dense warm-up, and
+        accuracy on a small validation set is too coarse: it chose among the last epochs at random.
         """
         metrics: Any = self.evaluation["val"]
         score = torch.exp(-metrics["loss"].compute())
         if self.budget.bound is not None:
             ratio = metrics["kept" if self.budget.quantity == "kept" else "compute"].compute()
             score = torch.where(ratio <= self.budget.bound, score, self.budget.bound - ratio)
-        self.log("val/score", score.float())
+        self.log("val/score", score.float(), sync_dist=True)
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["thresher"] = self.stored
         checkpoint["settled"] = {
             "done": self._settled,
             "fixed_ratio": self.fixed_ratio,
@@ -363,10 +376,10 @@ class Task(pl.LightningModule, ABC):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over what the first step settled: thresholds are calibrated by it before the next one."""
+        """Restore the decisions of the first step, which calibration needs before the next one."""
         settled = checkpoint.get("settled")
         if settled is not None and settled["done"]:
             self._settled, self.fixed_ratio = True, settled["fixed_ratio"]
             self._pulls = settled["pulls"]
             if not settled["bounded"]:
-                self.budget.bound = None
+                self.budget.release()

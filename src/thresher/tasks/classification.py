@@ -1,4 +1,4 @@
-"""Classification: cross entropy, accuracy, and top-5 accuracy where there are enough classes for it to say anything."""
+"""Classification: cross entropy, accuracy, and top-5 accuracy if there are many classes."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from thresher.attention.options import check_number
 from thresher.tasks.base import Step, Task
 
-TOP5_FROM = 20  # classes
+TOP5_FROM = 20  # least number of classes
 
 
 class Classification(Task):
@@ -45,7 +45,7 @@ class Classification(Task):
     def training_metrics(self, step: Step) -> dict[str, Tensor]:
         return {"acc": (step.predictions.argmax(-1) == step.targets).float().mean()}
 
-    def make_metrics(self, stage: str) -> dict[str, Metric]:
+    def build_metrics(self, stage: str) -> dict[str, Metric]:
         metrics: dict[str, Metric] = {"acc": MulticlassAccuracy(self.num_classes, average="micro")}
         if self.num_classes >= TOP5_FROM:
             metrics["top5"] = MulticlassAccuracy(self.num_classes, average="micro", top_k=5)

@@ -1,4 +1,4 @@
-"""Where NaN and infinity come from: what to tell when a loss or a gradient is not finite."""
+"""Find where NaN and infinity come from."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -14,13 +14,13 @@ class NonFiniteError(ValueError):
 
 
 def all_finite(x: Tensor) -> Tensor:
-    """Say, in a tensor on the device of `x`, whether all values are finite, those of other processes included."""
+    """Tell, in a tensor on the device of `x`, whether all values are finite, those of other processes included."""
     whole = x.full_tensor() if isinstance(x, DTensor) else x
     return torch.isfinite(whole).all()
 
 
-def first_bad_layer(net: nn.Module, forward: Callable[[], Any]) -> str | None:
-    """Return the name of the module whose output is the first that is not finite, or None where all are.
+def find_bad_layer(net: nn.Module, forward: Callable[[], Any]) -> str | None:
+    """Find the first module whose output is not finite, or None where all are.
 
     Args:
         net: The network.
@@ -28,11 +28,11 @@ def first_bad_layer(net: nn.Module, forward: Callable[[], Any]) -> str | None:
     """
     found: list[str] = []
 
-    def see(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if not found and not all(all_finite(x) for x in tensors(output)):
+    def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if not found and not all(all_finite(x) for x in walk_tensors(output)):
             found.append(name)
 
-    handles = [m.register_forward_hook(partial(see, name or type(m).__name__)) for name, m in net.named_modules()]
+    handles = [m.register_forward_hook(partial(record, name or type(m).__name__)) for name, m in net.named_modules()]
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             forward()
@@ -42,18 +42,18 @@ def first_bad_layer(net: nn.Module, forward: Callable[[], Any]) -> str | None:
     return found[0] if found else None
 
 
-def bad_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-    """Return the names of the parameters whose gradient is not finite."""
+def find_bad_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+    """Find the parameters whose gradient is not finite."""
     return [name for name, p in parameters if p.grad is not None and not all_finite(p.grad)]
 
 
-def tensors(x: Any) -> Iterator[Tensor]:
+def walk_tensors(x: Any) -> Iterator[Tensor]:
     """Yield the floating-point tensors inside of tuples, lists and mappings."""
     if isinstance(x, Tensor):
         if x.is_floating_point():
             yield x
     elif isinstance(x, Mapping):
-        yield from tensors(list(x.values()))
+        yield from walk_tensors(list(x.values()))
     elif isinstance(x, (tuple, list)):
         for each in x:
-            yield from tensors(each)
+            yield from walk_tensors(each)

@@ -1,4 +1,4 @@
-"""Language modelling: causal, masked and sequence to sequence; perplexity, and bits per byte where all is predicted."""
+"""Language modelling: causal, masked and sequence to sequence; perplexity, and bits per byte."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ IGNORED = -100
 
 
 class LanguageModeling(Task):
-    """Trains a network that maps token ids to logits of tokens; batches are (inputs, targets), -100 where none is due.
+    """Trains a network that maps token ids to logits of tokens; batches are (inputs, targets), -100 where ignored.
 
     Inputs are ids [b, n], or for a network with two inputs a pair of them. Losses and metrics are means over targets.
 
@@ -45,7 +45,7 @@ class LanguageModeling(Task):
     def training_metrics(self, step: Step) -> dict[str, Tensor]:
         return {"perplexity": step.loss.detach().exp()}
 
-    def make_metrics(self, stage: str) -> dict[str, Metric]:
+    def build_metrics(self, stage: str) -> dict[str, Metric]:
         metrics: dict[str, Metric] = {
             "perplexity": Perplexity(ignore_index=IGNORED),
             "acc": TokenAccuracy(self.vocabulary),
@@ -56,7 +56,7 @@ class LanguageModeling(Task):
 
 
 class BitsPerByte(Perplexity):
-    """Bits that the model needs for a byte of text: comparable between tokenizers.
+    """Bits per byte of text under the model: comparable between tokenizers.
 
     Args:
         bytes_per_token: How long tokens are on average.

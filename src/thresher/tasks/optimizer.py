@@ -1,8 +1,7 @@
-"""Optimisers with the parameter groups that this kind of network needs, and their schedules.
+"""Optimisers with a parameter group for thresholds, and schedules.
 
-Thresholds live on another scale than weights (nats), must not decay, and profit from little momentum: a threshold
-with a long memory runs through its budget. They get a group of their own in the one optimiser; a second optimiser would
-be skipped by gradient scalers.
+Thresholds have another scale than weights (nats), must not decay, and need little momentum: with much momentum they
+overshoot the budget. They are a group of the one optimiser, since gradient scalers would skip a second one.
 """
 
 import math
@@ -15,32 +14,27 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from thresher.attention.options import check_number
-from thresher.attention.thresholds import Thresholds
-
-
-def threshold_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable thresholds of a network by name."""
-    modules = ((name, m) for name, m in net.named_modules() if isinstance(m, Thresholds))
-    return {f"{name}.offset": m.offset for name, m in modules if m.offset.requires_grad}
+from thresher.attention.shared.thresholds import find_trainable_thresholds
 
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters of a network into groups called decay, no_decay and thresholds.
 
-    Not decayed: biases, norms and other vectors, and what the network's own `no_weight_decay()` names.
+    Not decayed: biases, norms and other vectors, and the parameters that the network's `no_weight_decay()` names.
     Empty groups are left out.
     """
-    thresholds = threshold_parameters(net)
+    thresholds = list(find_trainable_thresholds(net).values())
+    own = set(map(id, thresholds))
     spared = set(getattr(net, "no_weight_decay", set)())
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for name, parameter in net.named_parameters():
-        if parameter.requires_grad and name not in thresholds:
+        if parameter.requires_grad and id(parameter) not in own:
             (no_decay if parameter.ndim <= 1 or name in spared else decay).append(parameter)
     groups = [
         {"name": "decay", "params": decay, "weight_decay": weight_decay},
         {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
-        {"name": "thresholds", "params": list(thresholds.values()), "weight_decay": 0.0},
+        {"name": "thresholds", "params": thresholds, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -76,7 +70,7 @@ def sgd(
     momentum: float = 0.9,
     threshold_lr: float = 1.0,
 ) -> Optimizer:
-    """Build SGD with Nesterov momentum over the groups of `parameter_groups`; thresholds go without momentum.
+    """Build SGD with Nesterov momentum over the groups of `parameter_groups`; thresholds have no momentum.
 
     Raises:
         ValueError: A hyper-parameter is outside its range.
@@ -127,4 +121,4 @@ def _two_betas(name: str, pair: Sequence[float]) -> tuple[float, float]:
         raise ValueError(f"optimizer.{name} must be two numbers, got {pair!r}")
     for beta in pair:
         check_number(f"optimizer.{name}", beta, least=0.0, below=1.0)
-    return float(pair[0]), float(pair[1])  # torch takes no whole number beside a fraction
+    return float(pair[0]), float(pair[1])  # torch refuses an int beside a float

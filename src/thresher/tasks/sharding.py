@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism: each process holds a part of every weight, and gathers a block when it runs."""
+"""Fully sharded data parallelism: each process holds a part of every weight, and gathers each block to run it."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -7,13 +7,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from thresher.attention.base import Mechanism
+from thresher.attention.mechanism import Mechanism
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def shard(net: nn.Module, mesh: "DeviceMesh", whole: Iterable[nn.Parameter]) -> None:
+def shard_network(net: nn.Module, mesh: "DeviceMesh", whole: Iterable[nn.Parameter]) -> None:
     """Shard a network over a mesh, in place and once: each block that holds a mechanism, then the rest.
 
     Args:
@@ -27,7 +27,7 @@ def shard(net: nn.Module, mesh: "DeviceMesh", whole: Iterable[nn.Parameter]) -> 
     lists = [module for module in net.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     for blocks in reversed(lists):
         for block in blocks:
-            is_list = isinstance(block, nn.ModuleList)  # which has no forward to gather weights for
+            is_list = isinstance(block, nn.ModuleList)  # a list has no forward for which to gather weights
             if not is_list and any(isinstance(m, Mechanism) for m in block.modules()):
                 fully_shard(block, mesh=mesh, ignored_params=ignored)
     fully_shard(net, mesh=mesh, ignored_params=ignored)

@@ -58,5 +58,5 @@ class TextClassification(Classification):
         )
         return step._replace(loss=loss)
 
-    def make_metrics(self, stage: str) -> dict[str, Metric]:
-        return super().make_metrics(stage) | {"f1": MulticlassF1Score(self.num_classes, average="macro")}
+    def build_metrics(self, stage: str) -> dict[str, Metric]:
+        return super().build_metrics(stage) | {"f1": MulticlassF1Score(self.num_classes, average="macro")}

@@ -53,8 +53,8 @@ inline Vector<float> load_numbers(const Bf16* p) {
 #endif
 }
 
-// What products of rows are made of: numbers, or, of bf16 where there is an instruction for them, pairs, of which an odd
-// row's last one ends in zero. THRESHER_PAIRS makes pairs without it, which is slower: to test them on any processor.
+// What products of rows are made of: numbers, or pairs of bf16 where the processor multiplies them; the last pair of an
+// odd row ends in zero. THRESHER_PAIRS makes pairs without that instruction, which is slower: for tests.
 #if defined(__AVX512BF16__) || defined(THRESHER_PAIRS)
 template <class S>
 using Factor = std::conditional_t<std::is_same_v<S, Bf16>, Pair, S>;

@@ -1,4 +1,4 @@
-// The place of each number in ascending order: of equal ones the earlier first, behind all others what is no number.
+// The rank of each number in ascending order: of equal ones the earlier first, behind all others what is no number.
 
 #pragma once
 

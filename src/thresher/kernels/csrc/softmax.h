@@ -24,23 +24,23 @@ inline void transform(T* x, int64_t number, T rest, Of&& of) {
     std::copy_n(last, number - whole, x + whole);
 }
 
-// Turn scores into weights: exponentials below the best score, `top`, divided by their sum, `mass`.
+// Turn scores into weights: exponentials below the largest, `row_max`, divided by their sum, `row_sum`.
 template <class T>
-void soften(T* score, int64_t number, T& top, T& mass) {
+void soften(T* score, int64_t number, T& row_max, T& row_sum) {
     constexpr int64_t LANES = Wide<T>::LANES;
     const T nothing = -std::numeric_limits<T>::infinity();
     Vector<T> most = Vector<T>{} + nothing, sum{};
     int64_t i = 0;
     for (; i + LANES <= number; i += LANES) most = load(score + i) > most ? load(score + i) : most;
-    top = largest<T>(most);
-    for (; i < number; ++i) top = score[i] > top ? score[i] : top;
+    row_max = largest<T>(most);
+    for (; i < number; ++i) row_max = score[i] > row_max ? score[i] : row_max;
     transform(score, number, nothing, [&](Vector<T> x) {
-        const Vector<T> e = exponential(x - top);
+        const Vector<T> e = exponential(x - row_max);
         sum += e;
         return e;
     });
-    mass = total<T>(sum);
-    for (i = 0; i < number; ++i) score[i] *= 1 / mass;
+    row_sum = total<T>(sum);
+    for (i = 0; i < number; ++i) score[i] *= 1 / row_sum;
 }
 
 }  // namespace thresher

@@ -1,0 +1,138 @@
+"""The tail: what a row drops still weighs something, and costs no further pass over the pairs.
+
+Sparse attention that renormalises over the kept keys acts as if the dropped ones had no mass. With a tail every dropped
+key of a row weighs as if its score were mu, the mean score of all dropped keys, times a trained factor of its head:
+
+    weight_j = exp(S_j) / Z for kept keys,  factor exp(mu) / Z for dropped ones,  Z such that weights sum to 1.
+
+Up to a factor of 1 the tail never has more mass than was dropped: exp(mu) is at most the mean of exp(S_j) (Jensen).
+All dropped keys of a row weigh alike, so that sums over the visible keys and values, less those that are kept, say all
+there is to say about them: `sum_visible` makes these sums, in time and memory linear in the number of tokens. Where a
+row drops nothing it has no tail.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from thresher.attention.options import check_choice
+from thresher.attention.prepared import Prepared
+from thresher.attention.shared.functional import MAX_EXCESS, clamp_from_below, promote_to_fp32
+from thresher.attention.shared.visibility import hides_later_keys
+from thresher.kernels.tail import NO_TAIL, TailInputs
+
+TailKind = Literal["none", "mean"]
+
+
+class Tail(nn.Module):
+    """The trained factor of each head's tail: 1 at first, 0 where a head does without.
+
+    Args:
+        num_heads: Number of query heads.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(num_heads))
+
+    def values(self) -> Float[Tensor, " h"]:
+        """Return the factors, at least 0; a factor at 0 still receives the gradient that raises it."""
+        return clamp_from_below(self.factor, 0.0)
+
+
+def build_tail(kind: TailKind, num_heads: int) -> Tail | None:
+    """Build the tail of a mechanism; None where `kind` is "none".
+
+    Raises:
+        ValueError: There is no such kind.
+    """
+    check_choice("tail", kind, get_args(TailKind))
+    return Tail(num_heads) if kind == "mean" else None
+
+
+def weigh_with_tail(
+    scores: Float[Tensor, "b h n m"],
+    gate: Float[Tensor, "b h n m"],
+    visible: Bool[Tensor, "#b #h #n m"] | None,
+    factor: Float[Tensor, " h"],
+) -> Float[Tensor, "b h n m"]:
+    """Weigh kept keys by their scores and dropped ones by their mean score, differentiably. The reference.
+
+    Args:
+        scores: Scores; anything where hidden.
+        gate: 1 for kept keys and 0 for all others, with whatever gradient the selection has; 0 where hidden.
+        visible: Which pairs are visible; None is all.
+        factor: What the tail of each head is multiplied by.
+    """
+    if visible is None:
+        dropped = 1 - gate
+    else:
+        scores = scores.masked_fill(~visible, 0)
+        dropped = visible.to(gate.dtype) - gate
+    count = dropped.sum(-1, keepdim=True)
+    some = count.detach() > 0.5
+    mean = (scores * dropped).sum(-1, keepdim=True) / torch.where(some, count, 1)
+    with torch.no_grad():
+        top = scores.masked_fill(gate < 0.5, float("-inf")).amax(-1, keepdim=True)
+        top = top.masked_fill(top == float("-inf"), 0)
+    share = (scores - top).clamp_max(MAX_EXCESS).exp()
+    tail = factor[:, None, None] * (mean - top).clamp_max(MAX_EXCESS).exp().masked_fill(~some, 0)
+    weights = gate * share + dropped * tail
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total.detach() > 0, total, 1)
+
+
+class VisibleSums(NamedTuple):
+    """Sums over the keys that each query sees.
+
+    Attributes:
+        scores: Of scores, without the call's bias, [b, h, n].
+        values: Of values, [b, h, n, dv], or [b, h, 1, dv] where all queries see the same keys.
+        number: How many keys these are, [b, h, n].
+    """
+
+    scores: Float[Tensor, "b h n"]
+    values: Float[Tensor, "b h #n dv"]
+    number: Float[Tensor, "b h n"]
+
+
+def sum_visible(x: Prepared) -> VisibleSums:
+    """Sum the scores and the values of the keys that each query sees, in fp32 at least, differentiably.
+
+    The sum of a row's scores is the product of its query with the sum of its keys. Of padded keys nothing is added. In
+    causal self attention sums run along the sequence; a mask of pairs is multiplied with the tokens.
+    """
+    q, k, v = (promote_to_fp32(tokens) for tokens in (x.q, x.k, x.v))
+    if x.call.pairs is not None:
+        visible = x.visible
+        assert visible is not None
+        shown = visible.to(k.dtype).expand(-1, -1, x.n, -1)
+        keys, values = shown @ k, shown @ v
+    elif hides_later_keys(x.call, x.pattern, x.n, x.m):
+        keys, values = (tokens.cumsum(2)[:, :, x.m - x.n :] for tokens in (k, v))
+    else:
+        keys, values = (tokens.sum(2, keepdim=True) for tokens in (k, v))
+    number = x.visible_keys.to(q.dtype).expand(x.batch, x.heads, x.n)
+    return VisibleSums((q * keys).sum(-1) * x.scale, values, number)
+
+
+def build_tail_inputs(x: Prepared, tail: Tail | None, dtype: torch.dtype) -> TailInputs:
+    """Build what a kernel computes tails from, for b h groups of queries, in the type of its sums."""
+    if tail is None:
+        return NO_TAIL
+    scores, values, number = sum_visible(x)
+    factor = tail.values()[:, None].expand_as(number)
+    return TailInputs(*(each.to(dtype).flatten(0, 1) for each in (scores, values, number, factor)))
+
+
+def count_tail_cost(x: Prepared, kept: Float[Tensor, "b h"]) -> Float[Tensor, "b h"]:
+    """Count the MACs of a tail: each visible token is added to two sums, and each query reads them once.
+
+    A head that keeps all `kept` of its pairs has no tail.
+    """
+    tokens = torch.zeros(x.batch, x.heads, device=x.device)
+    for number, seen in ((x.n, x.seen_queries), (x.m, x.seen_keys)):
+        tokens = tokens + (number if seen is None else seen.sum(-1))
+    return tokens * (x.head_dim + x.value_dim) * (kept.detach() < x.pairs)

@@ -1,0 +1,42 @@
+"""Top-k on CPUs: compute each score once, then touch kept pairs only."""
+
+from thresher.attention.backends import Implementation
+from thresher.attention.contract import Attended
+from thresher.attention.prepared import Prepared
+from thresher.attention.shared.selection import count_kept_keys
+from thresher.attention.shared.tail import build_tail_inputs
+from thresher.attention.topk import kernel
+from thresher.attention.topk.mechanism import TopK
+from thresher.kernels.calling import choose_sum_dtype, unify_types
+
+
+class TopKOnCpu(Implementation[TopK]):
+    """The kernel `topk`, forward and backward."""
+
+    kernel = "topk"
+
+    def explain_refusal(self, mechanism: TopK, x: Prepared) -> str | None:
+        if x.call.pairs is not None or x.call.bias is not None:
+            return "it has no masks of pairs and no biases"
+        return "it has no dropout of attention weights" if x.dropout else None
+
+    def run(self, mechanism: TopK, x: Prepared) -> Attended:
+        if mechanism.tail is None:
+            x.trace_scores()
+        else:
+            x.trace_all()
+        q, k, v = (each.flatten(0, 1) for each in unify_types(x.q, x.k, x.v))
+        keys, limits = x.call.keys, mechanism.count_limits(x).expand(x.batch, x.heads, x.n).flatten(0, 1)
+        seen = None if keys is None else keys[:, None].expand(x.batch, x.heads, x.m).flatten(0, 1)
+        out, _, _, _ = kernel.attend(
+            q=q,
+            k=k,
+            v=v,
+            scale=x.scale,
+            seen=seen,
+            limit=limits,
+            most=count_kept_keys(mechanism.keys, x.m),
+            shift=x.causal_shift,
+            **build_tail_inputs(x, mechanism.tail, choose_sum_dtype(q))._asdict(),
+        )
+        return mechanism.charge(x, out.unflatten(0, (x.batch, x.heads)))

@@ -1,0 +1,355 @@
+"""Tune the thresholds and tail factors of a frozen network against its own dense output.
+
+Weights that train along absorb whatever is dropped, and leave the thresholds without a signal. On a pretrained network
+whose weights are frozen heads really differ, and the dense network says exactly what each dropped pair costs:
+
+1. Calibrate: each head keeps the same share of its pairs.
+2. Tune, by Adam, on  E / sg(E) + multiplier g + 10 g^2  with g = kept / target - 1. E is the error against the same
+   network with dense attention; divided by its own value, one learning rate serves every network. The multiplier rises
+   while too much is kept.
+3. Settle: shift all thresholds by one value, so that the target holds exactly on the held-out batches.
+
+The dense teacher is the network itself inside `dense_attention`: two forwards and one backward a step, and no second
+copy of the weights.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from thresher.attention.contract import Cost
+from thresher.attention.mechanism import dense_attention
+from thresher.attention.shared.tail import Tail
+from thresher.attention.shared.thresholds import Thresholds, named_thresholds
+from thresher.budget.calibration import calibrate, evaluation_mode
+from thresher.budget.meter import ComputeMeter
+
+Objective = Literal["auto", "error", "kl"]
+LEARNING_RATES = {"nats": 0.12, "spread": 0.03}  # of thresholds, by their unit
+FACTOR_RATE = 0.03
+MULTIPLIER_RATE = 0.05
+QUADRATIC = 10.0
+BISECTIONS = 30
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a network with its current thresholds does to held-out batches.
+
+    Attributes:
+        error: Of its outputs against those of the dense network.
+        kept: Share of the visible pairs.
+    """
+
+    error: float
+    kept: float
+
+
+@dataclass
+class Tuning:
+    """What a tuning found.
+
+    Attributes:
+        calibrated: Before it, at the target.
+        tuned: After it, at the target.
+        history: `error` and `kept` of each step's batch.
+        thresholds: By the dotted name of their mechanism.
+        factors: Tail factors, by the dotted name of their mechanism; empty without tails.
+    """
+
+    calibrated: Measurement
+    tuned: Measurement
+    history: list[Measurement] = field(default_factory=list)
+    thresholds: dict[str, Tensor] = field(default_factory=dict)
+    factors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def tune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    kept: float,
+    *,
+    held_out: Iterable[Any] | None = None,
+    forward: Callable[[Any], Any] | None = None,
+    objective: Objective = "auto",
+    steps: int = 90,
+    lr: float | None = None,
+    evaluate_every: int = 15,
+    progress: bool = True,
+) -> Tuning:
+    """Tune each head's threshold, and its tail factor, so that `kept` of the pairs serve the network best.
+
+    Weights stay as they are, the network runs in evaluation mode, and the thresholds of the best evaluation win. The
+    same batches give the same result. If an error or an interrupt ends it, thresholds are what they were.
+
+    Args:
+        model: A model with thresholds inside, as `sparsify(model, "latte", tail="mean")` leaves it.
+        batches: Model inputs on the model's device; they are kept in memory and used in turn.
+        kept: Share of the visible pairs to keep, in (0, 1).
+        held_out: Other inputs, to choose the best step by and to settle on; by default the last fifth of `batches`, at
+            least one.
+        forward: How to run the model on a batch; by default `model(**batch)` for mappings, else `model(batch)`.
+        objective: "error" is the relative squared error of the output (its `last_hidden_state`, or itself), "kl" the
+            divergence of the softmax of the dense logits from that of the sparse ones; "auto" is "kl" where the output
+            has `logits`.
+        steps: Steps, of one batch each.
+        lr: Learning rate of thresholds; by default 0.12 in nats and 0.03 in spreads.
+        evaluate_every: Steps between two evaluations on the held-out batches.
+        progress: Show a progress bar with the time left.
+
+    Raises:
+        ValueError: The model has no trainable thresholds, there are too few batches, `kept` is out of range or out of
+            reach, or the dense network's output is not finite.
+    """
+    if not 0 < kept < 1:
+        raise ValueError(f"kept is a share of the visible pairs and must lie between 0 and 1, got {kept}")
+    thresholds = {name: each for name, each in named_thresholds(model) if each.offset.requires_grad}
+    if not thresholds:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable thresholds to tune: sparsify(model, 'latte') gives it some "
+            "(gate.mode=hard and trainable=False freeze them)"
+        )
+    train, held = _split(batches, held_out)
+    run = forward or (lambda batch: model(**batch) if isinstance(batch, Mapping) else model(batch))
+    tails = {name.rpartition(".")[0]: each for name, each in model.named_modules() if isinstance(each, Tail)}
+    with evaluation_mode(model), _frozen(model), _kept_on_error([*thresholds.values(), *tails.values()]):
+        bench = _Bench(run, objective, ComputeMeter(model))
+        exam = _Exam(bench, held)
+        for _ in range(2):  # deep layers are calibrated behind sparse ones
+            calibrate(model, train, kept, forward=run)
+        _settle(thresholds.values(), exam.measure_kept, kept)
+        calibrated = exam.measure()
+        optimizer, schedule = _build_optimizer(thresholds.values(), tails.values(), lr, steps)
+        best, state, history, multiplier = calibrated, _state(thresholds, tails), [], 0.0
+        for step, batch in enumerate(_show(itertools.islice(itertools.cycle(train), steps), steps, progress), 1):
+            error, found = bench.compare(batch)
+            gap = found / kept - 1
+            scale = error.detach().clamp_min(torch.finfo(error.dtype).tiny)
+            loss = error / scale + multiplier * gap + QUADRATIC * gap**2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            multiplier += MULTIPLIER_RATE * float(gap.detach())
+            history.append(Measurement(float(error.detach()), float(found.detach())))
+            if step % evaluate_every == 0 or step == steps:
+                before = _state(thresholds, tails)
+                _settle(thresholds.values(), exam.measure_kept, kept)
+                now = exam.measure()
+                if now.error < best.error:
+                    best, state = now, _state(thresholds, tails)
+                _restore(before, thresholds, tails)
+        _restore(state, thresholds, tails)
+        return Tuning(
+            calibrated=calibrated,
+            tuned=best,
+            history=history,
+            thresholds={name: each.values().detach().clone() for name, each in thresholds.items()},
+            factors={name: each.values().detach().clone() for name, each in tails.items()},
+        )
+
+
+class _Bench:
+    """Runs a network, sparse or dense, on a batch."""
+
+    def __init__(self, run: Callable[[Any], Any], objective: Objective, meter: ComputeMeter) -> None:
+        self.run, self.objective, self.meter = run, objective, meter
+
+    @torch.no_grad()
+    def run_dense(self, batch: Any) -> Any:
+        with dense_attention():
+            return self.run(batch)
+
+    def compare(self, batch: Any, wanted: Any = None) -> tuple[Tensor, Tensor]:
+        """Return the error of the sparse network against the dense one, and what it keeps, differentiably."""
+        wanted = self.run_dense(batch) if wanted is None else wanted
+        with self.meter:
+            found = self.run(batch)
+        return measure_error(found, wanted, batch, self.objective), self.meter.kept()
+
+
+class _Exam:
+    """The held-out batches, with the outputs of the dense network."""
+
+    def __init__(self, bench: _Bench, batches: Sequence[Any]) -> None:
+        self.bench = bench
+        self.batches = [(batch, bench.run_dense(batch)) for batch in batches]
+        for batch, wanted in self.batches:
+            measure_error(wanted, wanted, batch, bench.objective)  # refuses outputs that nothing can be compared with
+
+    @torch.no_grad()
+    def measure(self) -> Measurement:
+        """Measure error and share kept, each batch and each pair alike."""
+        costs: list[Cost] = []
+        errors = []
+        for batch, wanted in self.batches:
+            errors.append(float(self.bench.compare(batch, wanted)[0]))
+            costs += self.bench.meter.costs()
+        return Measurement(sum(errors) / len(errors), _share_kept(costs))
+
+    @torch.no_grad()
+    def measure_kept(self) -> float:
+        """Measure the share kept of all visible pairs.
+
+        Raises:
+            ValueError: There are none.
+        """
+        costs: list[Cost] = []
+        for batch, _ in self.batches:
+            with self.bench.meter:
+                self.bench.run(batch)
+            costs += self.bench.meter.costs()
+        return _share_kept(costs)
+
+
+def _share_kept(costs: Sequence[Cost]) -> float:
+    spent, visible = (sum(float(getattr(cost, part).sum()) for cost in costs) for part in ("kept", "visible"))
+    if not visible:
+        raise ValueError("no held-out batch has a visible token: give inputs whose mask shows some")
+    return spent / visible
+
+
+def measure_error(found: Any, wanted: Any, batch: Any, objective: Objective) -> Tensor:
+    """Measure how far an output lies from the dense one, over the tokens that the batch's `attention_mask` shows.
+
+    Raises:
+        ValueError: The dense output is not finite, or no tensor is found in it.
+    """
+    kind = objective if objective != "auto" else "kl" if getattr(wanted, "logits", None) is not None else "error"
+    one, other = (_find_output(output, kind) for output in (found, wanted))
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is not None and mask.shape == other.shape[:2] and other.ndim == 3:
+        one, other = one[mask.bool()], other[mask.bool()]
+    if not other.isfinite().all():
+        raise ValueError("the dense network's output is not finite, so nothing can be tuned against it")
+    one, other = one.float(), other.float()
+    if kind == "kl":
+        one, other = one.log_softmax(-1), other.log_softmax(-1)
+        return nn.functional.kl_div(one, other, log_target=True, reduction="none").sum(-1).mean()
+    return (one - other).square().sum() / other.square().sum().clamp_min(torch.finfo(other.dtype).tiny)
+
+
+def _find_output(output: Any, kind: str) -> Tensor:
+    names = ("logits",) if kind == "kl" else ("last_hidden_state", "logits")
+    for name in names:
+        if isinstance(getattr(output, name, None), Tensor):
+            return getattr(output, name)
+    first = output[0] if isinstance(output, tuple | list) else output
+    if isinstance(first, Tensor):
+        return first
+    raise ValueError(
+        f"the model returned {type(output).__name__}, in which no tensor to compare is found; "
+        "pass forward= that returns one"
+    )
+
+
+def _split(batches: Iterable[Any], held_out: Iterable[Any] | None) -> tuple[list[Any], list[Any]]:
+    train = list(batches)
+    held = None if held_out is None else list(held_out)
+    if held is None:
+        number = max(len(train) // 5, 1)
+        train, held = train[:-number], train[-number:]
+    if not train or not held:
+        raise ValueError("tuning needs at least one batch to tune on and another to measure on")
+    return train, held
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Take the gradient from every parameter that is no threshold and no tail factor."""
+    own = {id(p) for m in model.modules() if isinstance(m, Thresholds | Tail) for p in m.parameters()}
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def _kept_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Give modules their state back if an error or an interrupt ends the block."""
+    before = [{name: x.clone() for name, x in module.state_dict().items()} for module in modules]
+    try:
+        yield
+    except BaseException:
+        for module, state in zip(modules, before, strict=True):
+            module.load_state_dict(state)
+        raise
+
+
+def _build_optimizer(
+    thresholds: Iterable[Thresholds], tails: Iterable[Tail], lr: float | None, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Build Adam whose learning rates fall to zero."""
+    groups: list[dict[str, Any]] = [
+        {"params": [each.offset], "lr": LEARNING_RATES[each.unit] if lr is None else lr} for each in thresholds
+    ]
+    groups += [{"params": [each.factor], "lr": FACTOR_RATE} for each in tails]
+    optimizer = torch.optim.Adam(groups, betas=(0.8, 0.99))
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    return optimizer, falling
+
+
+@torch.no_grad()
+def _settle(thresholds: Iterable[Thresholds], measure: Callable[[], float], kept: float) -> None:
+    """Shift all thresholds by one value, so that `measure` gives the target.
+
+    Raises:
+        ValueError: No shift reaches it.
+    """
+    every = list(thresholds)
+    start = [each.offset.clone() for each in every]
+
+    def keeps(shift: float) -> float:
+        for each, offset in zip(every, start, strict=True):
+            each.offset.copy_(offset + shift)
+        return measure()
+
+    high = max(float(each.values().max()) for each in every) + 1
+    low = -high
+    least, most = keeps(low), keeps(high)
+    while most < kept and high < 1e4:
+        high *= 2
+        most = keeps(high)
+    if not least <= kept <= most:
+        keeps(0.0)
+        raise ValueError(f"kept={kept:g} is out of reach: thresholds keep between {least:.3g} and {most:.3g} here")
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        found = keeps(middle)
+        if abs(found - kept) <= 1e-4 * kept:
+            return
+        low, high = (middle, high) if found < kept else (low, middle)
+
+
+State = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+def _state(thresholds: Mapping[str, Thresholds], tails: Mapping[str, Tail]) -> State:
+    offsets = {name: each.offset.detach().clone() for name, each in thresholds.items()}
+    return offsets, {name: each.factor.detach().clone() for name, each in tails.items()}
+
+
+@torch.no_grad()
+def _restore(state: State, thresholds: Mapping[str, Thresholds], tails: Mapping[str, Tail]) -> None:
+    offsets, factors = state
+    for name, each in thresholds.items():
+        each.offset.copy_(offsets[name])
+    for name, tail in tails.items():
+        tail.factor.copy_(factors[name])
+
+
+def _show(items: Iterable[Any], number: int, progress: bool) -> Iterator[Any]:
+    columns = (TextColumn("tune"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    with Progress(*columns, disable=not progress) as bar:
+        yield from bar.track(items, total=number)

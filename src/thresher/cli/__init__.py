@@ -1,0 +1,1 @@
+"""The command line: what `train.py` and `eval.py` call."""

@@ -1,0 +1,1 @@
+"""Configurations: parse and check overrides, read the command line of eval.py, redact secrets."""

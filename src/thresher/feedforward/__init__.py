@@ -1,0 +1,1 @@
+"""Feed-forward layers as attention over hidden units."""

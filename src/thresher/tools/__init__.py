@@ -1,0 +1,1 @@
+"""Commands beside training and evaluation; none of them imports another."""

@@ -1,0 +1,1 @@
+"""`python -m thresher.bench`: mechanisms against PyTorch's dense attention, checked first, then timed in turns."""

@@ -1,0 +1,1 @@
+"""`python -m thresher.doctor`: which kernels work on this machine, and whether the masks of a model hold."""

@@ -1,0 +1,1 @@
+"""A trained network as files for use elsewhere: `python -m thresher.export ckpt=RUN`."""

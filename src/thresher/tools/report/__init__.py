@@ -1,0 +1,1 @@
+"""`python -m thresher.report`: compare runs, on a page, in files and in the terminal."""

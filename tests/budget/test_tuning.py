@@ -1,0 +1,150 @@
+"""Tuning on a frozen network: better than calibration at the same share, and nothing else changes."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from thresher import ComputeMeter, sparsify
+from thresher.attention.mechanism import dense_attention
+from thresher.budget.tuning import Tuning, measure_error, tune
+
+KEPT = 0.2
+
+
+def build(**hyperparameters: Any) -> nn.Module:
+    """Build a network whose heads differ: some peaked, some flat."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, embed_dim=32, depth=2, num_heads=4, num_classes=0, pretrained=False
+    )
+    for block in model.blocks:
+        sharp = torch.tensor([0.5, 2.0, 6.0, 14.0]).repeat_interleave(8)
+        with torch.no_grad():
+            block.attn.qkv.weight[:32] *= 12 * sharp[:, None]
+    if hyperparameters:
+        sparsify(model, **hyperparameters)
+    return model
+
+
+LATTE: dict[str, Any] = {"attention": "latte", "gate": {"surrogate": "inside", "tau": 0.1}}
+
+
+def draw_batches(number: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(4, 3, 64, 64, generator=generator) for _ in range(number)]
+
+
+def tune_quickly(model: nn.Module, **changes: Any) -> Tuning:
+    return tune(model, draw_batches(10), KEPT, **({"steps": 30, "evaluate_every": 10, "progress": False} | changes))
+
+
+@pytest.mark.parametrize(("tail", "surrogate"), [("none", "sigmoid"), ("mean", "inside"), ("mean", "sigmoid")])
+@pytest.mark.parametrize(("unit", "tau"), [("spread", 0.1), ("nats", 0.35)])
+def test_tuned_thresholds_err_less_than_calibrated_ones_at_the_same_share(
+    unit: str, tau: float, tail: str, surrogate: str
+) -> None:
+    model = build(attention="latte", unit=unit, tail=tail, gate={"surrogate": surrogate, "tau": tau})
+    found = tune_quickly(model)
+    assert found.tuned.error < 0.97 * found.calibrated.error
+    for each in (found.calibrated, found.tuned):
+        assert each.kept == pytest.approx(KEPT, rel=0.02)
+    meter = ComputeMeter(model)
+    with meter, torch.no_grad():
+        for batch in draw_batches(10)[-2:]:
+            model.eval()(batch)
+    spent, visible = (sum(float(getattr(cost, part).sum()) for cost in meter.costs()) for part in ("kept", "visible"))
+    assert spent / visible == pytest.approx(KEPT, rel=0.1), "the thresholds that it reports are those of the model"
+    assert bool(found.factors) == (tail == "mean")
+    assert len(found.history) == 30
+
+
+def test_nothing_else_of_the_network_changes() -> None:
+    model = build(**LATTE, tail="mean").train()
+    model.blocks[0].mlp.fc1.weight.requires_grad_(False)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    tune_quickly(model, steps=3)
+    changed = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
+    assert changed
+    assert all(".thresholds." in name or name.endswith(".tail.factor") for name in changed)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+    assert all(p.grad is None for name, p in model.named_parameters() if "mechanism" not in name)
+    assert model.training
+    assert model.blocks[1].attn.mechanism.training
+
+
+def test_the_same_batches_give_the_same_thresholds() -> None:
+    one, other = (tune_quickly(build(**LATTE, tail="mean"), steps=6) for _ in range(2))
+    assert one.history == other.history
+    for name, values in one.thresholds.items():
+        assert torch.equal(values, other.thresholds[name])
+
+
+@pytest.mark.parametrize("attention", ["latte", "topk", "smyrf", "yoso", "mean"])
+def test_the_teacher_is_the_network_before_it_was_sparse(attention: str) -> None:
+    (batch,) = draw_batches(1)
+    plain, model = build().eval(), build(attention=attention).eval()
+    with torch.no_grad():
+        sparse = model(batch)
+        with dense_attention():
+            dense = model(batch)
+        again = model(batch)
+    torch.testing.assert_close(dense, plain(batch), atol=1e-5, rtol=1e-5)
+    assert torch.equal(sparse, again), "the dense mode ends with its block"
+    assert not torch.equal(sparse, dense) or attention == "smyrf"
+
+
+def test_hidden_tokens_do_not_count_in_the_error() -> None:
+    wanted = torch.randn(2, 5, 3)
+    found = wanted + 0.1
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    spoiled = found.clone()
+    spoiled[0, 3:] = 100
+    one, other = (measure_error(x, wanted, {"attention_mask": mask}, "error") for x in (found, spoiled))
+    assert torch.equal(one, other)
+    assert measure_error(spoiled, wanted, {}, "error") > one
+
+
+def test_logits_are_compared_by_their_divergence() -> None:
+    class Output:
+        def __init__(self, logits: Tensor) -> None:
+            self.logits = logits
+
+    wanted, found = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    p, q = wanted.log_softmax(-1), found.log_softmax(-1)
+    torch.testing.assert_close(
+        measure_error(Output(found), Output(wanted), {}, "auto"), (p.exp() * (p - q)).sum(-1).mean()
+    )
+    assert measure_error(Output(wanted), Output(wanted), {}, "auto") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kept": 0.0}, "must lie between 0 and 1, got 0"),
+        ({"kept": 1.0}, "must lie between 0 and 1, got 1"),
+        ({"kept": 0.001}, "kept=0.001 is out of reach: thresholds keep between"),
+        ({"batches": []}, "at least one batch to tune on"),
+        ({"batches": draw_batches(1)}, "at least one batch to tune on"),
+        ({"batches": [torch.full((2, 3, 64, 64), float("nan"))] * 3}, "output is not finite"),
+        ({"forward": lambda batch: None}, "no tensor to compare"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_input_is_one_sentence(change: dict[str, Any], message: str) -> None:
+    model = build(**LATTE)
+    inputs = {"batches": draw_batches(4), "kept": KEPT, "steps": 2, "progress": False} | change
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        tune(model, inputs.pop("batches"), inputs.pop("kept"), **inputs)
+    assert all(p.requires_grad for name, p in model.named_parameters() if "pos_embed" not in name)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items()), "nothing is lost"
+
+
+@pytest.mark.parametrize("changes", [{"attention": "topk"}, {"attention": "latte", "trainable": False}], ids=str)
+def test_a_model_without_trainable_thresholds_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="has no trainable thresholds to tune"):
+        tune_quickly(build(**changes))
