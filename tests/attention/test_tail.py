@@ -1,5 +1,6 @@
 """The tail against its definition: dropped keys weigh by their mean score, times a factor of the head."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from thresher.attention import Call, Mechanism, Pattern, find, hyperparameters
-from thresher.attention.shared.tail import build_tail, count_tail_cost, sum_visible, weigh_with_tail
+from thresher.attention.shared.tail import RunningSums, build_tail, count_tail_cost, weigh_with_tail
 from thresher.testing.inputs import Inputs, attend, draw, gradients, noise_like, padded
 
 TAILED: list[tuple[str, dict[str, Any]]] = [
@@ -102,37 +103,43 @@ def test_nothing_dropped_is_softmax_attention(name: str, changes: dict[str, Any]
         assert torch.equal(one.cost.select, attend(build(name, pattern, **changes), inputs).cost.select)
 
 
-@pytest.mark.parametrize("pattern", Pattern)
-@pytest.mark.parametrize("masked", ["nothing", "padding", "left", "pairs"])
-def test_sums_are_those_of_the_visible_pairs(pattern: Pattern, masked: str) -> None:
-    mechanism = build("topk", pattern)
-    lengths = (7, 13) if pattern.cross else (13, 13)
-    inputs = draw(mechanism, lengths=lengths)
-    call = {
-        "nothing": Call(),
-        "padding": padded(pattern, lengths=lengths),
-        "left": padded(pattern, lengths=lengths, left=True),
-        "pairs": Call(pairs=noise_like(torch.empty(2, 1, *lengths)) > 0),
-    }[masked]
-    x = mechanism.prepare(inputs.q, inputs.k, inputs.v, call)
-    visible = torch.ones(2, 2, *lengths) if x.visible is None else x.visible.expand(2, 2, *lengths).double()
-    scores, values, number = sum_visible(x)
-    rows = visible.any(-1)
-    torch.testing.assert_close(number, visible.double().sum(-1))
-    torch.testing.assert_close(scores[rows], (x.scores() * visible).sum(-1)[rows])
-    torch.testing.assert_close(values.expand_as(x.q)[rows], (visible.double() @ x.v)[rows])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_running_sums_are_those_of_all_visible_tokens(hidden: bool) -> None:
+    k, v = noise_like(torch.empty(2, 3, 12, 5)), noise_like(torch.empty(2, 3, 12, 4), seed=1)
+    seen = torch.arange(12).expand(2, 12) >= torch.tensor([[0], [3]]) if hidden else None
+    if hidden:
+        k[1, :, :3], v[1, :, :3] = float("nan"), float("inf")
+    sums = RunningSums()
+    for m in (5, 5, 6, 9, 4, 12):  # the same again, one more, several more, cropped
+        shown = None if seen is None else seen[:, :m]
+        mask = torch.ones(2, m, dtype=torch.bool) if shown is None else shown
+        found = sums.read(k[:, :, :m], v[:, :, :m], shown)
+        for one, tokens in zip(found, (k, v), strict=True):
+            torch.testing.assert_close(one, tokens[:, :, :m].masked_fill(~mask[:, None, :, None], 0).sum(2))
+    swapped = sums.select(torch.tensor([1, 0])).read(k.flip(0), v.flip(0), None if seen is None else seen.flip(0))
+    for one, other in zip(swapped, found, strict=True):
+        assert torch.equal(one, other.flip(0))
 
 
-def test_later_tokens_never_reach_the_sums_of_a_row() -> None:
+def test_running_sums_begin_again_when_the_mask_of_earlier_tokens_changes() -> None:
+    k = torch.ones(1, 1, 4, 2)
+    sums = RunningSums()
+    sums.read(k[:, :, :3], k[:, :, :3], torch.tensor([[True, True, True]]))
+    changed = torch.tensor([[False, True, True, True]])
+    assert torch.equal(sums.read(k, k, changed).keys, torch.full((1, 1, 2), 3.0))
+    assert torch.equal(sums.read(k, k, None).keys, torch.full((1, 1, 2), 4.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "changes"), TAILED, ids=str)
+def test_later_tokens_never_reach_the_tail_of_a_row(name: str, changes: dict[str, Any], backend: str) -> None:
     """Bit for bit: running sums must not depend on what follows."""
-    mechanism = build("topk", Pattern.CAUSAL_SELF).float()
-    inputs = draw(mechanism, lengths=(300, 300), dtype=torch.float32)
-    whole = sum_visible(mechanism.prepare(inputs.q, inputs.k, inputs.v, Call()))
-    for n in (1, 63, 128, 299):
-        part = inputs.first(n)
-        sums = sum_visible(mechanism.prepare(part.q, part.k, part.v, Call()))
-        assert torch.equal(sums.values, whole.values[:, :, :n]) or n == 1
-        torch.testing.assert_close(sums.scores, whole.scores[:, :, :n])
+    mechanism = build(name, Pattern.CAUSAL_SELF, tail="mean", backend=backend, **changes).float()
+    inputs = draw(mechanism, lengths=(140, 140), dtype=torch.float32)
+    whole = attend(mechanism, inputs).out
+    changed = replace(inputs, k=inputs.k.clone(), v=inputs.v.clone())
+    changed.k[:, :, 77:], changed.v[:, :, 77:] = 100.0, -100.0
+    assert torch.equal(attend(mechanism, changed).out[:, :, :77], whole[:, :, :77])
 
 
 @settings(max_examples=60, deadline=None)

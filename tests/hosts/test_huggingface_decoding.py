@@ -14,6 +14,7 @@ from thresher import coded_cache, densify, inject, sparsify
 from thresher.attention import Call, KeyCodes, Prepared, available, find
 from thresher.attention.dense import Dense
 from thresher.attention.latte.mechanism import Latte
+from thresher.attention.shared import tail
 from thresher.hosts.__main__ import TEXT, TOKENS, build
 from thresher.hosts.huggingface.cache import CodedLayer
 
@@ -106,6 +107,31 @@ def test_generation_with_codes_of_keys_equals_generation_without(
     own = getattr(cache, "self_attention_cache", cache)
     layers = sum(isinstance(layer, CodedLayer) for layer in own.layers)
     assert coded == [coded[0]] * layers + [1] * 7 * layers
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation_with_sums_for_tails_equals_generation_without(
+    name: str, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name)
+    sparsify(model, "latte", threshold=0.5, tail="mean")
+    options = {"max_new_tokens": 8, "num_beams": beams, "do_sample": False, "eos_token_id": None}
+    ask = partial(model.generate, TOKENS, attention_mask=PADDED["left"], **options)
+    wanted = ask()
+    read: list[int] = []
+    sum_tokens = tail._sum_tokens
+
+    def counted(tokens: Tensor, shown: Tensor | None) -> Tensor:
+        read.append(tokens.shape[2])
+        return sum_tokens(tokens, shown)
+
+    monkeypatch.setattr(tail, "_sum_tokens", counted)
+    cache = coded_cache(model)
+    assert torch.equal(ask(**{CACHE: cache}), wanted)
+    own = getattr(cache, "self_attention_cache", cache)
+    layers = sum(isinstance(layer, CodedLayer) for layer in own.layers)
+    assert set(read[2 * layers :]) == {1}, "later steps read only their own token"
 
 
 def test_codes_go_with_the_keys_they_were_made_of() -> None:

@@ -3,16 +3,20 @@
 import torch
 from torch import Tensor
 
-from thresher.kernels.tail import NO_TAIL, TailInputs
-from thresher.testing.inputs import noise_like
+from thresher.kernels.calling import choose_sum_dtype
 
-WITHOUT = NO_TAIL._asdict()
+WITHOUT: dict[str, Tensor | None] = {"tail_factor": None}
+DECODED_WITHOUT: dict[str, Tensor | None] = {"key_sum": None, "value_sum": None, "tail_factor": None}
 
 
-def draw_tail(q: Tensor, v: Tensor, *, per_row: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
-    """Draw sums that belong to no keys: what an operator does with them is the same."""
-    (g, n), m = q.shape[:2], v.shape[1]
-    like = torch.empty(g, n, dtype=dtype or q.dtype)
-    values = noise_like(like.new_empty(g, n if per_row else 1, v.shape[2]))
-    tail = TailInputs(noise_like(like), values, torch.full_like(like, m), torch.full_like(like, 0.8))
-    return {name: x.requires_grad_(q.requires_grad and name != "tail_number") for name, x in tail._asdict().items()}
+def draw_tail(q: Tensor) -> dict[str, Tensor | None]:
+    """Give each group a tail with a factor of its own."""
+    factor = torch.linspace(0.6, 1.2, len(q), dtype=choose_sum_dtype(q))
+    return {"tail_factor": factor.requires_grad_(q.requires_grad)}
+
+
+def draw_decoded_tail(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor | None]:
+    """Give each row a tail over all keys of its group."""
+    dtype = choose_sum_dtype(q)
+    factor = torch.linspace(0.6, 1.2, q.shape[0] * q.shape[1], dtype=dtype).view(q.shape[:2])
+    return {"key_sum": k.to(dtype).sum(1), "value_sum": v.to(dtype).sum(1), "tail_factor": factor}

@@ -16,7 +16,6 @@ from thresher.attention.smyrf.mechanism import Smyrf
 from thresher.attention.topk import kernel as topk
 from thresher.attention.topk.mechanism import TopK
 from thresher.kernels.build import can_use
-from thresher.kernels.tail import NO_TAIL
 from thresher.testing.inputs import Inputs, attend, cast, draw, gradients, noise_like, padded
 
 pytestmark = pytest.mark.skipif(
@@ -92,7 +91,7 @@ def test_rounding_is_within_twice_that_of_pytorch(name: str, spread: float) -> N
 @pytest.mark.parametrize("n", [5, 60])
 def test_whole_scores_are_exact_so_that_the_same_keys_are_kept(head_dim: int, n: int) -> None:
     q, k, v = (noise_like(torch.empty(2, size, head_dim), size=3.0, seed=size).round() for size in (n, 77, 78))
-    given = (1.0, None, torch.full((2, n), 20), 20, None, *NO_TAIL)
+    given = (1.0, None, torch.full((2, n), 20), 20, None, None)
     whole = topk.attend(q, k, v[:, :77], *given)
     half = topk.attend(q.bfloat16(), k.bfloat16(), v[:, :77].bfloat16(), *given)
     assert torch.equal(half[2], whole[2])
@@ -154,10 +153,10 @@ def test_types_that_differ_are_read_as_one(name: str, other: torch.dtype) -> Non
 def test_operators_keep_the_rules_of_torch() -> None:
     q, k, v = (noise_like(torch.empty(2, 20, 7), seed=seed).bfloat16().requires_grad_() for seed in range(3))
     limit = torch.full((2, 20), 5)
-    torch.library.opcheck(topk.attend, (q, k, v, 0.5, None, limit, 5, None, *NO_TAIL))
+    torch.library.opcheck(topk.attend, (q, k, v, 0.5, None, limit, 5, None, None))
     bare = [x.detach() for x in (q, k, v)]
-    out, weight, index, tail_weight = topk.attend(*bare, 0.5, None, limit, 5, None, *NO_TAIL)
-    torch.library.opcheck(topk.back, (noise_like(out), *bare, 0.5, weight, index, tail_weight, None, *NO_TAIL))
+    out, weight, index, tail_weight = topk.attend(*bare, 0.5, None, limit, 5, None, None)
+    torch.library.opcheck(topk.back, (noise_like(out), *bare, 0.5, None, None, weight, index, tail_weight, None, None))
     token = torch.arange(20).expand(2, 20)
     of = torch.arange(20).div(10, rounding_mode="floor").expand(1, 2, 20)
     slots = token.unflatten(1, (2, 10))

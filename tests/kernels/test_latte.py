@@ -232,7 +232,7 @@ def test_operators_keep_the_rules_of_torch() -> None:
             inside=shift is None,
         )
         torch.library.opcheck(kernel.encode, (q.detach(), shift is None, 4, False))
-        for tail in (WITHOUT, draw_tail(q, v, per_row=shift is not None)):
+        for tail in (WITHOUT, draw_tail(q)):
             check_rules(q, k, v, gate, tail)
 
 

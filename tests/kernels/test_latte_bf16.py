@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.tails import WITHOUT
+from tests.kernels.tails import DECODED_WITHOUT, WITHOUT
 from tests.kernels.test_latte import assert_same_costs, check_rules, pair
 from thresher.attention import Call, Pattern
 from thresher.attention.latte import kernel
@@ -117,7 +117,7 @@ def _decoding(gate: kernel.Gate, rows: int) -> dict[str, object]:
     """Return what of a gate decoding takes, with a threshold for each row."""
     names = ("q_codes", "k_codes", "q_unit", "k_unit", "shown_k", "spread", "always_keep", "step")
     threshold = gate.threshold.detach()[:, None].expand(-1, rows)
-    return {name: getattr(gate, name) for name in names} | {"threshold": threshold} | WITHOUT
+    return {name: getattr(gate, name) for name in names} | {"threshold": threshold} | DECODED_WITHOUT
 
 
 def _decode(x: dict[str, Tensor], gate: kernel.Gate, rows: int) -> tuple[Tensor, Tensor]:

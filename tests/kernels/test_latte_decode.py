@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.tails import WITHOUT, draw_tail
+from tests.kernels.tails import DECODED_WITHOUT, draw_decoded_tail
 from tests.kernels.test_latte import assert_same_costs
 from tests.kernels.threads import with_threads
 from thresher.attention import Attended, Call, KeyCodes, Pattern
 from thresher.attention.latte.mechanism import Latte, kernel
+from thresher.attention.shared.tail import RunningSums
 from thresher.kernels.build import can_use
 from thresher.testing.inputs import Inputs, attend, draw, noise_like, padded
 
@@ -59,6 +60,36 @@ def test_it_is_the_last_row_of_pytorch(
             for one in found:
                 torch.testing.assert_close(one.out, whole, rtol=tolerance, atol=tolerance)
                 assert_same_costs(one, found[-1])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("head_dim", "length"), [(20, 133), (64, 64), (70, 1)])
+@torch.no_grad()
+def test_a_tail_is_that_of_the_last_row_of_pytorch(groups: int, head_dim: int, length: int) -> None:
+    ours, plain = pair(head_dim, tail="mean")
+    for mechanism in (ours, plain):
+        mechanism.tail.factor.copy_(torch.linspace(0, 1.2, 4))
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
+        inputs = draw(ours, lengths=(length, length), value_dim=11, groups=groups, dtype=dtype)
+        for call in (Call(), *(padded(ours.pattern, lengths=(length, length), left=left) for left in (False, True))):
+            sums, codes = RunningSums(), ours.encode_keys(inputs.k)
+            sums.read(inputs.k[:, :, :-1], inputs.v[:, :, :-1], None if call.keys is None else call.keys[:, :-1])
+            cached = replace(call, sums=sums.read(inputs.k, inputs.v, call.keys))
+            whole = attend(plain, inputs, call)
+            for one in (decoded(ours, inputs, call), decoded(ours, inputs, cached, codes)):
+                torch.testing.assert_close(one.out, whole.out[:, :, -1:], rtol=tolerance, atol=tolerance)
+                assert_same_costs(one, decoded(plain, inputs, call))
+
+
+def test_values_that_are_not_finite_reach_the_row_through_its_tail() -> None:
+    ours, _ = pair(tail="mean")
+    inputs = draw(ours, lengths=(30, 30))
+    dropped = replace(inputs, k=inputs.k.clone(), v=inputs.v.clone())
+    dropped.k[:, 1, 3] = -50 * inputs.q[:, 1, -1]  # head 1 alone
+    dropped.v[:, 1, 3, 0] = float("nan")
+    found = decoded(ours, dropped, Call()).out
+    assert found[:, 1].isnan().all()
+    assert found[:, [0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("est_bits", [2, 4, 8])
@@ -176,5 +207,5 @@ def test_the_operator_keeps_the_rules_of_torch() -> None:
     options = {"threshold": torch.ones(2, 3, dtype=q.dtype), "spread": True, "always_keep": 1, "step": 256.0}
     for shown in (None, torch.arange(20).expand(2, 20) > 5):
         given = {"q": q, "k": k, "v": v, "scale": 0.25, "shown_k": shown, **codes, **options}
-        for tail in (WITHOUT, draw_tail(q, v, per_row=False)):
+        for tail in (DECODED_WITHOUT, draw_decoded_tail(q, k, v)):
             torch.library.opcheck(kernel.decode, (), given | tail)

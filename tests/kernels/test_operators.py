@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import thresher.attention
-from tests.kernels.tails import WITHOUT
+from tests.kernels.tails import DECODED_WITHOUT, WITHOUT
 from thresher.attention.latte import kernel as latte
 from thresher.attention.mca import kernel as mca
 from thresher.attention.smyrf import kernel as smyrf
@@ -89,7 +89,7 @@ def decoding(sizes: Sizes, dtype: torch.dtype) -> Arguments:
     given = gated(sizes, dtype)
     for name in ("shown_q", "tau", "shift", "into_scores", "inside"):
         del given[name]
-    return given | {"threshold": given["threshold"][:, None].repeat(1, sizes[1])}
+    return given | DECODED_WITHOUT | {"threshold": given["threshold"][:, None].repeat(1, sizes[1])}
 
 
 def choosing(sizes: Sizes, dtype: torch.dtype) -> Arguments:
@@ -104,7 +104,9 @@ def choosing_back(sizes: Sizes, dtype: torch.dtype) -> Arguments:
     given = choosing(sizes, dtype)
     out, weight, index, tail_weight = topk.attend(**given)
     results = {"weight": weight, "index": index, "tail_weight": tail_weight, "out": None}
-    return {"grad": noise_like(out), **qkv(sizes, dtype), "scale": 0.5, **results, **WITHOUT}
+    for name in ("limit", "most"):
+        del given[name]
+    return {"grad": noise_like(out), **given, **results}
 
 
 def clustered(sizes: Sizes, dtype: torch.dtype) -> Arguments:

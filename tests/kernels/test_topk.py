@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.tails import draw_tail
+from tests.kernels.tails import WITHOUT, draw_tail
 from tests.kernels.threads import check_threads
 from thresher.attention import Call, Pattern
 from thresher.attention.shared.selection import find_largest
@@ -12,7 +12,6 @@ from thresher.attention.shared.tail import TailKind
 from thresher.attention.topk import kernel
 from thresher.attention.topk.mechanism import TopK
 from thresher.kernels.build import can_use
-from thresher.kernels.tail import NO_TAIL, TailInputs
 from thresher.testing.checks import check_compiled_equals_eager
 from thresher.testing.inputs import Inputs, attend, draw, gradients, noise_like, padded
 
@@ -76,7 +75,7 @@ def test_the_largest_scores_are_kept_of_equal_ones_the_lower_index(keys: int, dt
     scores[15:20] *= torch.tensor(1e30, dtype=dtype)
     limit = torch.full((40, queries), keys)
     q, k = torch.ones(40, queries, 1, dtype=dtype), scores[..., None]
-    _, _, index, _ = kernel.attend(q, k, torch.zeros_like(k), 1.0, None, limit, keys, None, *NO_TAIL)
+    _, _, index, _ = kernel.attend(q, k, torch.zeros_like(k), 1.0, None, limit, keys, None, None)
     wanted = find_largest(scores, keys).sort(-1).values
     assert torch.equal(index.long(), wanted[:, None].expand(40, queries, keys))
 
@@ -127,13 +126,13 @@ def test_operators_keep_the_rules_of_torch() -> None:
     limit, seen = torch.randint(0, 5, (2, 20)), torch.arange(20).expand(2, 20) > 5
     for hidden, shift in ((None, None), (seen, None), (None, 0)):
         limited = limit if shift is None else limit.minimum(torch.arange(20) + 1)
-        for tail in (NO_TAIL, TailInputs(**draw_tail(q, v, per_row=shift is not None))):
-            torch.library.opcheck(kernel.attend, (q, k, v, 0.5, hidden, limited, 5, shift, *tail))
-    for tail in (NO_TAIL, TailInputs(**draw_tail(q, v, per_row=False))):
-        tail = TailInputs(*(x if x is None else x.detach() for x in tail))
-        out, weight, index, tail_weight = kernel.attend(q, k, v, 0.5, None, limit, 5, None, *tail)
-        grad, *given = (x.detach() for x in (noise_like(out), q, k, v, weight, index, tail_weight, out))
-        torch.library.opcheck(kernel.back, (grad, *given[:3], 0.5, *given[3:], *tail))
+        for tail in (WITHOUT, draw_tail(q)):
+            given = {"q": q, "k": k, "v": v, "scale": 0.5, "seen": hidden, "shift": shift, **tail}
+            torch.library.opcheck(kernel.attend, (), given | {"limit": limited, "most": 5})
+            bare = {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
+            out, weight, index, tail_weight = kernel.attend(**bare, limit=limited, most=5)
+            results = {"weight": weight, "index": index, "tail_weight": tail_weight, "out": out}
+            torch.library.opcheck(kernel.back, (), bare | results | {"grad": noise_like(out)})
 
 
 def test_what_the_kernel_cannot_do_is_refused_or_left_to_pytorch() -> None:

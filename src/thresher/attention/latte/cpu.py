@@ -1,5 +1,6 @@
 """LATTE on CPUs, for training and decoding: estimates from integer codes, exact scores for kept pairs only."""
 
+import torch
 from torch import Tensor
 
 from thresher.attention.backends import Implementation
@@ -9,9 +10,8 @@ from thresher.attention.latte.mechanism import Latte
 from thresher.attention.prepared import Prepared
 from thresher.attention.shared.divergence import trace_rows, trace_vectors
 from thresher.attention.shared.functional import expand_heads
-from thresher.attention.shared.tail import build_tail_inputs
+from thresher.attention.shared.tail import RunningSums, expand_factor
 from thresher.kernels.calling import choose_sum_dtype, unify_types
-from thresher.kernels.tail import NO_TAIL
 
 
 class TrainingOnCpu(Implementation[Latte]):
@@ -62,8 +62,8 @@ class TrainingOnCpu(Implementation[Latte]):
             into_scores=mechanism.gate.into_scores,
             inside=mechanism.gate.surrogate == "inside",
         )
-        tail = build_tail_inputs(x, mechanism.tail, choose_sum_dtype(q))
-        out, kept, *_ = kernel.attend(q=q, k=k, v=v, scale=x.scale, **tail._asdict(), **gate._asdict())
+        factor = expand_factor(mechanism.tail, x, choose_sum_dtype(q))
+        out, kept, *_ = kernel.attend(q=q, k=k, v=v, scale=x.scale, tail_factor=factor, **gate._asdict())
         of_q, of_k = (trace_vectors(unit.unflatten(0, (b, h))[..., None]) for unit in (q_unit, k_unit))
         if mechanism.tail is None:
             x.trace = trace_codes(of_q, of_k, x)
@@ -78,8 +78,6 @@ class DecodingOnCpu(TrainingOnCpu):
     def explain_refusal(self, mechanism: Latte, x: Prepared) -> str | None:
         if x.n != 1 or mechanism.pattern is not Pattern.CAUSAL_SELF or mechanism.wants_gradient(x):
             return "it only decodes: one query of causal self attention, without gradient"
-        if mechanism.tail is not None:
-            return "it has no tail"
         return super().explain_refusal(mechanism, x)
 
     def run(self, mechanism: Latte, x: Prepared) -> Attended:
@@ -91,7 +89,13 @@ class DecodingOnCpu(TrainingOnCpu):
         q_codes, q_unit = mechanism.encode(q)
         codes = x.call.codes
         k_codes, k_unit = mechanism.encode(k) if codes is None else (each.flatten(0, 1) for each in codes)
-        keys = x.call.keys
+        keys, sums, dtype = x.call.keys, None, choose_sum_dtype(q)
+        tail: dict[str, Tensor | None] = dict.fromkeys(("key_sum", "value_sum", "tail_factor"))
+        if mechanism.tail is not None:
+            sums = x.call.sums or RunningSums().read(x.grouped_k, x.grouped_v, keys)
+            factor = mechanism.tail.values().to(dtype).expand(b, h).reshape(b * groups, rows)
+            of_keys, of_values = (each.to(dtype).flatten(0, 1) for each in sums)
+            tail = {"key_sum": of_keys, "value_sum": of_values, "tail_factor": factor}
         out, kept = kernel.decode(
             q=q,
             k=k,
@@ -106,9 +110,11 @@ class DecodingOnCpu(TrainingOnCpu):
             always_keep=mechanism.always_keep,
             step=compute_code_step(mechanism) ** 2,
             scale=x.scale,
-            **NO_TAIL._asdict(),
+            **tail,
         )
         of_q, of_k = (trace_vectors(unit.reshape(b, -1, length, 1)) for unit, length in ((q_unit, 1), (k_unit, m)))
+        if sums is not None:  # of every visible key and value
+            of_q = of_q + trace_vectors(torch.cat(sums, -1)).repeat_interleave(rows, 1)[..., None]
         x.trace = trace_codes(of_q, of_k.repeat_interleave(rows, 1), x)
         kept = kept.view(b, h)
         if x.call.queries is not None:

@@ -18,7 +18,7 @@ from thresher.kernels.operators import (
     place_gradients,
     save_for_backward,
 )
-from thresher.kernels.tail import TailInputs, place_tail_gradients
+from thresher.kernels.tail import new_factor_gradients, new_tail_weights, place_factor_gradients
 
 
 class Gate(NamedTuple):
@@ -102,7 +102,7 @@ def _new_codes(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("thresher::latte_attend", mutates_args=())
 @flatten
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, tail: TailInputs, gate: Gate
+    q: Tensor, k: Tensor, v: Tensor, scale: float, tail_factor: Tensor | None, gate: Gate
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attend to the keys whose estimate lies within the threshold of the best of their row.
 
@@ -111,7 +111,7 @@ def attend(
         k: Keys [g, m, d].
         v: Values [g, m, dv].
         scale: Factor that turns products of queries and keys into scores.
-        tail: What dropped keys weigh.
+        tail_factor: What the weights of dropped keys are multiplied by [g], in the type of sums; None is no tail.
         gate: How to select keys.
 
     Returns:
@@ -120,7 +120,7 @@ def attend(
         factor ([g, 0] without a tail).
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out, row_max, row_sum, tail_weight = _new_results(q, v, tail)
+    out, row_max, row_sum, tail_weight = _new_results(q, v, tail_factor)
     kept = q.new_empty(q.shape[:2], dtype=torch.int32)
     call(
         "latte",
@@ -135,7 +135,7 @@ def attend(
         row_max=row_max,
         row_sum=row_sum,
         tail_weight=tail_weight,
-        **tail.fields(),
+        tail_factor=None if tail_factor is None else tail_factor.contiguous(),
         **_gate_fields(q, v, gate),
     )
     return out, kept.sum(-1).to(out.dtype), row_max, row_sum, tail_weight
@@ -144,16 +144,16 @@ def attend(
 @attend.register_fake
 @flatten
 def _(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, tail: TailInputs, gate: Gate
+    q: Tensor, k: Tensor, v: Tensor, scale: float, tail_factor: Tensor | None, gate: Gate
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out, row_max, row_sum, tail_weight = _new_results(q, v, tail)
+    out, row_max, row_sum, tail_weight = _new_results(q, v, tail_factor)
     return out, out.new_empty(out.shape[0]), row_max, row_sum, tail_weight
 
 
-def _new_results(q: Tensor, v: Tensor, tail: TailInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _new_results(q: Tensor, v: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (g, n, _), dv, dtype = q.shape, v.shape[2], choose_sum_dtype(q)
     out, row_max, row_sum = (q.new_empty(*size, dtype=dtype) for size in ((g, n, dv), (g, n), (g, n)))
-    return out, row_max, row_sum, tail.new_rows(q, dtype)
+    return out, row_max, row_sum, new_tail_weights(q, dtype, factor)
 
 
 @torch.library.custom_op("thresher::latte_back", mutates_args=())
@@ -169,15 +169,15 @@ def back(
     k: Tensor,
     v: Tensor,
     scale: float,
-    tail: TailInputs,
+    tail_factor: Tensor | None,
     gate: Gate,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients to queries, keys, values and thresholds, with recomputed estimates, and those of tails.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients to queries, keys, values, thresholds and factors of tails, with recomputed estimates.
 
-    The last two are the gradients to the sums of scores and to the factors, [g, n]; [g, 0] without a tail.
+    Without a tail there is no gradient to factors, [0].
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    grad_q, grad_k, grad_v, grad_threshold, grad_scores, grad_factor = _new_gradients(q, k, v, gate.threshold, tail)
+    grad_q, grad_k, grad_v, grad_threshold, grad_factor = _new_gradients(q, k, v, gate.threshold, tail_factor)
     call(
         "latte",
         "back",
@@ -199,12 +199,11 @@ def back(
         grad_values=grad_v,
         grad_threshold=grad_threshold,
         tail_weight=tail_weight.contiguous(),
-        grad_tail_scores=grad_scores,
+        tail_factor=None if tail_factor is None else tail_factor.contiguous(),
         grad_tail_factor=grad_factor,
-        **tail.fields(),
         **_gate_fields(q, v, gate),
     )
-    return grad_q, grad_k, grad_v, grad_threshold, grad_scores, grad_factor
+    return grad_q, grad_k, grad_v, grad_threshold, grad_factor
 
 
 @back.register_fake
@@ -220,23 +219,21 @@ def _(
     k: Tensor,
     v: Tensor,
     scale: float,
-    tail: TailInputs,
+    tail_factor: Tensor | None,
     gate: Gate,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _new_gradients(q, k, v, gate.threshold, tail)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _new_gradients(q, k, v, gate.threshold, tail_factor)
 
 
 def _new_gradients(
-    q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, tail: TailInputs
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, factor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = choose_sum_dtype(q)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
-    of_tail = tail.new_rows(q, dtype), tail.new_rows(q, dtype)
-    return grad_q, grad_k, grad_v, threshold.new_empty(threshold.shape), *of_tail
+    return grad_q, grad_k, grad_v, threshold.new_empty(threshold.shape), new_factor_gradients(q, dtype, factor)
 
 
 @torch.library.custom_op("thresher::latte_decode", mutates_args=())
-@flatten
 def decode(
     q: Tensor,
     k: Tensor,
@@ -251,7 +248,9 @@ def decode(
     always_keep: int,
     step: float,
     scale: float,
-    tail: TailInputs,
+    key_sum: Tensor | None,
+    value_sum: Tensor | None,
+    tail_factor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attend like `attend`, without gradient, for queries that see all keys of their group.
 
@@ -271,6 +270,9 @@ def decode(
         always_keep: See `Gate`.
         step: See `Gate`.
         scale: See `attend`.
+        key_sum: Sums of the visible keys [g, d], in the type of sums; None without a tail.
+        value_sum: Sums of their values [g, dv].
+        tail_factor: What the weights of dropped keys are multiplied by [g, r]; None is no tail.
 
     Returns:
         Outputs [g, r, dv] and the number of kept keys [g, r], in the type of sums.
@@ -300,7 +302,9 @@ def decode(
         always_keep=always_keep,
         step=step,
         scale=scale,
-        **tail.fields(),
+        key_sum=None if key_sum is None else key_sum.contiguous(),
+        value_sum=None if value_sum is None else value_sum.contiguous(),
+        tail_factor=None if tail_factor is None else tail_factor.contiguous(),
         out=out,
         kept=kept,
     )
@@ -349,10 +353,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 def _backward(ctx: Any, grad: Tensor, grad_kept: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     saved = load_saved_values(ctx)
     inputs = saved | {"grad": grad, "grad_kept": grad_kept}
-    *of_tokens, grad_threshold, grad_scores, grad_factor = call_by_name(back, inputs)
+    *of_tokens, grad_threshold, grad_factor = call_by_name(back, inputs)
     gradients = {name: x.to(saved["q"].dtype) for name, x in zip("qkv", of_tokens, strict=True)}
-    tail = TailInputs(*(saved[name] for name in TailInputs._fields))
-    of_tail = place_tail_gradients(grad, saved["tail_weight"], grad_scores, grad_factor, tail)
+    of_tail = place_factor_gradients(grad_factor, saved["tail_factor"])
     return place_gradients(attend, saved, **gradients, threshold=grad_threshold, **of_tail)
 
 

@@ -7,21 +7,20 @@ key of a row weighs as if its score were mu, the mean score of all dropped keys,
 
 Up to a factor of 1 the tail never has more mass than was dropped: exp(mu) is at most the mean of exp(S_j) (Jensen).
 All dropped keys of a row weigh alike, so that sums over the visible keys and values, less those that are kept, say all
-there is to say about them: `sum_visible` makes these sums, in time and memory linear in the number of tokens. Where a
-row drops nothing it has no tail.
+there is to say about them. Kernels make these sums, running ones in causal attention, in time and memory linear in the
+number of tokens (`kernels/csrc/tail.h`). Where a row drops nothing it has no tail.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from thresher.attention.contract import TokenSums
 from thresher.attention.options import check_choice
 from thresher.attention.prepared import Prepared
 from thresher.attention.shared.functional import MAX_EXCESS, clamp_from_below, promote_to_fp32
-from thresher.attention.shared.visibility import hides_later_keys
-from thresher.kernels.tail import NO_TAIL, TailInputs
 
 TailKind = Literal["none", "mean"]
 
@@ -84,47 +83,55 @@ def weigh_with_tail(
     return weights / torch.where(total.detach() > 0, total, 1)
 
 
-class VisibleSums(NamedTuple):
-    """Sums over the keys that each query sees.
-
-    Attributes:
-        scores: Of scores, without the call's bias, [b, h, n].
-        values: Of values, [b, h, n, dv], or [b, h, 1, dv] where all queries see the same keys.
-        number: How many keys these are, [b, h, n].
-    """
-
-    scores: Float[Tensor, "b h n"]
-    values: Float[Tensor, "b h #n dv"]
-    number: Float[Tensor, "b h n"]
+def expand_factor(tail: Tail | None, x: Prepared, dtype: torch.dtype) -> Float[Tensor, " g"] | None:
+    """Return the factor of each group of a kernel's call, for every example and head; None without a tail."""
+    return None if tail is None else tail.values().to(dtype).expand(x.batch, x.heads).flatten()
 
 
-def sum_visible(x: Prepared) -> VisibleSums:
-    """Sum the scores and the values of the keys that each query sees, in fp32 at least, differentiably.
+class RunningSums:
+    """Sums over the visible keys and values of a growing cache; each reading adds the tokens since the last one."""
 
-    The sum of a row's scores is the product of its query with the sum of its keys. Of padded keys nothing is added. In
-    causal self attention sums run along the sequence; a mask of pairs is multiplied with the tokens.
-    """
-    q, k, v = (promote_to_fp32(tokens) for tokens in (x.q, x.k, x.v))
-    if x.call.pairs is not None:
-        visible = x.visible
-        assert visible is not None
-        shown = visible.to(k.dtype).expand(-1, -1, x.n, -1)
-        keys, values = shown @ k, shown @ v
-    elif hides_later_keys(x.call, x.pattern, x.n, x.m):
-        keys, values = (tokens.cumsum(2)[:, :, x.m - x.n :] for tokens in (k, v))
-    else:
-        keys, values = (tokens.sum(2, keepdim=True) for tokens in (k, v))
-    number = x.visible_keys.to(q.dtype).expand(x.batch, x.heads, x.n)
-    return VisibleSums((q * keys).sum(-1) * x.scale, values, number)
+    def __init__(self) -> None:
+        self.tokens = 0  # that are in the sums
+        self.seen: Tensor | None = None
+        self.sums: TokenSums | None = None
+
+    def read(
+        self, k: Float[Tensor, "b hk m d"], v: Float[Tensor, "b hk m dv"], seen: Bool[Tensor, "b m"] | None
+    ) -> TokenSums:
+        """Return the sums over all tokens so far; a mask that changes for earlier tokens begins again.
+
+        Args:
+            k: All keys.
+            v: All values.
+            seen: Keys that are visible; None means all.
+        """
+        start = self.tokens if self._continues(seen, k.shape[2]) else 0
+        shown = None if seen is None else seen[:, None, start:, None]
+        new = TokenSums(*(_sum_tokens(tokens[:, :, start:], shown) for tokens in (k, v)))
+        old = self.sums if start else None
+        self.sums = new if old is None else TokenSums(*(a + b for a, b in zip(old, new, strict=True)))
+        self.tokens, self.seen = k.shape[2], seen
+        return self.sums
+
+    def select(self, rows: Int[Tensor, " b"]) -> "RunningSums":
+        """Return the sums of some examples."""
+        other = RunningSums()
+        other.tokens, other.seen = self.tokens, None if self.seen is None else self.seen[rows]
+        other.sums = self.sums and TokenSums(*(x[rows] for x in self.sums))
+        return other
+
+    def _continues(self, seen: Tensor | None, m: int) -> bool:
+        if self.sums is None or self.tokens > m:
+            return False
+        if seen is None or self.seen is None:
+            return seen is self.seen
+        return torch.equal(seen[:, : self.tokens], self.seen)
 
 
-def build_tail_inputs(x: Prepared, tail: Tail | None, dtype: torch.dtype) -> TailInputs:
-    """Build what a kernel computes tails from, for b h groups of queries, in the type of its sums."""
-    if tail is None:
-        return NO_TAIL
-    scores, values, number = sum_visible(x)
-    factor = tail.values()[:, None].expand_as(number)
-    return TailInputs(*(each.to(dtype).flatten(0, 1) for each in (scores, values, number, factor)))
+def _sum_tokens(tokens: Tensor, shown: Tensor | None) -> Tensor:
+    tokens = promote_to_fp32(tokens)
+    return (tokens if shown is None else tokens.masked_fill(~shown, 0)).sum(2)
 
 
 def count_tail_cost(x: Prepared, kept: Float[Tensor, "b h"]) -> Float[Tensor, "b h"]:

@@ -4,7 +4,7 @@ from thresher.attention.backends import Implementation
 from thresher.attention.contract import Attended
 from thresher.attention.prepared import Prepared
 from thresher.attention.shared.selection import count_kept_keys
-from thresher.attention.shared.tail import build_tail_inputs
+from thresher.attention.shared.tail import expand_factor
 from thresher.attention.topk import kernel
 from thresher.attention.topk.mechanism import TopK
 from thresher.kernels.calling import choose_sum_dtype, unify_types
@@ -37,6 +37,6 @@ class TopKOnCpu(Implementation[TopK]):
             limit=limits,
             most=count_kept_keys(mechanism.keys, x.m),
             shift=x.causal_shift,
-            **build_tail_inputs(x, mechanism.tail, choose_sum_dtype(q))._asdict(),
+            tail_factor=expand_factor(mechanism.tail, x, choose_sum_dtype(q)),
         )
         return mechanism.charge(x, out.unflatten(0, (x.batch, x.heads)))

@@ -12,17 +12,15 @@ from torch import Tensor
 from thresher.kernels.calling import call, choose_sum_dtype
 from thresher.kernels.operators import (
     call_by_name,
-    flatten,
     load_saved_values,
     name_inputs,
     place_gradients,
     save_for_backward,
 )
-from thresher.kernels.tail import TailInputs, place_tail_gradients
+from thresher.kernels.tail import new_factor_gradients, new_tail_weights, place_factor_gradients
 
 
 @torch.library.custom_op("thresher::topk_attend", mutates_args=())
-@flatten
 def attend(
     q: Tensor,
     k: Tensor,
@@ -32,7 +30,7 @@ def attend(
     limit: Tensor,
     most: int,
     shift: int | None,
-    tail: TailInputs,
+    tail_factor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attend to the keys with the largest scores, the lower index first if equal; NaN counts as largest.
 
@@ -45,7 +43,7 @@ def attend(
         limit: Number of keys that each query keeps, int64 [g, n]; at most as many as it sees.
         most: The largest limit.
         shift: Query i sees keys j <= i + shift; None without causality.
-        tail: What dropped keys weigh.
+        tail_factor: What the weights of dropped keys are multiplied by [g], in the type of sums; None is no tail.
 
     Returns:
         Outputs [g, n, dv] and weights [g, n, most], in the type of sums; the key of each weight, int32, ascending, -1
@@ -53,7 +51,7 @@ def attend(
         tail, weights are what kept keys weigh more than dropped ones.
     """
     q, k, v, limit = q.contiguous(), k.contiguous(), v.contiguous(), limit.contiguous()
-    out, weight, index, tail_weight = _new_results(q, v, most, tail)
+    out, weight, index, tail_weight = _new_results(q, v, most, tail_factor)
     call(
         "topk",
         "attend",
@@ -66,18 +64,17 @@ def attend(
         limit=limit,
         causal=shift is not None,
         shift=shift or 0,
+        tail_factor=None if tail_factor is None else tail_factor.contiguous(),
         out=out,
         weights=weight,
         tail_weight=tail_weight,
         kept=index,
         **_sizes(q, v, most),
-        **tail.fields(),
     )
     return out, weight, index, tail_weight
 
 
 @attend.register_fake
-@flatten
 def _(
     q: Tensor,
     k: Tensor,
@@ -87,15 +84,15 @@ def _(
     limit: Tensor,
     most: int,
     shift: int | None,
-    tail: TailInputs,
+    tail_factor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _new_results(q, v, most, tail)
+    return _new_results(q, v, most, tail_factor)
 
 
-def _new_results(q: Tensor, v: Tensor, most: int, tail: TailInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _new_results(q: Tensor, v: Tensor, most: int, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = choose_sum_dtype(q)
     out, weight = (q.new_empty(*q.shape[:2], width, dtype=dtype) for width in (v.shape[2], most))
-    return out, weight, q.new_empty(*q.shape[:2], most, dtype=torch.int32), tail.new_rows(q, dtype)
+    return out, weight, q.new_empty(*q.shape[:2], most, dtype=torch.int32), new_tail_weights(q, dtype, factor)
 
 
 def _sizes(q: Tensor, v: Tensor, most: int) -> dict[str, int]:
@@ -104,26 +101,26 @@ def _sizes(q: Tensor, v: Tensor, most: int) -> dict[str, int]:
 
 
 @torch.library.custom_op("thresher::topk_back", mutates_args=())
-@flatten
 def back(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: float,
+    seen: Tensor | None,
+    shift: int | None,
     weight: Tensor,
     index: Tensor,
     tail_weight: Tensor,
     out: Tensor | None,
-    tail: TailInputs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients to queries, keys and values, with the selection held constant, and those of tails.
+    tail_factor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients to queries, keys and values, with the selection held constant, and to factors of tails.
 
-    The last two are the gradients to the sums of scores and to the factors, [g, n]; [g, 0] without a tail. `out` is
-    needed with a tail only.
+    `out` is needed with a tail only. Without one there is no gradient to factors, [0].
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    grad_q, grad_k, grad_v, grad_scores, grad_factor = _new_gradients(q, k, v, tail)
+    grad_q, grad_k, grad_v, grad_factor = _new_gradients(q, k, v, tail_factor)
     call(
         "topk",
         "back",
@@ -132,6 +129,10 @@ def back(
         keys=k,
         values=v,
         scale=scale,
+        seen=None if seen is None else seen.contiguous(),
+        causal=shift is not None,
+        shift=shift or 0,
+        tail_factor=None if tail_factor is None else tail_factor.contiguous(),
         weights=weight.contiguous(),
         kept=index.contiguous(),
         tail_weight=tail_weight.contiguous(),
@@ -140,51 +141,49 @@ def back(
         grad_queries=grad_q,
         grad_keys=grad_k,
         grad_values=grad_v,
-        grad_tail_scores=grad_scores,
         grad_tail_factor=grad_factor,
         **_sizes(q, v, weight.shape[2]),
-        **tail.fields(),
     )
-    return grad_q, grad_k, grad_v, grad_scores, grad_factor
+    return grad_q, grad_k, grad_v, grad_factor
 
 
 @back.register_fake
-@flatten
 def _(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: float,
+    seen: Tensor | None,
+    shift: int | None,
     weight: Tensor,
     index: Tensor,
     tail_weight: Tensor,
     out: Tensor | None,
-    tail: TailInputs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _new_gradients(q, k, v, tail)
+    tail_factor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _new_gradients(q, k, v, tail_factor)
 
 
-def _new_gradients(q: Tensor, k: Tensor, v: Tensor, tail: TailInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _new_gradients(q: Tensor, k: Tensor, v: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = choose_sum_dtype(q)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
-    return grad_q, grad_k, grad_v, tail.new_rows(q, dtype), tail.new_rows(q, dtype)
+    return grad_q, grad_k, grad_v, new_factor_gradients(q, dtype, factor)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     out, weight, index, tail_weight = output
     ctx.mark_non_differentiable(weight, index, tail_weight)
     given = name_inputs(attend, inputs)
-    read_again = {name: given[name] for name in ("q", "k", "v", "scale", *TailInputs._fields)}
+    read_again = {name: given[name] for name in ("q", "k", "v", "scale", "seen", "shift", "tail_factor")}
     results = {"weight": weight, "index": index, "tail_weight": tail_weight}
-    save_for_backward(ctx, read_again | results | {"out": None if given["tail_scores"] is None else out})
+    save_for_backward(ctx, read_again | results | {"out": None if given["tail_factor"] is None else out})
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     saved = load_saved_values(ctx)
-    *gradients, grad_scores, grad_factor = call_by_name(back, saved | {"grad": grad})
-    tail = TailInputs(*(saved[name] for name in TailInputs._fields))
-    of_tail = place_tail_gradients(grad, saved["tail_weight"], grad_scores, grad_factor, tail)
+    *gradients, grad_factor = call_by_name(back, saved | {"grad": grad})
+    of_tail = place_factor_gradients(grad_factor, saved["tail_factor"])
     of_tokens = {name: x.to(saved["q"].dtype) for name, x in zip("qkv", gradients, strict=True)}
     return place_gradients(attend, saved, **of_tokens, **of_tail)
 

@@ -1,4 +1,4 @@
-"""A cache for generation that keeps the codes of keys, so that a step codes only its own token."""
+"""A cache for generation that keeps codes of keys and sums for tails, so that a step reads only its own token."""
 
 from typing import Any
 
@@ -7,8 +7,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from thresher.attention.contract import KeyCodes
+from thresher.attention.contract import KeyCodes, TokenSums
 from thresher.attention.mechanism import Mechanism
+from thresher.attention.shared.tail import RunningSums
 from thresher.hosts.core import Guest
 
 
@@ -40,9 +41,9 @@ def coded_cache(model: PreTrainedModel) -> Cache:
 
 
 class CodedLayer(DynamicLayer):
-    """The growing keys and values of one layer, and the codes of the keys.
+    """The growing keys and values of one layer, the codes of the keys, and running sums for a tail.
 
-    Codes belong to one tensor of keys. If another tensor replaces it without its codes, all keys are coded again.
+    Codes and sums belong to one tensor of keys. If another tensor replaces it without them, all tokens are read again.
     """
 
     def __init__(self, mechanism: Mechanism) -> None:
@@ -50,8 +51,9 @@ class CodedLayer(DynamicLayer):
         self.mechanism = mechanism
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        old = find_codes(self.keys, self.mechanism)
+        old, sums = find_codes(self.keys, self.mechanism), getattr(self.keys, "_sums", RunningSums())
         keys, values = super().update(key_states, value_states, *args, **kwargs)
+        keys._sums = sums  # type: ignore[attr-defined]
         new = self.mechanism.encode_keys(keys if old is None else key_states)
         if new is not None:
             codes = new if old is None else KeyCodes(*(torch.cat(both, 2) for both in zip(old, new, strict=True)))
@@ -59,8 +61,10 @@ class CodedLayer(DynamicLayer):
         return keys, values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        codes = find_codes(self.keys, self.mechanism)
+        codes, sums = find_codes(self.keys, self.mechanism), getattr(self.keys, "_sums", RunningSums())
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # annotated as LongTensor
+        if self.keys is not None:
+            self.keys._sums = sums.select(beam_idx)  # type: ignore[attr-defined]
         if codes is not None and self.keys is not None:
             kept = KeyCodes(*(x.index_select(0, beam_idx.to(x.device)) for x in codes))
             _attach_codes(self.keys, self.mechanism, kept)
@@ -70,6 +74,12 @@ def find_codes(keys: Tensor | None, mechanism: Mechanism) -> KeyCodes | None:
     """Find the codes of keys that a `CodedLayer` keeps for this mechanism; None without any."""
     of, codes = getattr(keys, "_codes", (None, None))
     return codes if of is mechanism else None
+
+
+def read_sums(keys: Tensor, values: Tensor, seen: Tensor | None, mechanism: Any) -> TokenSums | None:
+    """Read the sums for the tail of a single query from the keys of a `CodedLayer`; None if there is no need."""
+    sums: RunningSums | None = getattr(keys, "_sums", None)
+    return None if sums is None or getattr(mechanism, "tail", None) is None else sums.read(keys, values, seen)
 
 
 def _attach_codes(keys: Tensor, mechanism: Mechanism, codes: KeyCodes) -> None:

@@ -1,32 +1,107 @@
 // The tail of a row: what its dropped keys weigh, each as their mean score says (attention/shared/tail.py).
+//
+// A tail needs sums over all keys that a query sees, of keys and of values. They are the same for all queries of a group,
+// or run along the sequence where attention is causal: memory and time are linear in the number of tokens.
 
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
-#include "arguments.h"
+#include "bf16.h"
 #include "gathered.h"
+#include "parallel.h"
 #include "vector.h"
 
 namespace thresher {
 
 constexpr double MAX_EXCESS = 30;  // nats by which a dropped key may outweigh the best kept one
 
-// Sums are over the keys that a query sees.
-#define TAIL(FIELD)                                                                                     \
-    FIELD(const T*, tail_scores)        /* sums of scores, [groups, n], or null: there is no tail */    \
-    FIELD(const T*, tail_values)        /* sums of values, [groups, n, dv], or [groups, dv] */          \
-    FIELD(const T*, tail_number)        /* of keys, [groups, n] */                                      \
-    FIELD(const T*, tail_factor)        /* [groups, n] */                                               \
-    FIELD(int64_t, tail_per_row)        /* each query has sums of values of its own */
+// The tokens of all groups, and which keys a query sees: those of `seen`, up to key i + shift where causal.
+template <class S>
+struct Tokens {
+    const S *queries, *keys, *values;  // [groups, n, d], [groups, m, d], [groups, m, dv]
+    const uint8_t* seen;               // [groups, m], or null
+    int64_t groups, n, m, d, dv, causal, shift;
+    double scale;  // of scores
+
+    bool shows(int64_t g, int64_t j) const { return !seen || seen[g * m + j]; }
+    int64_t end(int64_t i) const { return causal ? std::clamp<int64_t>(i + shift + 1, 0, m) : m; }
+};
+
+// What the tail of one row is made of; sums are over the keys that its query sees.
 template <class T>
-struct Tail {
-    THRESHER_FIELDS(TAIL)
-    explicit operator bool() const { return tail_scores != nullptr; }
-    const T* values(int64_t row, int64_t group, int64_t dv) const {
-        return tail_values + (tail_per_row ? row : group) * dv;
+struct RowTail {
+    T factor = 0;               // of a dropped key's weight
+    T number = 0;               // of these keys
+    T scores = 0;               // their sum
+    const T* values = nullptr;  // their sum
+};
+
+template <class T, class S>
+inline void add_row(T* sum, const S* row, int64_t width) {
+    for (int64_t c = 0; c < width; ++c) sum[c] += as_number(row[c]);
+}
+template <class T, class S>
+inline void add_row(T* sum, T share, const S* row, int64_t width) {
+    for (int64_t c = 0; c < width; ++c) sum[c] += share * as_number(row[c]);
+}
+
+// Call look(i, sum) for each query of a group, with the sum of the rows [m, width] that it sees.
+template <class S, class T, class Look>
+inline void sum_seen(const Tokens<S>& tokens, int64_t g, const S* rows, int64_t width, std::vector<T>& sum, Look&& look) {
+    sum.assign(width, T(0));
+    int64_t j = 0;
+    for (int64_t i = 0; i < tokens.n; ++i) {
+        for (; j < tokens.end(i); ++j)
+            if (tokens.shows(g, j)) add_row(sum.data(), rows + (g * tokens.m + j) * width, width);
+        look(i, sum.data());
+    }
+}
+
+// The tails of all rows; without factors there are none.
+template <class S, class T = Number<S>>
+class Tails {
+  public:
+    Tails(const Tokens<S>& tokens, const T* factor, int64_t threads) : tokens(tokens), factor(factor) {
+        if (!factor) return;
+        const int64_t rows = tokens.groups * tokens.n;
+        scores.resize(rows);
+        number.resize(rows);
+        values.resize((tokens.causal ? rows : tokens.groups) * tokens.dv);
+        parallel_for(2 * tokens.groups, threads, [] { return std::vector<T>(); }, [&](int64_t task, std::vector<T>& sum) {
+            task % 2 ? sum_values(task / 2, sum) : sum_keys(task / 2, sum);
+        });
+    }
+
+    explicit operator bool() const { return factor != nullptr; }
+    RowTail<T> row(int64_t row) const {
+        const int64_t g = row / tokens.n;
+        return {factor[g], number[row], scores[row], &values[(tokens.causal ? row : g) * tokens.dv]};
+    }
+
+  private:
+    const Tokens<S> tokens;
+    const T* factor;  // [groups]
+    std::vector<T> scores, number, values;
+
+    void sum_keys(int64_t g, std::vector<T>& sum) {
+        int64_t j = 0, seen = 0;
+        sum_seen(tokens, g, tokens.keys, tokens.d, sum, [&](int64_t i, const T* all) {
+            for (; j < tokens.end(i); ++j) seen += tokens.shows(g, j);
+            const int64_t row = g * tokens.n + i;
+            number[row] = T(seen);
+            scores[row] = dot(all, tokens.queries + row * tokens.d, tokens.d) * T(tokens.scale);
+        });
+    }
+
+    void sum_values(int64_t g, std::vector<T>& sum) {
+        const int64_t dv = tokens.dv;
+        sum_seen(tokens, g, tokens.values, dv, sum, [&](int64_t i, const T* all) {
+            if (tokens.causal || i == 0) std::copy_n(all, dv, &values[(tokens.causal ? g * tokens.n + i : g) * dv]);
+        });
     }
 };
 
@@ -45,11 +120,11 @@ T sum_of(const T* x, int64_t number) {
 // it they are what each kept key weighs more than a dropped one, and row_sum includes the tail. Return the weight of a
 // dropped key, less its factor. `sum` is that of the scores of kept keys.
 template <class T>
-inline T weigh_tail(const Tail<T>& tail, int64_t row, int64_t number, T sum, T row_max, T& row_sum, T* weight) {
-    const T dropped = tail.tail_number[row] - T(number);
+inline T weigh_tail(const RowTail<T>& tail, int64_t number, T sum, T row_max, T& row_sum, T* weight) {
+    const T dropped = tail.number - T(number);
     if (number == 0 || dropped < T(0.5)) return T(0);
-    const T mean = (tail.tail_scores[row] - sum) / dropped;
-    const T one = std::exp(std::min(mean - row_max, T(MAX_EXCESS))), share = one * tail.tail_factor[row];
+    const T mean = (tail.scores - sum) / dropped;
+    const T one = std::exp(std::min(mean - row_max, T(MAX_EXCESS))), share = one * tail.factor;
     const T all = row_sum + share * dropped, kept = row_sum / all, less = share / all;
     for (int64_t j = 0; j < number; ++j) weight[j] = weight[j] * kept - less;
     row_sum = all;
@@ -58,14 +133,13 @@ inline T weigh_tail(const Tail<T>& tail, int64_t row, int64_t number, T sum, T r
 
 // Set a row's output to what all its visible keys would add to it at the weight of a dropped one.
 template <class T>
-inline void start_row(const Tail<T>& tail, int64_t row, int64_t group, int64_t dv, T weight, T* out) {
-    if (!tail || weight == T(0)) {
+inline void start_row(const RowTail<T>& tail, int64_t dv, T less_factor, T* out) {
+    if (less_factor == T(0)) {
         std::fill_n(out, dv, T(0));
         return;
     }
-    const T share = weight * tail.tail_factor[row];
-    const T* values = tail.values(row, group, dv);
-    for (int64_t c = 0; c < dv; ++c) out[c] = share * values[c];
+    const T share = less_factor * tail.factor;
+    for (int64_t c = 0; c < dv; ++c) out[c] = share * tail.values[c];
 }
 
 // What backward needs to know about the tail of a row.
@@ -80,14 +154,68 @@ struct TailGradient {
 
     // `less_factor` is what weigh_tail returned; `sum` is of the scores of kept keys, `products` of those of their values
     // with the output's gradient, `constant` is the product of the output with its gradient.
-    TailGradient(const Tail<T>& tail, int64_t row, int64_t group, int64_t dv, T less_factor, int64_t number, T sum,
-                 T products, T constant, const T* grad) {
+    TailGradient(const RowTail<T>& tail, int64_t dv, T less_factor, int64_t number, T sum, T products, T constant,
+                 const T* grad) {
         if (less_factor == T(0)) return;
-        const T dropped = tail.tail_number[row] - T(number);
-        mean = (tail.tail_scores[row] - sum) / dropped;
-        factor = less_factor * (dot(grad, tail.values(row, group, dv), dv) - products - dropped * constant);
-        weight = less_factor * tail.tail_factor[row];
-        through = factor * tail.tail_factor[row] / dropped;
+        const T dropped = tail.number - T(number);
+        mean = (tail.scores - sum) / dropped;
+        factor = less_factor * (dot(grad, tail.values, dv) - products - dropped * constant);
+        weight = less_factor * tail.factor;
+        through = factor * tail.factor / dropped;
+    }
+};
+
+// The gradients of all rows to what their tails are made of.
+template <class S, class T = Number<S>>
+struct TailGradients {
+    std::vector<T> weight, through, factor;  // of each row, as in TailGradient
+
+    TailGradients(const Tokens<S>& tokens, bool wanted) {
+        if (!wanted) return;
+        for (auto* each : {&weight, &through, &factor}) each->assign(tokens.groups * tokens.n, T(0));
+    }
+    void set(int64_t row, const TailGradient<T>& of_row) {
+        weight[row] = of_row.weight;
+        through[row] = of_row.through;
+        factor[row] = of_row.factor;
+    }
+
+    // Add what rows owe to the tokens in their sums, and write the gradients to the factors of groups.
+    void spread(const Tokens<S>& tokens, const T* grad, T* grad_queries, T* grad_keys, T* grad_values, T* grad_factor,
+                int64_t threads) const {
+        if (weight.empty()) return;
+        parallel_for(2 * tokens.groups, threads, [] { return std::vector<T>(); }, [&](int64_t task, std::vector<T>& sum) {
+            const int64_t g = task / 2;
+            if (task % 2) {
+                add_to_seen(tokens, g, grad, tokens.dv, weight, T(1), sum, grad_values);
+                return;
+            }
+            const T scale = T(tokens.scale);
+            sum_seen(tokens, g, tokens.keys, tokens.d, sum, [&](int64_t i, const T* all) {
+                const int64_t row = g * tokens.n + i;
+                if (through[row] != T(0)) add_row(grad_queries + row * tokens.d, through[row] * scale, all, tokens.d);
+            });
+            add_to_seen(tokens, g, tokens.queries, tokens.d, through, scale, sum, grad_keys);
+            double of_factor = 0;
+            for (int64_t i = 0; i < tokens.n; ++i) of_factor += double(factor[g * tokens.n + i]);
+            grad_factor[g] = T(of_factor);
+        });
+    }
+
+  private:
+    // Add to each key's row the rows of the queries that see it, each times its share.
+    template <class X>
+    static void add_to_seen(const Tokens<S>& tokens, int64_t g, const X* rows, int64_t width, const std::vector<T>& share,
+                            T scale, std::vector<T>& sum, T* to) {
+        sum.assign(width, T(0));
+        int64_t i = tokens.n - 1;
+        for (int64_t j = tokens.m - 1; j >= 0; --j) {
+            for (; i >= 0 && tokens.end(i) > j; --i) {
+                const int64_t row = g * tokens.n + i;
+                if (share[row] != T(0)) add_row(sum.data(), share[row] * scale, rows + row * width, width);
+            }
+            if (tokens.shows(g, j)) add_row(to + (g * tokens.m + j) * width, sum.data(), width);
+        }
     }
 };
 

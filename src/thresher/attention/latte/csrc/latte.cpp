@@ -230,6 +230,7 @@ void attend_as(const AttendArguments<S, T> a) {
     const Gate<T>& gate = a.gate;
     const int64_t threads = a.threads;
     const auto prepared = prepare<T, NARROW>(gate, threads);
+    const Tails<S> tails(a.tokens(), a.tail_factor, threads);
     const int64_t tasks = (gate.n + QUERIES - 1) / QUERIES;
     parallel_for(gate.groups * tasks, threads, [&] { return Task<S>(gate); }, [&](int64_t task, Task<S>& of_thread) {
         Lists<T>& lists = of_thread.lists;
@@ -250,15 +251,15 @@ void attend_as(const AttendArguments<S, T> a) {
             a.kept[row + i] = int32_t(lists.kept[i]);
             a.row_max[row + i] = -std::numeric_limits<T>::infinity();
             a.row_sum[row + i] = 0;
-            const T sum = a.tail ? sum_of(&weight[begin], number) : T(0);
+            const T sum = tails ? sum_of(&weight[begin], number) : T(0);
             if (number) soften(&weight[begin], number, a.row_max[row + i], a.row_sum[row + i]);
             T of_dropped = 0;
-            if (a.tail) {
-                of_dropped =
-                    weigh_tail(a.tail, row + i, number, sum, a.row_max[row + i], a.row_sum[row + i], &weight[begin]);
+            const RowTail<T> tail = tails ? tails.row(row + i) : RowTail<T>();
+            if (tails) {
+                of_dropped = weigh_tail(tail, number, sum, a.row_max[row + i], a.row_sum[row + i], &weight[begin]);
                 a.tail_weight[row + i] = of_dropped;
             }
-            start_row(a.tail, row + i, g, gate.dv, of_dropped, a.out + (row + i) * gate.dv);
+            start_row(tail, gate.dv, of_dropped, a.out + (row + i) * gate.dv);
         }
         lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
             const auto at = [key = &lists.key[begin]](int64_t x) { return int64_t(key[x]); };
@@ -276,6 +277,9 @@ void back_as(const BackArguments<S, T> a) {
     const T scale = T(a.scale);
     const T* grad = a.grad;
     const auto prepared = prepare<T, NARROW>(gate, threads);
+    const Tokens<S> tokens = a.tokens();
+    const Tails<S> tails(tokens, a.tail_factor, threads);
+    TailGradients<S> of_tails(tokens, bool(tails));
     const int64_t blocks = (gate.n + QUERIES - 1) / QUERIES;
     const int64_t wanted = (SPLITS + gate.groups - 1) / std::max<int64_t>(gate.groups, 1);
     const int64_t splits = std::max<int64_t>(std::min(wanted, blocks), 1);
@@ -322,13 +326,12 @@ void back_as(const BackArguments<S, T> a) {
                 const T worth = a.into_scores ? 1 / std::max(lists.unit[i], T(1)) : T(0);
                 const T constant = dot(grad + (row + i) * gate.dv, a.out + (row + i) * gate.dv, gate.dv);
                 const int32_t* key = lists.key.data() + begin;
-                if (a.tail) {
+                if (tails) {
                     const TailGradient<T> of_tail(
-                        a.tail, row + i, g, gate.dv, a.tail_weight[row + i], lists.kept[i],
+                        tails.row(row + i), gate.dv, a.tail_weight[row + i], lists.kept[i],
                         sum_of_kept(key, score.data() + begin, number), sum_of_kept(key, through.data() + begin, number),
                         constant, grad + (row + i) * gate.dv);
-                    a.grad_tail_scores[row + i] = of_tail.through;
-                    a.grad_tail_factor[row + i] = of_tail.factor;
+                    of_tails.set(row + i, of_tail);
                     shares_with_tail(key, number, a.row_max[row + i], a.row_sum[row + i], constant, worth, of_tail,
                                      score.data() + begin, through.data() + begin, slope);
                 } else {
@@ -357,6 +360,7 @@ void back_as(const BackArguments<S, T> a) {
         for (int64_t split = 0; split < splits; ++split) sum += parts_threshold[g * splits + split];
         a.grad_threshold[g] = T(sum);
     });
+    of_tails.spread(tokens, grad, a.grad_queries, a.grad_keys, a.grad_values, a.grad_tail_factor, threads);
 }
 
 // Call run with how products are computed, and what estimates are.

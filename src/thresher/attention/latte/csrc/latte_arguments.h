@@ -21,6 +21,14 @@ constexpr int64_t GROUP = 4;  // dimensions of a key side by side in packed code
 constexpr int64_t GROUP = 2;
 #endif
 
+template <class Arguments>
+auto tokens_of(const Arguments& a) {
+    using S = std::remove_const_t<std::remove_pointer_t<decltype(a.queries)>>;
+    const auto& gate = a.gate;
+    return Tokens<S>{a.queries, a.keys,  a.values, gate.shown_k, gate.groups, gate.n,
+                     gate.m,    gate.d, gate.dv,  gate.causal,  gate.shift,  a.scale};
+}
+
 // How keys are chosen. Query i sees keys j <= i + shift where causal.
 #define GATE(FIELD)                                                                                     \
     FIELD(const int8_t*, q_codes)       /* [groups, n, d] */                                            \
@@ -72,7 +80,7 @@ struct EncodeArguments {
     FIELD(const S*, keys)               /* [groups, m, d] */                                            \
     FIELD(const S*, values)             /* [groups, m, dv] */                                           \
     FIELD(double, scale)                /* of scores */                                                 \
-    FIELD(Tail<T>, tail)                                                                                \
+    FIELD(const T*, tail_factor)        /* [groups], or null: rows have no tail */                      \
     FIELD(T*, out)                      /* [groups, n, dv] */                                           \
     FIELD(T*, tail_weight)              /* of a dropped key, less its factor, [groups, n], or null */   \
     FIELD(int32_t*, kept)               /* [groups, n] */                                               \
@@ -82,6 +90,7 @@ struct EncodeArguments {
 template <class S, class T = Number<S>>
 struct AttendArguments {
     THRESHER_FIELDS(ATTEND_ARGUMENTS)
+    Tokens<S> tokens() const { return tokens_of(*this); }
 };
 
 #define BACK_ARGUMENTS(FIELD)                                                                           \
@@ -96,7 +105,7 @@ struct AttendArguments {
     FIELD(const T*, out)                                                                                \
     FIELD(const T*, row_max)                                                                            \
     FIELD(const T*, row_sum)                                                                            \
-    FIELD(Tail<T>, tail)                                                                                \
+    FIELD(const T*, tail_factor)                                                                        \
     FIELD(const T*, tail_weight)                                                                        \
     FIELD(const T*, grad)               /* of outputs */                                                \
     FIELD(const T*, grad_kept)          /* of how much is kept, [groups] */                             \
@@ -104,12 +113,12 @@ struct AttendArguments {
     FIELD(T*, grad_keys)                                                                                \
     FIELD(T*, grad_values)                                                                              \
     FIELD(T*, grad_threshold)                                                                           \
-    FIELD(T*, grad_tail_scores)         /* [groups, n], or null */                                      \
-    FIELD(T*, grad_tail_factor)         /* [groups, n], or null */                                      \
+    FIELD(T*, grad_tail_factor)         /* [groups], or null */                                         \
     FIELD(int64_t, threads)
 template <class S, class T = Number<S>>
 struct BackArguments {
     THRESHER_FIELDS(BACK_ARGUMENTS)
+    Tokens<S> tokens() const { return tokens_of(*this); }
 };
 
 // Decoding: the queries of a group share its keys and see all of them.
@@ -132,7 +141,9 @@ struct BackArguments {
     FIELD(int64_t, always_keep)                                                                         \
     FIELD(double, step)                                                                                 \
     FIELD(double, scale)                                                                                \
-    FIELD(Tail<T>, tail)                /* n is rows */                                                 \
+    FIELD(const T*, key_sum)            /* of visible keys, [groups, d] */                              \
+    FIELD(const T*, value_sum)          /* of their values, [groups, dv] */                             \
+    FIELD(const T*, tail_factor)        /* [groups, rows], or null: rows have no tail, nor sums */      \
     FIELD(T*, out)                      /* [groups, rows, dv] */                                        \
     FIELD(int32_t*, kept)               /* [groups, rows] */                                            \
     FIELD(int64_t, threads)

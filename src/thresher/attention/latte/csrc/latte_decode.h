@@ -73,6 +73,7 @@ struct Decoder {
     Queries<S> query;
     Buffer<int32_t> key;
     Buffer<int8_t> last;  // codes of the last keys, filled up to SOME
+    int64_t count = 0;    // of visible keys
 
     explicit Decoder(const DecodeArguments<S>& arguments)
         : a(arguments), estimate((a.m + KEYS - 1) / KEYS * KEYS), weight(a.m), key(a.m + KEYS) {}
@@ -93,7 +94,7 @@ struct Decoder {
             for (int64_t z = 0; z < SOME; ++z) gone[z] += scale[z] - scale[z];
             for (int64_t z = 0; z < SOME; ++z) to[z] = (T(product[z]) * step) * (unit * scale[z]);
         };
-        int64_t count = a.m;
+        count = a.m;
         const int64_t whole = a.m / SOME * SOME;
         T scale[SOME] = {};
         for (int64_t j = 0; j < whole; j += SOME) {
@@ -161,10 +162,16 @@ struct Decoder {
         query.take(a.queries + row * a.d, a.d, T(a.scale));
         const auto at = [&](int64_t x) { return int64_t(key[x]); };
         query.scores(0, a.keys + g * a.m * a.d, a.d, number, at, weight.data());
-        const T sum = a.tail ? sum_of(weight.data(), number) : T(0);
+        RowTail<T> tail;
+        T sum = 0, of_dropped = 0;
+        if (a.tail_factor) {
+            const T scores = dot(a.key_sum + g * a.d, a.queries + row * a.d, a.d) * T(a.scale);
+            tail = {a.tail_factor[row], T(count), scores, a.value_sum + g * a.dv};
+            sum = sum_of(weight.data(), number);
+        }
         soften(weight.data(), number, row_max, row_sum);
-        const T of_dropped = a.tail ? weigh_tail(a.tail, row, number, sum, row_max, row_sum, weight.data()) : T(0);
-        start_row(a.tail, row, g, a.dv, of_dropped, a.out + row * a.dv);
+        if (a.tail_factor) of_dropped = weigh_tail(tail, number, sum, row_max, row_sum, weight.data());
+        start_row(tail, a.dv, of_dropped, a.out + row * a.dv);
         add_rows(a.out + row * a.dv, weight.data(), a.values + g * a.m * a.dv, a.dv, number, at);
     }
 };

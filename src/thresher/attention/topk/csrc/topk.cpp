@@ -158,6 +158,13 @@ struct Sizes {
     THRESHER_FIELDS(SIZES)
 };
 
+template <class Arguments>
+auto tokens_of(const Arguments& a) {
+    using S = std::remove_const_t<std::remove_pointer_t<decltype(a.queries)>>;
+    const Sizes& s = a.sizes;
+    return Tokens<S>{a.queries, a.keys, a.values, a.seen, s.groups, s.n, s.m, s.d, s.dv, a.causal, a.shift, a.scale};
+}
+
 // Query i sees keys j <= i + shift where causal.
 #define ATTEND_ARGUMENTS(FIELD)                                                             \
     FIELD(Sizes, sizes)                                                                     \
@@ -169,7 +176,7 @@ struct Sizes {
     FIELD(const int64_t*, limit)    /* keys that each query keeps, [groups, n] */           \
     FIELD(int64_t, causal)                                                                  \
     FIELD(int64_t, shift)                                                                   \
-    FIELD(Tail<T>, tail)                                                                    \
+    FIELD(const T*, tail_factor)    /* [groups], or null: rows have no tail */              \
     FIELD(T*, out)                  /* [groups, n, dv] */                                   \
     FIELD(T*, weights)              /* with a tail, less that of a dropped key, [groups, n, most] */ \
     FIELD(T*, tail_weight)          /* of a dropped key, less its factor, [groups, n], or null */ \
@@ -178,8 +185,7 @@ struct Sizes {
 template <class S, class T = Number<S>>
 struct AttendArguments {
     THRESHER_FIELDS(ATTEND_ARGUMENTS)
-    // Keys that query i sees lie before this one.
-    int64_t end(int64_t i) const { return causal ? std::clamp<int64_t>(i + shift + 1, 0, sizes.m) : sizes.m; }
+    Tokens<S> tokens() const { return tokens_of(*this); }
 };
 
 #define BACK_ARGUMENTS(FIELD)                                                               \
@@ -188,21 +194,24 @@ struct AttendArguments {
     FIELD(const S*, keys)                                                                   \
     FIELD(const S*, values)                                                                 \
     FIELD(double, scale)                                                                    \
+    FIELD(const uint8_t*, seen)                                                             \
+    FIELD(int64_t, causal)                                                                  \
+    FIELD(int64_t, shift)                                                                   \
     FIELD(const T*, weights)                                                                \
     FIELD(const int32_t*, kept)                                                             \
-    FIELD(Tail<T>, tail)                                                                    \
+    FIELD(const T*, tail_factor)                                                            \
     FIELD(const T*, tail_weight)                                                            \
     FIELD(const T*, out)            /* with a tail */                                       \
     FIELD(const T*, grad)           /* of outputs */                                        \
     FIELD(T*, grad_queries)                                                                 \
     FIELD(T*, grad_keys)                                                                    \
     FIELD(T*, grad_values)                                                                  \
-    FIELD(T*, grad_tail_scores)     /* [groups, n], or null */                              \
-    FIELD(T*, grad_tail_factor)     /* [groups, n], or null */                              \
+    FIELD(T*, grad_tail_factor)     /* [groups], or null */                                 \
     FIELD(int64_t, threads)
 template <class S, class T = Number<S>>
 struct BackArguments {
     THRESHER_FIELDS(BACK_ARGUMENTS)
+    Tokens<S> tokens() const { return tokens_of(*this); }
 };
 
 // to[p, c, e] = factor c of key 16 p + e: panels of 16 keys, the last filled up with zeros.
@@ -218,9 +227,10 @@ void panels_of(const S* k, int64_t m, int64_t d, int64_t panel, Factor<S>* to) {
 
 // What is left to do for query i of group g once its scores are known.
 template <class S, class T = Number<S>>
-void finish(const AttendArguments<S>& a, int64_t g, int64_t i, Key<T>* score, Selector<T>& selector) {
+void finish(const AttendArguments<S>& a, const Tails<S>& tails, int64_t g, int64_t i, int64_t ahead, Key<T>* score,
+            Selector<T>& selector) {
     const Sizes& s = a.sizes;
-    const int64_t row = g * s.n + i, number = a.limit[row], ahead = a.end(i);
+    const int64_t row = g * s.n + i, number = a.limit[row];
     if (a.seen) {
         const uint8_t* shown = a.seen + g * s.m;
         for (int64_t j = 0; j < ahead; ++j) score[j] = shown[j] ? score[j] : NOTHING<T>;
@@ -228,16 +238,17 @@ void finish(const AttendArguments<S>& a, int64_t g, int64_t i, Key<T>* score, Se
     T* weight = a.weights + row * s.most;
     int32_t* key = a.kept + row * s.most;
     T of_dropped = 0;
+    const RowTail<T> tail = tails ? tails.row(row) : RowTail<T>();
     if (number) {
         selector.select(score, ahead, number, key);
         for (int64_t j = 0; j < number; ++j) weight[j] = number_of<T>(score[key[j]]);
         T row_max, row_sum;
-        const T sum = a.tail ? sum_of(weight, number) : T(0);
+        const T sum = tails ? sum_of(weight, number) : T(0);
         soften(weight, number, row_max, row_sum);
-        if (a.tail) of_dropped = weigh_tail(a.tail, row, number, sum, row_max, row_sum, weight);
+        if (tails) of_dropped = weigh_tail(tail, number, sum, row_max, row_sum, weight);
     }
-    if (a.tail) a.tail_weight[row] = of_dropped;
-    start_row(a.tail, row, g, s.dv, of_dropped, a.out + row * s.dv);
+    if (tails) a.tail_weight[row] = of_dropped;
+    start_row(tail, s.dv, of_dropped, a.out + row * s.dv);
     add_rows(a.out + row * s.dv, weight, a.values + g * s.m * s.dv, s.dv, number,
              [=](int64_t j) { return int64_t(key[j]); });
     std::fill(weight + number, weight + s.most, T(0));
@@ -248,6 +259,8 @@ void finish(const AttendArguments<S>& a, int64_t g, int64_t i, Key<T>* score, Se
 template <class S, class T = Number<S>>
 void attend_many(const AttendArguments<S> a) {
     const Sizes& s = a.sizes;
+    const Tokens<S> tokens = a.tokens();
+    const Tails<S> tails(tokens, a.tail_factor, a.threads);
     const int64_t threads = a.threads;
     constexpr int64_t ROWS = Wide<T>::ROWS;
     const int64_t panels = (s.m + BLOCK - 1) / BLOCK, width = panels * BLOCK, inner = factors<S>(s.d);
@@ -262,7 +275,7 @@ void attend_many(const AttendArguments<S> a) {
             Selector<T> selector;
             const int64_t end = std::min(s.n, (task + 1) * QUERIES);
             for (int64_t i = task * QUERIES; i < end; i += rows) {
-                const int64_t number = std::min(rows, end - i), last = a.end(i + number - 1);
+                const int64_t number = std::min(rows, end - i), last = tokens.end(i + number - 1);
                 const S* q = a.queries + (g * s.n + i) * s.d;
                 for (int64_t r = 0; r < number; ++r)
                     for (int64_t c = 0; c < inner; ++c) queries[r * inner + c] = factor(q + r * s.d, c, s.d);
@@ -274,7 +287,8 @@ void attend_many(const AttendArguments<S> a) {
                                  *reinterpret_cast<typename Keys<T>::Loose*>(to + r * width + panel * BLOCK + c) =
                                      ordered<T>(x * scale);
                              });
-                for (int64_t r = 0; r < number; ++r) finish(a, g, i + r, to + r * width, selector);
+                for (int64_t r = 0; r < number; ++r)
+                    finish(a, tails, g, i + r, tokens.end(i + r), to + r * width, selector);
             }
         });
     }
@@ -284,8 +298,10 @@ void attend_many(const AttendArguments<S> a) {
 template <class S, class T = Number<S>>
 void attend_few(const AttendArguments<S> a) {
     const Sizes& s = a.sizes;
+    const Tokens<S> tokens = a.tokens();
+    const Tails<S> tails(tokens, a.tail_factor, a.threads);
     parallel_for(s.groups * s.n, a.threads, [&](int64_t row) {
-        const int64_t g = row / s.n, ahead = a.end(row % s.n), whole = padded(ahead);
+        const int64_t g = row / s.n, ahead = tokens.end(row % s.n), whole = padded(ahead);
         const T scale = T(a.scale);
         std::vector<T> product(whole);
         std::vector<Key<T>> scores(whole);
@@ -293,7 +309,7 @@ void attend_few(const AttendArguments<S> a) {
         for (int64_t j = 0; j < whole; j += Wide<T>::LANES)
             *reinterpret_cast<typename Keys<T>::Loose*>(&scores[j]) = ordered<T>(load(&product[j]) * scale);
         Selector<T> selector;
-        finish(a, g, row % s.n, scores.data(), selector);
+        finish(a, tails, g, row % s.n, ahead, scores.data(), selector);
     });
 }
 
@@ -313,6 +329,9 @@ void back(const BackArguments<S> a) {
     const S* q = a.queries;
     const T* grad = a.grad;
     const int32_t* index = a.kept;
+    const Tokens<S> tokens = a.tokens();
+    const Tails<S> tails(tokens, a.tail_factor, threads);
+    TailGradients<S> of_tails(tokens, bool(tails));
     std::vector<T> through(s.n * s.most);
     for (int64_t g = 0; g < s.groups; ++g) {
         parallel_for((s.n + QUERIES - 1) / QUERIES, threads, [&](int64_t task) {
@@ -326,12 +345,11 @@ void back(const BackArguments<S> a) {
                 dots(grad + row * s.dv, a.values + g * s.m * s.dv, s.dv, kept, at, t);
                 T mean = 0;
                 TailGradient<T> of_tail;
-                if (a.tail) {
+                if (tails) {
                     mean = dot(grad + row * s.dv, a.out + row * s.dv, s.dv);
-                    of_tail = TailGradient<T>(a.tail, row, g, s.dv, a.tail_weight[row], kept, T(0), sum_of(t, kept), mean,
+                    of_tail = TailGradient<T>(tails.row(row), s.dv, a.tail_weight[row], kept, T(0), sum_of(t, kept), mean,
                                               grad + row * s.dv);
-                    a.grad_tail_scores[row] = of_tail.through;
-                    a.grad_tail_factor[row] = of_tail.factor;
+                    of_tails.set(row, of_tail);
                 } else {
                     for (int64_t j = 0; j < kept; ++j) mean += w[j] * t[j];
                 }
@@ -365,6 +383,7 @@ void back(const BackArguments<S> a) {
             }
         });
     }
+    of_tails.spread(tokens, grad, a.grad_queries, a.grad_keys, a.grad_values, a.grad_tail_factor, threads);
 }
 
 }  // namespace
