@@ -2,7 +2,7 @@
 
 Generation visits all layers for each token, so the keys and values of a layer have left the processor's caches when it
 is called again. Enough layers to hold `AWAY` bytes are timed in turns; the times are those of one layer. A mechanism
-that makes codes of keys gets them ready-made, as from a cache.
+that makes codes of keys, or has a tail, gets codes and sums ready-made, as from a cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from thresher.attention.contract import Attended, Call, KeyCodes
+from thresher.attention.contract import Attended, Call
 from thresher.attention.mechanism import Mechanism
+from thresher.attention.shared.tail import RunningSums
 from thresher.testing.inputs import Inputs, cast
 from thresher.tools.bench.inputs import calibrate_to_share, draw_inputs
 from thresher.tools.bench.jobs import Job, Scene, build_mechanism
@@ -24,7 +25,7 @@ from thresher.tools.bench.timing import Clock, time_interleaved
 
 AWAY = 2**28  # bytes of keys and values, more than caches hold
 
-Layer = tuple[Inputs, KeyCodes | None]
+Layer = tuple[Inputs, Call]
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def measure_decoding(job: Job, scene: Scene) -> dict[str, Any]:
     inputs = _draw_layers(job, scene)
     if job.kept is not None:
         calibrate_to_share(mechanism, inputs[0].q, inputs[0].k, Call(), job.kept)
-    layers = [(layer, mechanism.encode_keys(layer.k)) for layer in inputs]
+    layers = [(layer, _read_cache(mechanism, layer)) for layer in inputs]
     row: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -52,13 +53,13 @@ def measure_decoding(job: Job, scene: Scene) -> dict[str, Any]:
     return row | summarise_times(time_interleaved(passes, scene.repetitions, scene.seconds))
 
 
-def attend_last(mechanism: Mechanism, layer: Inputs, codes: KeyCodes | None) -> Attended:
+def attend_last(mechanism: Mechanism, layer: Inputs, call: Call) -> Attended:
     """Attend with the last query, by a mechanism."""
-    attended: Attended = mechanism(layer.q, layer.k, layer.v, Call(codes=codes))
+    attended: Attended = mechanism(layer.q, layer.k, layer.v, call)
     return attended
 
 
-def attend_last_densely(layer: Inputs, _: KeyCodes | None = None) -> Tensor:
+def attend_last_densely(layer: Inputs, _: Call | None = None) -> Tensor:
     """Attend with the last query, by PyTorch's own kernel."""
     return F.scaled_dot_product_attention(layer.q, layer.k, layer.v)
 
@@ -66,9 +67,14 @@ def attend_last_densely(layer: Inputs, _: KeyCodes | None = None) -> Tensor:
 @torch.no_grad()
 def _one_pass(attending: Callable[..., object], layers: Sequence[Layer], clock: Clock) -> Sequence[float]:
     start = clock.now()
-    for layer, codes in layers:
-        attending(layer, codes)
+    for layer, call in layers:
+        attending(layer, call)
     return ((clock.now() - start) / len(layers),)
+
+
+def _read_cache(mechanism: Mechanism, layer: Inputs) -> Call:
+    sums = None if getattr(mechanism, "tail", None) is None else RunningSums().read(layer.k, layer.v, None)
+    return Call(codes=mechanism.encode_keys(layer.k), sums=sums)
 
 
 def _draw_layers(job: Job, scene: Scene) -> list[Inputs]:
