@@ -18,6 +18,11 @@ PARTS = [m.name for m in pkgutil.iter_modules([str(ATTENTION)]) if m.name != "pr
 install_import_hook([*(f"thresher.attention.{m}" for m in PARTS), "thresher.budget.calibration"], "beartype.beartype")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if " at 0x" in item.nodeid:
+        raise pytest.UsageError(f"{item.nodeid}: an address in its id differs between the processes of a run; name it")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     demand(package for mark in item.iter_markers("asset") for package in mark.args)
 

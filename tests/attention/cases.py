@@ -12,6 +12,12 @@ from thresher.attention.options import nest_options
 from thresher.attention.yoso.hashing import find_hadamard_width
 from thresher.testing.inputs import Inputs, draw
 
+
+def name_case(x: object) -> str:
+    """Name one parameter of a test for its id."""
+    return getattr(x, "__name__", str(x))
+
+
 FLAGS = st.booleans()
 BACKENDS = st.sampled_from(["auto", "reference"])  # cpu is auto, but refuses what the kernel cannot do
 RESAMPLE = st.sampled_from(["forward", "never"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.attention.cases import name_case
 from tests.attention.configured import configured
 from tests.shapes import OF_SHAPES, without_shape_checks
 from thresher.attention import Call, Mechanism, Pattern, find
@@ -55,7 +56,7 @@ def pair_up() -> Iterator[tuple[str, dict[str, object], Pattern, Callable[[Mecha
             yield name, variant, patterns[(i + j) % len(patterns)], check
 
 
-@pytest.mark.parametrize(("name", "variant", "pattern", "check"), list(pair_up()), ids=str)
+@pytest.mark.parametrize(("name", "variant", "pattern", "check"), list(pair_up()), ids=name_case)
 def test_the_contract_holds_at(
     name: str, variant: dict[str, object], pattern: Pattern, check: Callable[[Mechanism], None]
 ) -> None:

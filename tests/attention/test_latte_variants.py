@@ -52,7 +52,7 @@ CHECKS = [
 
 
 @pytest.mark.parametrize(("number", "variant"), list(enumerate(VARIANTS)), ids=str)
-@pytest.mark.parametrize(("turn", "check"), list(enumerate(CHECKS)), ids=str)
+@pytest.mark.parametrize(("turn", "check"), list(enumerate(CHECKS)))
 def test_the_contract_holds_at(
     turn: int, check: Callable[[Mechanism], None], number: int, variant: dict[str, object]
 ) -> None:
