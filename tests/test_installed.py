@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.assets import VARIABLE, demand
-from thresher.installed import find_file, resolve_path
+from thresher import installed
+from thresher.installed import find_file, locate_model, resolve_path
 
 
 def test_a_file_of_an_installed_package_is_found_by_path() -> None:
@@ -20,6 +21,19 @@ def test_a_file_of_an_installed_package_is_found_by_path() -> None:
 def test_what_is_not_there_is_named(package: str, message: str) -> None:
     with pytest.raises(FileNotFoundError, match=message):
         find_file(package, "pytest/nothing")
+
+
+def test_a_gguf_file_is_named_beside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.gguf"
+    file.touch()
+    assert locate_model(str(file)) == (str(tmp_path), {"gguf_file": "model.gguf"})
+    assert locate_model("org/model") == ("org/model", {})
+    assert locate_model("package:pytest/pytest") == (str(Path(pytest.__file__).parent), {})
+    with pytest.raises(FileNotFoundError, match=r"there is no GGUF file .*other\.gguf"):
+        locate_model(str(tmp_path / "other.gguf"))
+    monkeypatch.setattr(installed, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'thresher\[gguf\]'"):
+        locate_model(str(file))
 
 
 def test_a_missing_asset_skips_and_where_assets_are_required_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
-"""Find files of installed packages, without importing the packages."""
+"""Find the files of models: of installed packages, without importing the packages, and of the GGUF format."""
 
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 
 SCHEME = "package:"
@@ -20,6 +21,26 @@ def find_file(package: str, path: str) -> Path:
     if not place.exists():
         raise FileNotFoundError(f"the installed {package} has no {path}; its files belong to a version that had: {how}")
     return place
+
+
+def locate_model(name: str) -> tuple[str, dict[str, str]]:
+    """Locate a model or tokenizer of transformers; return its folder or name, and the arguments that name its file.
+
+    Args:
+        name: A folder, a GGUF file, `package:NAME/PATH` inside an installed package, or a name on the hub.
+
+    Raises:
+        FileNotFoundError: The package is not installed, or has nothing there; there is no such GGUF file.
+        ModuleNotFoundError: It is a GGUF file, and the package `gguf` is not installed.
+    """
+    place = Path(resolve_path(name))
+    if place.suffix != ".gguf":
+        return str(place) if name.startswith(SCHEME) else name, {}
+    if not place.is_file():
+        raise FileNotFoundError(f"there is no GGUF file {place}")
+    if find_spec("gguf") is None:
+        raise ModuleNotFoundError(f"{name} is read by the package gguf: pip install 'thresher[gguf]'")
+    return str(place.parent), {"gguf_file": place.name}
 
 
 def resolve_path(name: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from thresher.installed import resolve_path
+from thresher.installed import locate_model
 
 FILLS = -1  # padding if every id of a tokenizer may occur in a text; models recognise it as negative
 AS_TEXT = {"split_special_tokens": True}  # special tokens written inside a text are text
@@ -102,7 +102,8 @@ class HuggingFaceTokenizer:
     that it never depends on a text.
 
     Args:
-        name: Of a model on the hub, a folder with its files, or `package:NAME/FOLDER` inside an installed package.
+        name: Of a model on the hub, a folder with its files, a GGUF file, or `package:NAME/PATH` inside an installed
+            package.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
@@ -117,15 +118,15 @@ class HuggingFaceTokenizer:
             raise ModuleNotFoundError(
                 f"data.tokenizer={name} needs transformers: pip install 'thresher[hf]', or use data.tokenizer=bytes"
             ) from error
-        name = resolve_path(name)
+        name, file = locate_model(name)
         try:
             self._inner: Any = AutoTokenizer.from_pretrained(
-                name, local_files_only=Path(name).is_dir(), trust_remote_code=False
+                name, local_files_only=Path(name).is_dir(), trust_remote_code=False, **file
             )
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"there is no tokenizer {name!r}, neither as a folder nor, as far as the network reaches, on the hub; "
-                "data.tokenizer takes `bytes`, a folder with tokenizer.json, or a name on the hub"
+                "data.tokenizer takes `bytes`, a folder with tokenizer.json, a GGUF file, or a name on the hub"
             ) from error
         if getattr(self._inner, "backend_tokenizer", None) is not None:
             # Some files make the tokenizer pad and truncate by itself.

@@ -23,7 +23,7 @@ from transformers import (
 
 from thresher.attention.mechanism import MakeMechanism
 from thresher.hosts import inject
-from thresher.installed import resolve_path
+from thresher.installed import locate_model
 from thresher.models.heads import load_classifier
 from thresher.models.transformer import find_after_first
 
@@ -138,8 +138,9 @@ def huggingface_model(
         class_names: Names of the classes, in the order of the logits.
         separator: Token id between the two texts of a pair, for models with token types.
         objective: Objective of a language model: "causal", "masked" or "denoising".
-        name_or_path: A folder with the files of a model, `package:NAME/FOLDER` inside an installed package, a name on
-            the hub, or, for random weights, a kind of model such as "bert".
+        name_or_path: A folder with the files of a model, a GGUF file (Llama and others; weights are dequantised),
+            `package:NAME/PATH` inside an installed package, a name on the hub, or, for random weights, a kind of model
+            such as "bert".
         pretrained: Whether to load weights; otherwise the configuration alone is used.
         where: Regular expression for the names of the attention modules to replace; all by default.
         config: Entries of the configuration to set.
@@ -217,7 +218,7 @@ def build_bare_model(name: str) -> Any:
         FileNotFoundError: See `huggingface_model`; `name` is its `name_or_path`.
         ValueError: The configuration names code to load.
     """
-    return AutoModel.from_config(_load_config(resolve_path(name), False, {}), trust_remote_code=False)
+    return AutoModel.from_config(_load_config(*locate_model(name), False, {}), trust_remote_code=False)
 
 
 def _load_model(
@@ -232,7 +233,7 @@ def _load_model(
     length: int,
     padding: int,
 ) -> Any:
-    name = resolve_path(name)
+    name, file = locate_model(name)
     named = {"num_labels", "id2label", "label2id"} & settings.keys()
     if named and (pretrained or settings.get("num_labels", num_classes) != num_classes):
         raise ValueError(f"model.config.{min(named)} follows from the data, whose classes are those of the model")
@@ -243,13 +244,14 @@ def _load_model(
         settings = settings | {"pad_token_id": padding}
     elif not pretrained:
         settings = settings | {"pad_token_id": None}
-    built = _load_config(name, pretrained, settings)
+    built = _load_config(name, file, pretrained, settings)
     if not pretrained:
         built.vocab_size = vocabulary
     _check_size(built, name, vocabulary, length)
     build = partial(auto.from_config, trust_remote_code=False)
     if pretrained:
-        load = partial(auto.from_pretrained, name, use_safetensors=True, trust_remote_code=False)
+        files: dict[str, Any] = file or {"use_safetensors": True}
+        load = partial(auto.from_pretrained, name, trust_remote_code=False, **files)
         if num_classes is None:
             model = load(config=built)
         else:
@@ -266,18 +268,19 @@ def _load_model(
     return model
 
 
-def _load_config(name: str, pretrained: bool, settings: dict[str, Any]) -> PreTrainedConfig:
+def _load_config(name: str, file: dict[str, str], pretrained: bool, settings: dict[str, Any]) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[name] if not pretrained and name in CONFIG_MAPPING else None
     if kind is not None:
         built: PreTrainedConfig = kind()
     else:
         try:
-            built = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir(), trust_remote_code=False)
+            local = Path(name).is_dir()
+            built = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False, **file)
         except (OSError, ValueError) as error:
             kinds = "" if pretrained else f", or a kind of model ({', '.join(list(CONFIG_MAPPING)[:6])}, ...)"
             raise FileNotFoundError(
                 f"there is no model {name!r}: model.name_or_path names a folder with config.json and safetensors, "
-                f"a model on the hub{kinds}"
+                f"a GGUF file, a model on the hub{kinds}"
             ) from error
     if unknown := [key for key in settings if not hasattr(built, key)]:
         raise ValueError(f"{type(built).__name__} has no entry {', '.join(unknown)}, which model.config sets")
