@@ -81,7 +81,7 @@ ONLY_IN = {
         ),
         "models/huggingface.py",
     },
-    "peft": {"hosts/adapters.py"},
+    "peft": {"hosts/peft.py"},
     "datasets": {"data/hub.py"},
     "hydra": {"config/overrides.py", "cli/main.py", "run/build.py", "checkpoints/rebuild.py"},
     "pytorch_lightning": {

@@ -14,15 +14,32 @@ if TYPE_CHECKING:
     from thresher.checkpoints.rebuild import load_model
     from thresher.hosts import densify, inject, mount, sparsify
     from thresher.hosts.huggingface.cache import coded_cache
+    from thresher.hosts.saving import load_adapter, push_adapter, save_adapter
 
-__all__ = ["ComputeMeter", "calibrate", "coded_cache", "densify", "inject", "load_model", "mount", "sparsify", "tune"]
+__all__ = [
+    "ComputeMeter",
+    "calibrate",
+    "coded_cache",
+    "densify",
+    "inject",
+    "load_adapter",
+    "load_model",
+    "mount",
+    "push_adapter",
+    "save_adapter",
+    "sparsify",
+    "tune",
+]
 __version__ = version("thresher")
 
 _HOMES = {
     "calibrate": "thresher.budget.calibration",
     "coded_cache": "thresher.hosts.huggingface.cache",
     "ComputeMeter": "thresher.budget.meter",
+    "load_adapter": "thresher.hosts.saving",
     "load_model": "thresher.checkpoints.rebuild",
+    "push_adapter": "thresher.hosts.saving",
+    "save_adapter": "thresher.hosts.saving",
     "tune": "thresher.budget.tuning",
 }
 

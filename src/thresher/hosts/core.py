@@ -19,7 +19,7 @@ from torch import nn
 
 from thresher.attention.mechanism import MakeMechanism, Mechanism, Metered
 from thresher.attention.shared.visibility import wait_for_checks
-from thresher.hosts.adapters import check_adapters, find_running, warn_when_frozen
+from thresher.hosts.peft import check_adapters, find_running, warn_when_frozen
 from thresher.hosts.recipes import build_recipe, restore_make
 from thresher.hosts.recording import call_model, evaluation_mode
 

@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 from thresher.attention.contract import Call, Pattern
 from thresher.attention.mechanism import MakeMechanism
-from thresher.hosts.adapters import find_running
 from thresher.hosts.core import FINDERS, RESTORERS, Build, Findings, find_host, is_mountable
 from thresher.hosts.masks import (
     check_mask_pattern,
@@ -22,6 +21,7 @@ from thresher.hosts.masks import (
     read_mask,
     rescale,
 )
+from thresher.hosts.peft import find_running
 from thresher.hosts.recipes import read_usage, restore_make
 from thresher.hosts.recording import Recording, Usage, call_model, evaluation_mode
 from thresher.hosts.tracing import create_leaf, find_proxy

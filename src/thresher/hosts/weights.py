@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from thresher.attention.contract import Call
 from thresher.attention.maps import recover_weights
-from thresher.hosts.adapters import find_running
+from thresher.hosts.peft import find_running
 
 
 def attend_with_weights(mechanism: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,13 @@ from torch import nn
 from transformers import PreTrainedConfig as Config
 from transformers import PreTrainedModel
 
-from thresher.hosts.adapters import find_running
-from thresher.hosts.core import RESTORERS, WATCHERS, Guest, Host, find_host, load_hosts, place
+from thresher.hosts.core import WATCHERS, find_host
 from thresher.hosts.huggingface.switch import NAME
+from thresher.hosts.peft import find_running
 from thresher.hosts.recipes import build_unknown_recipe
+from thresher.hosts.restoring import Recipes, restore_hosts
 
 _OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-Recipes = dict[str, dict[str, Any]]
 
 
 def find_roots(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
@@ -74,7 +74,7 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     def init(model: PreTrainedModel, config: Config, *args: Any, **settings: Any) -> None:
         base.__init__(model, config, *args, **settings)
         for of, recipes in recorded:
-            _restore(model, _complete_names(model, of, recipes))
+            restore_hosts(model, _complete_names(model, of, recipes))
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "mechanism"}
 
     sparse: Any = type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
@@ -112,28 +112,3 @@ def _complete_names(model: PreTrainedModel, config: Config, recipes: Recipes) ->
     if lacking := [name for name in full if name not in modules]:
         raise ValueError(f"{type(model).__name__} has no {', '.join(lacking)}, where mechanisms were when it was saved")
     return full
-
-
-def _restore(model: PreTrainedModel, recipes: Recipes) -> None:
-    load_hosts()
-    built: dict[int, Host | Guest] = {}
-    refused = []
-    modules = {name: model.get_submodule(name) for name in recipes}
-    for name, recipe in recipes.items():
-        module, kind = modules[name], recipe.get("host")
-        try:
-            if kind not in RESTORERS:
-                raise ValueError(f"there is no host {kind!r}")
-            host = built.get(id(module)) or RESTORERS[kind](model, name, module, recipe)
-        except (KeyError, TypeError, ValueError) as error:
-            refused.append(f"{name} ({error})")
-            continue
-        host.recipe = recipe
-        built[id(module)] = host
-        place(model, name, host)
-    if refused:
-        raise ValueError(
-            "these mechanisms cannot be mounted again; load the model with its class's own from_pretrained, then "
-            f"inject() them: {', '.join(refused)}"
-        )
-    write_recipes(model)
