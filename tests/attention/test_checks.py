@@ -118,6 +118,7 @@ CASES = [
         "not close",
         Pattern.CAUSAL_SELF,
     ),
+    Case(checks.check_decoding_continues_the_sequence, broken.forgets_slots, "not close", Pattern.CAUSAL_SELF),
 ]
 SLOW_CASES = [
     Case(checks.check_compiled_equals_eager, broken.branches_on_values, "does not compile into one graph"),

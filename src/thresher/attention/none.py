@@ -10,7 +10,7 @@ Use        a baseline: the quality of a network without attention. Self attentio
 from thresher.attention.contract import Attended, Cost, Pattern
 from thresher.attention.mechanism import Mechanism
 from thresher.attention.prepared import Prepared
-from thresher.attention.shared.visibility import find_own_slots, refuse_unknown_order, take_own_rows
+from thresher.attention.shared.visibility import refuse_unknown_order, take_own_rows
 
 
 class NoAttention(Mechanism):
@@ -31,9 +31,7 @@ class NoAttention(Mechanism):
         b, h, n, m = x.shape
         own = x.v.new_ones(b, h, n).bool()
         if x.visible is not None:
-            at = find_own_slots(x.call, n, m, x.device)[:, None, :, None].expand(
-                len(x.visible), x.visible.shape[1], n, 1
-            )
+            at = x.places[:, None, :, None].expand(len(x.visible), x.visible.shape[1], n, 1)
             own = x.visible.expand(-1, -1, n, m).gather(-1, at).squeeze(-1).expand(b, h, n)
         values = take_own_rows(x.v, x.call, n).masked_fill(~own[..., None], 0)
         out = x.drop(own.to(x.v.dtype)[..., None]) * values

@@ -19,11 +19,12 @@ def check_choice(name: str, got: object, choices: Sequence[object]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {got!r}")
 
 
-def check_integer(name: str, got: object, low: int, high: int | None = None) -> None:
-    """Raise ValueError unless the value is a whole number from `low` to `high`, if there is a `high`."""
+def check_integer(name: str, got: object, low: int, high: int | None = None) -> int:
+    """Return a whole number from `low` to `high`, if there is a `high`; raise ValueError for anything else."""
     if isinstance(got, bool) or not isinstance(got, int) or got < low or (high is not None and got > high):
         span = f"at least {low}" if high is None else f"{low} .. {high}"
         raise ValueError(f"{name} must be a whole number, {span}; got {got!r}")
+    return got
 
 
 def check_number(

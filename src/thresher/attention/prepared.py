@@ -12,6 +12,7 @@ from thresher.attention.shared.visibility import (
     build_pair_mask,
     count_pairs,
     count_visible_keys,
+    find_own_slots,
     find_seen_tokens,
     hide_tokens,
     hides_later_keys,
@@ -87,6 +88,11 @@ class Prepared:
     def visible_rows(self, rows: range) -> Bool[Tensor, "#b #h #rows m"] | None:
         """Build the rows of `visible` for some consecutive queries."""
         return build_pair_mask(self.call, self.pattern, self.n, self.m, self.device, rows)
+
+    @property
+    def places(self) -> Int[Tensor, "#b n"]:
+        """The position of each query among the keys of self attention."""
+        return find_own_slots(self.call, self.n, self.m, self.device)
 
     @property
     def seen_queries(self) -> Bool[Tensor, "#b #h n"] | None:

@@ -6,6 +6,7 @@ Each check takes any built mechanism and raises AssertionError if the mechanism 
 import copy
 import io
 import itertools
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -149,7 +150,8 @@ def check_layout_does_not_matter(mechanism: Mechanism) -> None:
 def check_decoding_continues_the_sequence(mechanism: Mechanism) -> None:
     """Check that fewer queries than keys in causal self attention give the last rows, as in decoding with a cache.
 
-    Codes of keys that were computed token by token must give the same result.
+    Codes of keys that were computed token by token must give the same result. Queries at slots of their own, as in a
+    cache with free slots, give the rows of these slots, or are refused.
     """
     assert mechanism.pattern is Pattern.CAUSAL_SELF, "only causal self attention promises this"
     mechanism.eval()
@@ -162,6 +164,13 @@ def check_decoding_continues_the_sequence(mechanism: Mechanism) -> None:
             call = Call(keys=keys, source=inputs.source, codes=codes)
             part = mechanism.expectation(inputs.q[:, :, -rows:], inputs.k, inputs.v, call)
             assert_close(part, whole[:, :, -rows:], atol=1e-12, rtol=1e-12)
+    whole = mechanism.expectation(inputs.q, inputs.k, inputs.v, Call(source=inputs.source))
+    slots = torch.tensor([[2, 7]])
+    past = (torch.arange(9) <= slots[0, :, None])[None, None]
+    with suppress(ValueError):
+        call = Call(pairs=past, whole_mask=True, slots=slots, source=inputs.source)
+        part = mechanism.expectation(inputs.q[:, :, slots[0]], inputs.k, inputs.v, call)
+        assert_close(part, whole[:, :, slots[0]], atol=1e-9, rtol=1e-9)
 
 
 def check_low_precision(mechanism: Mechanism) -> None:

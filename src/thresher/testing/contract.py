@@ -102,7 +102,7 @@ LEAKS = (
     Check(leaks.check_queries_are_independent),
     Check(leaks.check_rows_ignore_what_follows, lambda mechanism: mechanism.pattern.causal),
     Check(leaks.check_pooling_is_declared, _applies_in(Pattern.NONCAUSAL_SELF), _get_selective),
-    Check(leaks.check_sliding_is_declared, _applies_in(Pattern.CAUSAL_SELF)),
+    Check(leaks.check_sliding_is_declared, _applies_in(Pattern.CAUSAL_SELF), _get_selective),
     Check(leaks.check_whole_masks_are_followed, _applies_in(Pattern.CAUSAL_SELF)),
     Check(leaks.check_content_is_ignored, lambda mechanism: not mechanism.content_based),
     Check(leaks.check_calls_leave_nothing_behind),
