@@ -1,5 +1,7 @@
 """Tuning on a frozen network: better than calibration at the same share, and nothing else changes."""
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 
 from thresher import ComputeMeter, sparsify
 from thresher.attention.mechanism import dense_attention
-from thresher.budget.tuning import Tuning, measure_error, tune
+from thresher.budget.objectives import measure_error
+from thresher.budget.tuning import Tuning, tune
 
 KEPT = 0.2
 
@@ -81,6 +84,43 @@ def test_the_same_batches_give_the_same_thresholds() -> None:
     assert one.history == other.history
     for name, values in one.thresholds.items():
         assert torch.equal(values, other.thresholds[name])
+
+
+def test_the_better_start_is_taken() -> None:
+    found = tune_quickly(build(**LATTE, tail="mean"), steps=1)
+    assert set(found.starts) == {"share", "value"}
+    errors = {name: measured.error for name, measured in found.starts.items()}
+    assert errors["share"] != errors["value"]
+    assert found.calibrated.error == min(errors.values())
+    assert all(measured.kept == pytest.approx(KEPT, rel=0.02) for measured in found.starts.values())
+
+
+def test_an_interrupted_tuning_continues_and_ends_where_it_would_have_ended(tmp_path: Path) -> None:
+    file = tmp_path / "tuning.pt"
+    options = {"steps": 9, "evaluate_every": 3}
+    whole = tune_quickly(build(**LATTE, tail="mean"), **options)
+    model = build(**LATTE, tail="mean")
+    calls = itertools.count()
+
+    def interrupted(batch: Tensor) -> Any:
+        if torch.is_grad_enabled() and next(calls) == 7:
+            raise KeyboardInterrupt
+        return model(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_quickly(model, **options, state_file=file, forward=interrupted)
+    for _ in range(2):  # the second time nothing is left to do
+        model = build(**LATTE, tail="mean")
+        found = tune_quickly(model, **options, state_file=file)
+        assert (found.history, found.tuned, found.starts) == (whole.history, whole.tuned, whole.starts)
+        for name, values in whole.thresholds.items():
+            assert torch.equal(found.thresholds[name], values)
+            assert torch.equal(found.factors[name], whole.factors[name])
+    with pytest.raises(ValueError, match=r"tuning\.pt is of a tuning with another steps; choose another state_file"):
+        tune_quickly(model, **options | {"steps": 10}, state_file=file)
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"tuning\.pt is damaged"):
+        tune_quickly(model, **options, state_file=file)
 
 
 @pytest.mark.parametrize("attention", ["latte", "topk", "smyrf", "yoso", "mean"])

@@ -3,7 +3,8 @@
 Weights that train along absorb whatever is dropped, and leave the thresholds without a signal. On a pretrained network
 whose weights are frozen heads really differ, and the dense network says exactly what each dropped pair costs:
 
-1. Calibrate: each head keeps the same share of its pairs.
+1. Calibrate from two starts: each head keeps the same share of its pairs, or one value serves all heads, so that heads
+   with flat scores keep more. The start that errs less on held-out batches is taken.
 2. Tune, by Adam, on  E / sg(E) + multiplier g + 10 g^2  with g = kept / target - 1. E is the error against the same
    network with dense attention; divided by its own value, one learning rate serves every network. The multiplier rises
    while too much is kept.
@@ -18,7 +19,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,8 +32,9 @@ from thresher.attention.shared.tail import Tail
 from thresher.attention.shared.thresholds import Thresholds, named_thresholds
 from thresher.budget.calibration import calibrate, evaluation_mode
 from thresher.budget.meter import ComputeMeter
+from thresher.budget.objectives import Objective, measure_error
+from thresher.budget.tuning_state import Measurement, Start, StateFile, Values, begin
 
-Objective = Literal["auto", "error", "kl"]
 LEARNING_RATES = {"nats": 0.12, "spread": 0.03}  # of thresholds, by their unit
 FACTOR_RATE = 0.03
 MULTIPLIER_RATE = 0.05
@@ -39,36 +42,28 @@ QUADRATIC = 10.0
 BISECTIONS = 30
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What a network with its current thresholds does to held-out batches.
-
-    Attributes:
-        error: Of its outputs against those of the dense network.
-        kept: Share of the visible pairs.
-    """
-
-    error: float
-    kept: float
-
-
 @dataclass
 class Tuning:
     """What a tuning found.
 
     Attributes:
-        calibrated: Before it, at the target.
+        starts: Of each start, at the target: "share", each head its share, and "value", one threshold for all heads.
         tuned: After it, at the target.
         history: `error` and `kept` of each step's batch.
         thresholds: By the dotted name of their mechanism.
         factors: Tail factors, by the dotted name of their mechanism; empty without tails.
     """
 
-    calibrated: Measurement
+    starts: dict[Start, Measurement]
     tuned: Measurement
     history: list[Measurement] = field(default_factory=list)
     thresholds: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def calibrated(self) -> Measurement:
+        """The better start."""
+        return min(self.starts.values(), key=lambda measured: measured.error)
 
 
 def tune(
@@ -82,6 +77,7 @@ def tune(
     steps: int = 90,
     lr: float | None = None,
     evaluate_every: int = 15,
+    state_file: str | Path | None = None,
     progress: bool = True,
 ) -> Tuning:
     """Tune each head's threshold, and its tail factor, so that `kept` of the pairs serve the network best.
@@ -102,11 +98,13 @@ def tune(
         steps: Steps, of one batch each.
         lr: Learning rate of thresholds; by default 0.12 in nats and 0.03 in spreads.
         evaluate_every: Steps between two evaluations on the held-out batches.
+        state_file: Written at each evaluation. If it exists, tuning continues from it and ends, bit for bit, where it
+            would have ended; the file of a finished tuning gives its result again.
         progress: Show a progress bar with the time left.
 
     Raises:
         ValueError: The model has no trainable thresholds, there are too few batches, `kept` is out of range or out of
-            reach, or the dense network's output is not finite.
+            reach, the dense network's output is not finite, or `state_file` is damaged or of another tuning.
     """
     if not 0 < kept < 1:
         raise ValueError(f"kept is a share of the visible pairs and must lie between 0 and 1, got {kept}")
@@ -119,41 +117,77 @@ def tune(
     train, held = _split(batches, held_out)
     run = forward or (lambda batch: model(**batch) if isinstance(batch, Mapping) else model(batch))
     tails = {name.rpartition(".")[0]: each for name, each in model.named_modules() if isinstance(each, Tail)}
-    with evaluation_mode(model), _frozen(model), _kept_on_error([*thresholds.values(), *tails.values()]):
+    trained = [*thresholds.values(), *tails.values()]
+    with evaluation_mode(model), _frozen(model), _restored_on_error(trained):
         bench = _Bench(run, objective, ComputeMeter(model))
         exam = _Exam(bench, held)
-        for _ in range(2):  # deep layers are calibrated behind sparse ones
-            calibrate(model, train, kept, forward=run)
-        _settle(thresholds.values(), exam.measure_kept, kept)
-        calibrated = exam.measure()
+        settings: dict[str, Any] = {
+            "kept": kept,
+            "steps": steps,
+            "lr": lr,
+            "objective": objective,
+            "every": evaluate_every,
+        }
+        settings |= {"batches": len(train), "held_out": len(held), "thresholds": list(thresholds), "tails": list(tails)}
+        memory = StateFile(state_file, settings)
         optimizer, schedule = _build_optimizer(thresholds.values(), tails.values(), lr, steps)
-        best, state, history, multiplier = calibrated, _state(thresholds, tails), [], 0.0
-        for step, batch in enumerate(_show(itertools.islice(itertools.cycle(train), steps), steps, progress), 1):
+        if (now := memory.read()) is None:
+            now = begin(_measure_starts(model, train, kept, run, exam, thresholds.values(), trained))
+        else:
+            optimizer.load_state_dict(now.optimizer)
+            schedule.load_state_dict(now.schedule)
+        _load_state(trained, now.values)
+        batches = itertools.islice(itertools.cycle(train), now.step, steps)
+        for batch in _show(batches, now.step, steps, progress):
             error, found = bench.compare(batch)
             gap = found / kept - 1
             scale = error.detach().clamp_min(torch.finfo(error.dtype).tiny)
-            loss = error / scale + multiplier * gap + QUADRATIC * gap**2
+            loss = error / scale + now.multiplier * gap + QUADRATIC * gap**2
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            multiplier += MULTIPLIER_RATE * float(gap.detach())
-            history.append(Measurement(float(error.detach()), float(found.detach())))
-            if step % evaluate_every == 0 or step == steps:
-                before = _state(thresholds, tails)
+            now.step += 1
+            now.multiplier += MULTIPLIER_RATE * float(gap.detach())
+            now.history.append(Measurement(float(error.detach()), float(found.detach())))
+            if now.step % evaluate_every == 0 or now.step == steps:
+                now.values = _copy_state(trained)
                 _settle(thresholds.values(), exam.measure_kept, kept)
-                now = exam.measure()
-                if now.error < best.error:
-                    best, state = now, _state(thresholds, tails)
-                _restore(before, thresholds, tails)
-        _restore(state, thresholds, tails)
+                measured = exam.measure()
+                if measured.error < now.best.error:
+                    now.best, now.best_values = measured, _copy_state(trained)
+                _load_state(trained, now.values)
+                now.optimizer, now.schedule = optimizer.state_dict(), schedule.state_dict()
+                memory.write(now)
+        _load_state(trained, now.best_values)
         return Tuning(
-            calibrated=calibrated,
-            tuned=best,
-            history=history,
+            starts=now.starts,
+            tuned=now.best,
+            history=now.history,
             thresholds={name: each.values().detach().clone() for name, each in thresholds.items()},
             factors={name: each.values().detach().clone() for name, each in tails.items()},
         )
+
+
+def _measure_starts(
+    model: nn.Module,
+    batches: Sequence[Any],
+    kept: float,
+    run: Callable[[Any], Any],
+    exam: "_Exam",
+    thresholds: Iterable[Thresholds],
+    trained: Sequence[nn.Module],
+) -> dict[Start, tuple[Measurement, Values]]:
+    """Calibrate from each start and measure it."""
+    every, starts = list(thresholds), {}
+    for _ in range(2):  # deep layers are calibrated behind sparse ones
+        calibrate(model, batches, kept, forward=run)
+    for start in get_args(Start):
+        if start == "value":
+            _share_one_value(every)
+        _settle(every, exam.measure_kept, kept)
+        starts[start] = (exam.measure(), _copy_state(trained))
+    return starts
 
 
 class _Bench:
@@ -216,40 +250,6 @@ def _share_kept(costs: Sequence[Cost]) -> float:
     return spent / visible
 
 
-def measure_error(found: Any, wanted: Any, batch: Any, objective: Objective) -> Tensor:
-    """Measure how far an output lies from the dense one, over the tokens that the batch's `attention_mask` shows.
-
-    Raises:
-        ValueError: The dense output is not finite, or no tensor is found in it.
-    """
-    kind = objective if objective != "auto" else "kl" if getattr(wanted, "logits", None) is not None else "error"
-    one, other = (_find_output(output, kind) for output in (found, wanted))
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is not None and mask.shape == other.shape[:2] and other.ndim == 3:
-        one, other = one[mask.bool()], other[mask.bool()]
-    if not other.isfinite().all():
-        raise ValueError("the dense network's output is not finite, so nothing can be tuned against it")
-    one, other = one.float(), other.float()
-    if kind == "kl":
-        one, other = one.log_softmax(-1), other.log_softmax(-1)
-        return nn.functional.kl_div(one, other, log_target=True, reduction="none").sum(-1).mean()
-    return (one - other).square().sum() / other.square().sum().clamp_min(torch.finfo(other.dtype).tiny)
-
-
-def _find_output(output: Any, kind: str) -> Tensor:
-    names = ("logits",) if kind == "kl" else ("last_hidden_state", "logits")
-    for name in names:
-        if isinstance(getattr(output, name, None), Tensor):
-            return getattr(output, name)
-    first = output[0] if isinstance(output, tuple | list) else output
-    if isinstance(first, Tensor):
-        return first
-    raise ValueError(
-        f"the model returned {type(output).__name__}, in which no tensor to compare is found; "
-        "pass forward= that returns one"
-    )
-
-
 def _split(batches: Iterable[Any], held_out: Iterable[Any] | None) -> tuple[list[Any], list[Any]]:
     train = list(batches)
     held = None if held_out is None else list(held_out)
@@ -276,14 +276,13 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _restored_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Give modules their state back if an error or an interrupt ends the block."""
-    before = [{name: x.clone() for name, x in module.state_dict().items()} for module in modules]
+    before = _copy_state(modules)
     try:
         yield
     except BaseException:
-        for module, state in zip(modules, before, strict=True):
-            module.load_state_dict(state)
+        _load_state(modules, before)
         raise
 
 
@@ -332,24 +331,26 @@ def _settle(thresholds: Iterable[Thresholds], measure: Callable[[], float], kept
         low, high = (middle, high) if found < kept else (low, middle)
 
 
-State = tuple[dict[str, Tensor], dict[str, Tensor]]
+def _copy_state(modules: Sequence[nn.Module]) -> Values:
+    return [{name: x.clone() for name, x in module.state_dict().items()} for module in modules]
 
 
-def _state(thresholds: Mapping[str, Thresholds], tails: Mapping[str, Tail]) -> State:
-    offsets = {name: each.offset.detach().clone() for name, each in thresholds.items()}
-    return offsets, {name: each.factor.detach().clone() for name, each in tails.items()}
+def _load_state(modules: Sequence[nn.Module], states: Values) -> None:
+    for module, state in zip(modules, states, strict=True):
+        module.load_state_dict(state)
 
 
 @torch.no_grad()
-def _restore(state: State, thresholds: Mapping[str, Thresholds], tails: Mapping[str, Tail]) -> None:
-    offsets, factors = state
-    for name, each in thresholds.items():
-        each.offset.copy_(offsets[name])
-    for name, tail in tails.items():
-        tail.factor.copy_(factors[name])
+def _share_one_value(thresholds: Iterable[Thresholds]) -> None:
+    """Give all heads the mean of their thresholds."""
+    every = list(thresholds)
+    mean = float(torch.cat([each.values() for each in every]).mean())
+    for each in every:
+        each.set_base(mean)
+        each.offset.zero_()
 
 
-def _show(items: Iterable[Any], number: int, progress: bool) -> Iterator[Any]:
+def _show(items: Iterable[Any], done: int, number: int, progress: bool) -> Iterator[Any]:
     columns = (TextColumn("tune"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
     with Progress(*columns, disable=not progress) as bar:
-        yield from bar.track(items, total=number)
+        yield from bar.track(items, total=number, completed=done)
