@@ -6,8 +6,9 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
-from thresher import sparsify
+from thresher import ComputeMeter, sparsify
 from thresher.attention import Call, Mechanism, Pattern, find
 from thresher.attention.shared.thresholds import Differences, Thresholds, named_thresholds
 from thresher.budget.calibration import (
@@ -146,6 +147,19 @@ def test_a_batch_may_be_run_in_any_way() -> None:
     calibrate(other, [{"image": x} for x in batches()], 0.3, forward=lambda batch: other(batch["image"]))
     for mine, theirs in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_a_mapping_names_the_arguments_of_the_model() -> None:
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    model = BertModel(config).eval()
+    sparsify(model, "latte")
+    ids = torch.arange(20).view(2, 10)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids).masked_fill(ids % 10 > 6, 0)}
+    (found,) = calibrate(model, [batch], 0.3).values()
+    assert found.isfinite().all()
+    with ComputeMeter(model) as meter, torch.no_grad():
+        model(**batch)
+    assert float(meter.kept().detach()) == pytest.approx(0.3, abs=0.03)
 
 
 def test_the_way_to_run_a_batch_need_not_return_anything() -> None:

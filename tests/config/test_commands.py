@@ -53,7 +53,7 @@ def test_a_value_without_a_key_is_answered_with_the_key_of_the_input() -> None:
 def test_hyper_parameters_need_no_plus() -> None:
     assert compose_options(CONF, "doctor", ["settings.topk.keys=2"]).settings.topk == {"keys": 2}
     assert compose_options(CONF, "bench", ["settings.latte.kept=0.2"]).settings.latte.kept == 0.2
-    with pytest.raises(ValueError, match=r"n takes a list in brackets here: 'n=\[a,b\]'"):
+    with pytest.raises(ValueError, match=r"n takes one value here; write a list as 'n=\[a,b\]'"):
         compose_options(CONF, "bench", ["n=16,32"])
 
 

@@ -1,6 +1,7 @@
 """A training that is asked to stop, and one whose numbers are not finite: what it leaves, and what it says."""
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ def test_a_signal_leaves_a_snapshot_and_its_exit_code(signum: signal.Signals, co
     process.send_signal(signum)
     got, output = finish(process)
     assert got == code, output
-    assert f"stopped by {signum.name}; the same command resumes" in output
+    folder = rf"\S*{tmp_path.name}/run"
+    assert re.search(rf"run folder: {folder}\n", output), output
+    assert re.search(rf"stopped by {signum.name}; the same command with run\.dir={folder} resumes", output), output
     assert "Traceback" not in output
     stopped = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert stopped["position"]["batch"] or stopped["global_step"] >= 12

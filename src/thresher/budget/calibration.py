@@ -1,7 +1,7 @@
 """Calibrate thresholds so that each head keeps a given share of its visible pairs in data."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -125,6 +125,11 @@ class ThresholdProbe:
             handle.remove()
 
 
+def run_model(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch; a mapping names the arguments."""
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
 def is_noisy(model: nn.Module) -> bool:
     """Tell whether the model drops anything in its current mode, by the dropout and drop-path rates of its modules."""
     return any(
@@ -169,7 +174,7 @@ def calibrate(
         model: A model with thresholds inside, in the mode (train or eval) in which it will be used.
         batches: Model inputs, already on the model's device.
         kept: Share of the visible pairs to keep, in (0, 1].
-        forward: How to run the model on a batch; `model(batch)` by default.
+        forward: How to run the model on a batch; by default `model(**batch)` for mappings, else `model(batch)`.
         held_out: Other inputs. What the thresholds keep of their visible pairs is measured and logged, as a warning
             where it differs from `kept` by more than a tenth.
 
@@ -184,7 +189,7 @@ def calibrate(
     probe = ThresholdProbe(model, examples=2**31, pairs=2**62)
     probe.level = kept
     try:
-        run = forward or model
+        run = forward or partial(run_model, model)
         ran = False
         for batch in batches:
             run(batch)

@@ -16,9 +16,10 @@ copy of the weights.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,7 +31,7 @@ from thresher.attention.contract import Cost
 from thresher.attention.mechanism import dense_attention
 from thresher.attention.shared.tail import Tail
 from thresher.attention.shared.thresholds import Thresholds, named_thresholds
-from thresher.budget.calibration import calibrate, evaluation_mode
+from thresher.budget.calibration import calibrate, evaluation_mode, run_model
 from thresher.budget.meter import ComputeMeter
 from thresher.budget.objectives import Objective, measure_error
 from thresher.budget.tuning_state import Measurement, Start, StateFile, Values, begin
@@ -115,7 +116,7 @@ def tune(
             "(gate.mode=hard and trainable=False freeze them)"
         )
     train, held = _split(batches, held_out)
-    run = forward or (lambda batch: model(**batch) if isinstance(batch, Mapping) else model(batch))
+    run = forward or partial(run_model, model)
     tails = {name.rpartition(".")[0]: each for name, each in model.named_modules() if isinstance(each, Tail)}
     trained = [*thresholds.values(), *tails.values()]
     with evaluation_mode(model), _frozen(model), _restored_on_error(trained):

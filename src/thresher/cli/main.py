@@ -121,7 +121,8 @@ def train(cfg: DictConfig, conf: Path) -> float | None:
 
     chosen = str(cfg.run.dir).strip()
     folder = Path(HydraConfig.get().runtime.output_dir) if chosen else None
-    result: float | None = report_errors(lambda: record_failure(run, folder, find_reason))
+    resumed = None if folder is None else f"run.dir={os.path.relpath(folder)}"
+    result: float | None = report_errors(lambda: record_failure(run, folder, find_reason), resumed)
     return result
 
 
@@ -172,8 +173,12 @@ def evaluate(arguments: Sequence[str], conf: Path) -> None:
 # Errors
 
 
-def report_errors(run: Callable[[], Any]) -> Any:
+def report_errors(run: Callable[[], Any], resumed: str | None = None) -> Any:
     """Run a function; report an error that the user can correct in one message, and exit with code 1.
+
+    Args:
+        run: The function.
+        resumed: The option with which the same command continues after a signal, if it needs one.
 
     After a signal the exit code is 128 and its number. Other errors pass, and so does that of an output which nobody
     reads (see `console.end_command`).
@@ -182,7 +187,8 @@ def report_errors(run: Callable[[], Any]) -> Any:
     try:
         return run()
     except Interrupted as interruption:
-        print(f"{interruption}; the same command resumes", file=sys.stderr)
+        option = "" if resumed is None else f" with {resumed}"
+        print(f"{interruption}; the same command{option} resumes", file=sys.stderr)
         sys.exit(interruption.code)
     except BrokenPipeError:
         raise

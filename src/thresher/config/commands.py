@@ -54,7 +54,8 @@ def compose_options(conf: Path, name: str, arguments: Sequence[str], input_key: 
     for override in parsed:
         if override.is_sweep_override():
             key = override.key_or_group
-            raise ValueError(f"{key} takes a list in brackets here: '{key}=[a,b]'")
+            varied = "overrides that a sweep varies follow --" if name == "sweep" else f"write a list as '{key}=[a,b]'"
+            raise ValueError(f"{key} takes one value here; {varied}")
     overrides.check(conf, name, [a for a in arguments if not _is_setting(a)])
     return overrides.compose_config(conf, name, [f"++{a}" if _is_setting(a) else a for a in arguments])
 

@@ -173,6 +173,7 @@ def _describe_ending(run: Run) -> None:
     if run.running:
         run.problem = "still running"
     elif errors:
-        run.problem = f"{run.problem}: {PREFIX.sub('', errors[-1]).strip()[:300]}"
+        said = PREFIX.sub("", errors[-1]).strip()[:300]
+        run.problem = said if said.startswith(run.problem) else f"{run.problem}: {said}"
         return
     run.problem += f", last written {datetime.fromtimestamp(newest):%Y-%m-%d %H:%M}"

@@ -54,6 +54,7 @@ def train(
     if "dropin" in cfg:
         raise ValueError(f"{cfg.run.name} trains nothing: python eval.py experiment=... measures it")
     run = open_run(cfg, conf, folder, overrides)
+    rank_zero_info(f"run folder: {run.folder}")
     pl.seed_everything(run.seed, workers=True, verbose=False)
     data = build_data(run.config)
     if cfg.test:  # report what is wrong with the test data before the training
