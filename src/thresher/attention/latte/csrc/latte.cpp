@@ -197,22 +197,28 @@ T sum_of_kept(const int32_t* key, const T* x, int64_t number) {
 template <class T>
 void shares_with_tail(const int32_t* key, int64_t number, T row_max, T row_sum, T constant, T worth,
                       const TailGradient<T>& tail, T* score, T* through, T* slope) {
-    constexpr int64_t SOME = 64;
-    for (int64_t begin = 0; begin < number; begin += SOME) {
-        const int64_t end = std::min(number, begin + SOME);
-        T raw[SOME];
-        std::copy(score + begin, score + end, raw);
-        transform(score + begin, end - begin, T(0), [&](Vector<T> x) {
+    constexpr int64_t PART = 64;
+    for (int64_t begin = 0; begin < number; begin += PART, key += PART, score += PART, through += PART) {
+        const int64_t many = std::min(PART, number - begin);
+        T raw[PART], weight[PART];
+        std::copy_n(score, many, raw);
+        std::copy_n(score, many, weight);
+        transform(weight, many, T(0), [&](Vector<T> x) {
             const Vector<T> excess = Vector<T>{} + T(MAX_EXCESS), over = x - (row_sum == 0 ? T(0) : row_max);
             return exponential(over > excess ? excess : over) * (row_sum == 0 ? T(0) : 1 / row_sum);
         });
-        for (int64_t x = begin; x < end; ++x) {
-            const T weight = score[x], more = weight - tail.weight, gain = through[x] - constant;
-            const bool kept = key[x] >= 0;
-            if (slope) slope[x] *= more * gain + tail.through * (tail.mean - raw[x - begin]);
-            through[x] = (kept ? weight * gain - tail.through : T(0)) + (slope ? worth * slope[x] : T(0));
-            score[x] = kept ? more : T(0);
+        T added[PART] = {};
+        if (slope) {
+            for (int64_t x = 0; x < many; ++x)
+                slope[x] *= (weight[x] - tail.weight) * (through[x] - constant) + tail.through * (tail.mean - raw[x]);
+            for (int64_t x = 0; x < many; ++x) added[x] = worth * slope[x];
+            slope += PART;
         }
+        for (int64_t x = 0; x < many; ++x) {
+            const T benefit = weight[x] * (through[x] - constant) - tail.through;
+            through[x] = (key[x] < 0 ? T(0) : benefit) + added[x];
+        }
+        for (int64_t x = 0; x < many; ++x) score[x] = key[x] < 0 ? T(0) : weight[x] - tail.weight;
     }
 }
 
