@@ -75,9 +75,9 @@ DAMAGE = {
     "goes on": (
         "a.csv",
         'text,label\na,x\n"it" begins,y\n',
-        "line 3: a field goes on after the double quote that closes",
+        "line 3: a field continues after the double quote that closes",
     ),
-    "backslash": ("a.csv", 'text,label\n"a \\"b\\" c",x\n', "line 2: a field goes on after"),
+    "backslash": ("a.csv", 'text,label\n"a \\"b\\" c",x\n', "line 2: a field continues after"),
     "swallowed": (
         "a.tsv",
         'label\ttext\npos\ta\nneg\t"it begins\npos\tb\nneg\tand ends"\npos\tc\n',

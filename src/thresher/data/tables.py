@@ -159,7 +159,7 @@ def _describe_damage(path: Path, line: int, error: str, quoting: Quoting) -> str
     if "unexpected end of data" in error:
         said = "a field begins with a double quote that never closes"
     elif "expected after" in error:
-        said = "a field goes on after the double quote that closes it; inside a field quotes are doubled"
+        said = "a field continues after the double quote that closes it; inside a field quotes are doubled"
     elif "new-line character" in error:
         return f"{path}, line {line}: a carriage return without a line feed; write line ends as LF or CRLF"
     else:
