@@ -23,7 +23,7 @@ from thresher.tools.sweep.ledger import Ledger, Plan
 from thresher.tools.sweep.pruning import Pruning
 from thresher.tools.sweep.samplers import check_sampler
 from thresher.tools.sweep.space import Spaces, read_spaces
-from thresher.tools.sweep.status import StatusLine, describe_status, print_tables
+from thresher.tools.sweep.status import StatusLine, describe_status, find_stale, print_tables
 from thresher.tools.sweep.storage import hide_password, open_storage
 
 LAUNCHERS = ("local", "submitit", "ray", "print")
@@ -121,6 +121,8 @@ def _run(cfg: DictConfig, plan: Plan, command: Sequence[str], folder: Path, last
     if cfg.mode == "status":
         view = ledger.view()
         print(describe_status(view, 0, cfg.stale_after, 0))
+        if stale := len(find_stale(view, cfg.stale_after)):
+            print(f"stale: the driver of {stale} trials has gone; the sweep's command adopts or repeats them")
         if view.outside:
             print(
                 f"{view.outside} trials of this study are not in this plan: repeat after -- what the sweep began with"

@@ -109,7 +109,8 @@ def print_tables(view: View, objectives: Mapping[str, str], folder: Path, consol
     done, failed = ([view.latest[slot] for slot in view.in_states(state)] for state in (State.DONE, State.FAILED))
     best = find_best(done, objectives)
     if best:
-        table = Table(title=f"best of {len(done)} trials", title_justify="left")
+        kind = "best" if len(objectives) == 1 else "Pareto front"
+        table = Table(title=f"{kind} of {len(done)} trials", title_justify="left")
         for name in (*objectives, "folder", "overrides"):
             table.add_column(name, overflow="fold")
         shared = set.intersection(*(set(trial.user_attrs["run"]["overrides"]) for trial in view.latest.values()))
@@ -126,7 +127,8 @@ def print_tables(view: View, objectives: Mapping[str, str], folder: Path, consol
         for trial in failed[:ROWS]:
             table.add_row(trial.user_attrs.get("run", {}).get("folder", "-"), escape(describe_failure(trial)))
         _print_table(console, table, len(failed))
-    console.print(f"results are in {folder}", soft_wrap=True, markup=False, highlight=False)
+    report = f"results are in {folder}; python -m thresher.report runs={folder} draws them"
+    console.print(report, soft_wrap=True, markup=False, highlight=False)
 
 
 def _print_table(console: Console, table: Table, rows: int) -> None:
