@@ -3,6 +3,7 @@
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,14 @@ def test_the_example_on_a_vision_model_works() -> None:
     names: dict[str, object] = {}
     exec(source, names)
     assert len(names["names"]) == 12  # type: ignore[arg-type]
+
+
+def test_the_example_of_a_loop_of_ones_own_keeps_its_budget() -> None:
+    (source,) = re.findall(r"```python\n(import itertools.*?)```", PAGES["training.md"], flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(source, names)
+    assert float(names["kept"].detach()) == pytest.approx(0.2, abs=0.1)
+    assert float(names["loss"].detach()) < 2.0, "chance is 2.3"
 
 
 def test_the_example_with_nested_options_works() -> None:

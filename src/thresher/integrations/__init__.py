@@ -1,0 +1,1 @@
+"""Thresher inside the training loops of other libraries."""

@@ -1,0 +1,1 @@
+"""Tests of integrations with training loops of other libraries."""
