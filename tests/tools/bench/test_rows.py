@@ -109,7 +109,7 @@ def test_the_extra_installs_every_peer() -> None:
         (["repetitions=0"], "repetitions"),
         (["backends=cpuu"], "cpuu"),
         (["repetition=3"], "did you mean repetitions"),
-        (["n=16,32"], r"list in brackets"),
+        (["n=16,32"], r"one value here; write a list as"),
         (["bench=headlin"], "did you mean headline"),
     ],
 )
