@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from thresher.attention import Call, Mechanism, Pattern, find, hyperparameters
-from thresher.attention.shared.tail import RunningSums, build_tail, count_tail_cost, weigh_with_tail
+from thresher.attention.shared.sums import RunningSums
+from thresher.attention.shared.tail import build_tail, count_tail_cost, weigh_with_tail
 from thresher.testing.inputs import Inputs, attend, draw, gradients, noise_like, padded
 
 TAILED: list[tuple[str, dict[str, Any]]] = [

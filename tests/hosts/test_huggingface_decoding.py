@@ -14,7 +14,7 @@ from thresher import coded_cache, densify, inject, sparsify
 from thresher.attention import Call, KeyCodes, Prepared, available, find
 from thresher.attention.dense import Dense
 from thresher.attention.latte.mechanism import Latte
-from thresher.attention.shared import tail
+from thresher.attention.shared import sums
 from thresher.hosts.__main__ import TEXT, TOKENS, build
 from thresher.hosts.huggingface.cache import CodedLayer
 
@@ -120,18 +120,21 @@ def test_generation_with_sums_for_tails_equals_generation_without(
     ask = partial(model.generate, TOKENS, attention_mask=PADDED["left"], **options)
     wanted = ask()
     read: list[int] = []
-    sum_tokens = tail._sum_tokens
+    sum_tokens = sums._sum_tokens
 
     def counted(tokens: Tensor, shown: Tensor | None) -> Tensor:
         read.append(tokens.shape[2])
         return sum_tokens(tokens, shown)
 
-    monkeypatch.setattr(tail, "_sum_tokens", counted)
+    monkeypatch.setattr(sums, "_sum_tokens", counted)
     cache = coded_cache(model)
     assert torch.equal(ask(**{CACHE: cache}), wanted)
     own = getattr(cache, "self_attention_cache", cache)
     layers = sum(isinstance(layer, CodedLayer) for layer in own.layers)
-    assert set(read[2 * layers :]) == {1}, "later steps read only their own token"
+    if name == "T5":
+        assert not read, "its position bias leaves decoding to PyTorch, which reads no sums"
+    else:
+        assert set(read[2 * layers :]) == {1}, "later steps read only their own token"
 
 
 def test_codes_go_with_the_keys_they_were_made_of() -> None:

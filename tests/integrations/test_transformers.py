@@ -123,6 +123,12 @@ def test_accumulated_batches_add_the_compute_loss_once(tmp_path: Path) -> None:
     assert 0.5 < float(found[2].norm() / found[1].norm()) < 1.5
 
 
+def test_thresholds_that_keep_every_key_are_annealed_too(tmp_path: Path) -> None:
+    model = build(threshold=float("inf"))
+    build_trainer(model, tmp_path, SparseCallback(0.3), max_steps=2, logging_steps=1).train()
+    assert all(each.base.isfinite().all() and each.eval_base.isfinite().all() for _, each in named_thresholds(model))
+
+
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     for attention in (None, "topk"):
         with pytest.raises(ValueError, match=r"LlamaForCausalLM has no trainable thresholds: call sparsify"):

@@ -11,7 +11,7 @@ from tests.kernels.test_latte import assert_same_costs
 from tests.kernels.threads import with_threads
 from thresher.attention import Attended, Call, KeyCodes, Pattern
 from thresher.attention.latte.mechanism import Latte, kernel
-from thresher.attention.shared.tail import RunningSums
+from thresher.attention.shared.sums import RunningSums
 from thresher.kernels.build import can_use
 from thresher.testing.inputs import Inputs, attend, draw, noise_like, padded
 
@@ -74,7 +74,7 @@ def test_a_tail_is_that_of_the_last_row_of_pytorch(groups: int, head_dim: int, l
         for call in (Call(), *(padded(ours.pattern, lengths=(length, length), left=left) for left in (False, True))):
             sums, codes = RunningSums(), ours.encode_keys(inputs.k)
             sums.read(inputs.k[:, :, :-1], inputs.v[:, :, :-1], None if call.keys is None else call.keys[:, :-1])
-            cached = replace(call, sums=sums.read(inputs.k, inputs.v, call.keys))
+            cached = replace(call, sums=sums)
             whole = attend(plain, inputs, call)
             for one in (decoded(ours, inputs, call), decoded(ours, inputs, cached, codes)):
                 torch.testing.assert_close(one.out, whole.out[:, :, -1:], rtol=tolerance, atol=tolerance)

@@ -1,6 +1,6 @@
 """Attention mechanisms, each in a file or folder; `contract.py` defines inputs and outputs, `mechanism.py` the base."""
 
-from thresher.attention.contract import Attended, Call, Cost, KeyCodes, Pattern, TokenSums, ValueSource
+from thresher.attention.contract import Attended, Call, Cost, KeyCodes, Pattern, ValueSource
 from thresher.attention.mechanism import MakeMechanism, Mechanism
 from thresher.attention.prepared import Prepared
 from thresher.attention.registry import available, find, hyperparameters, name_of
@@ -14,7 +14,6 @@ __all__ = [
     "Mechanism",
     "Pattern",
     "Prepared",
-    "TokenSums",
     "ValueSource",
     "available",
     "find",

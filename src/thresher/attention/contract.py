@@ -7,6 +7,8 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
+from thresher.attention.shared.sums import RunningSums
+
 
 class Pattern(Enum):
     """Where attention is used, as (causal, cross): the taxonomy of CAB (arXiv 2210.07661).
@@ -44,13 +46,6 @@ class KeyCodes(NamedTuple):
     unit: Float[Tensor, "b hk m 1"]
 
 
-class TokenSums(NamedTuple):
-    """Sums of the visible keys, and of their values, in the type of sums."""
-
-    keys: Float[Tensor, "b hk d"]
-    values: Float[Tensor, "b hk dv"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """The masks and extra inputs of one call. In masks True means visible; None means all visible.
@@ -65,7 +60,7 @@ class Call:
         bias: Additive score bias (T5, ALiBi).
         source: The source of the values, for mechanisms with `needs_source`.
         codes: The result of `Mechanism.encode_keys` for these keys, if a cache kept it.
-        sums: Sums over the keys that a single query sees, if a cache kept them; only a tail reads them.
+        sums: Running sums over the keys that a single query sees, if a cache keeps them; only a tail reads them.
     """
 
     queries: Bool[Tensor, "b n"] | None = None
@@ -76,7 +71,7 @@ class Call:
     bias: Float[Tensor, "#b #h n m"] | None = None
     source: ValueSource | None = None
     codes: KeyCodes | None = None
-    sums: TokenSums | None = None
+    sums: RunningSums | None = None
 
     def examples(self, rows: slice) -> "Call":
         """Select some of the examples."""
@@ -93,7 +88,7 @@ class Call:
             bias=of(self.bias),
             source=self.source and self.source._replace(x=self.source.x[rows]),
             codes=self.codes and KeyCodes(*(x[rows] for x in self.codes)),
-            sums=self.sums and TokenSums(*(x[rows] for x in self.sums)),
+            sums=self.sums and self.sums.select(rows),
         )
 
 

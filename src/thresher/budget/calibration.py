@@ -119,6 +119,19 @@ class ThresholdProbe:
             read.clear()
         return means
 
+    @torch.no_grad()
+    def move_bases(self, name: str, share: float) -> None:
+        """Move a base of each head by a share of the way towards the quantiles read since the last call.
+
+        Args:
+            name: "base", of training, or "eval_base".
+            share: 1 is all the way, from infinity, too.
+        """
+        for owner, quantile in self.collect().items():
+            base: Tensor = getattr(self.thresholds[owner], name)
+            seen = torch.where(quantile.isfinite(), quantile, base)
+            base.copy_(base.lerp(seen, share) if share < 1 else seen)
+
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:

@@ -1,6 +1,7 @@
 """Where a tuning stands, and the file that it continues from."""
 
 import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,7 +91,7 @@ class StateFile:
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
             settings, state = saved["settings"], TuningState(**saved["state"])
-        except Exception as error:
+        except (EOFError, KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"{self.path} is damaged, or no state of a tuning; remove it to begin again") from error
         if differing := [name for name, value in self.settings.items() if settings.get(name) != value]:
             raise ValueError(

@@ -107,7 +107,7 @@ class CalibrateThresholds(pl.Callback):
             return
         window = max(self.window * pl_module.total_steps, 1.0)
         every = max(round(window / QUIET_PASSES), 1)
-        self._move("base", 1 / window)
+        self._probe.move_bases("base", 1 / window if self._begun else 1.0)
         if not is_noisy(pl_module.net):
             for thresholds in self._probe.thresholds.values():
                 thresholds.eval_base.copy_(thresholds.base)
@@ -116,16 +116,8 @@ class CalibrateThresholds(pl.Callback):
             with evaluation_mode(pl_module.net), trainer.precision_plugin.forward_context():
                 pl_module.step(batch)
             self._probe.level = None
-            self._move("eval_base", every / window)
+            self._probe.move_bases("eval_base", every / window if self._begun else 1.0)
         self._begun = True
-
-    def _move(self, name: str, share: float) -> None:
-        """Move a base by a share of the way towards the quantiles read; all the way at the first time."""
-        assert self._probe is not None
-        for owner, quantile in self._probe.collect().items():
-            base: torch.Tensor = getattr(self._probe.thresholds[owner], name)
-            seen = torch.where(quantile.isfinite(), quantile, base)
-            base.copy_(base.lerp(seen, share) if self._begun else seen)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._probe:

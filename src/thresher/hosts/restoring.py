@@ -1,12 +1,33 @@
-"""Mount mechanisms again from their recipes, as files store them."""
+"""The recipes of the mechanisms of a model, as files store them, and mechanisms mounted again from these."""
 
 from typing import Any
 
 from torch import nn
 
-from thresher.hosts.core import RESTORERS, Guest, Host, load_hosts, notify_watchers, place
+from thresher.hosts.core import (
+    RESTORERS,
+    Guest,
+    Host,
+    find_holders,
+    find_host,
+    load_hosts,
+    notify_watchers,
+    place,
+)
+from thresher.hosts.peft import find_running
+from thresher.hosts.recipes import build_unknown_recipe
 
 Recipes = dict[str, dict[str, Any]]
+
+
+def list_recipes(model: nn.Module) -> Recipes:
+    """List the recipes of the mechanisms of a model, by the dotted name of their module."""
+    hosts = {name: find_host(model.get_submodule(name)) for name in find_holders(model)}
+    return {
+        name: host.recipe or build_unknown_recipe(host.kind, find_running(host.mechanism))
+        for name, host in hosts.items()
+        if host is not None
+    }
 
 
 def restore_hosts(model: nn.Module, recipes: Recipes) -> None:

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from thresher.hosts.core import find_holders, find_host, take_out
 from thresher.hosts.peft import find_running
-from thresher.hosts.recipes import build_unknown_recipe
-from thresher.hosts.restoring import Recipes, restore_hosts
+from thresher.hosts.restoring import Recipes, list_recipes, restore_hosts
 
 DESCRIPTION, PARAMETERS, CARD = "thresher.json", "thresher.safetensors", "README.md"
 FORMAT = 1
@@ -40,7 +39,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: The model holds no mechanism, or one whose class this package does not know.
     """
-    recipes = _list_recipes(model)
+    recipes = list_recipes(model)
     if not recipes:
         raise ValueError(f"{type(model).__name__} holds no mechanism to save; sparsify() gives it one")
     if unknown := [f"{name} ({r['attention']})" for name, r in recipes.items() if "hyperparameters" not in r]:
@@ -137,15 +136,6 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _list_recipes(model: nn.Module) -> Recipes:
-    hosts = {name: find_host(model.get_submodule(name)) for name in find_holders(model)}
-    return {
-        name: host.recipe or build_unknown_recipe(host.kind, find_running(host.mechanism))
-        for name, host in hosts.items()
-        if host is not None
-    }
-
-
 def _get_mechanism(model: nn.Module, name: str) -> nn.Module:
     host = find_host(model.get_submodule(name))
     assert host is not None
@@ -163,7 +153,7 @@ def _find_folder(place: str | Path, hub: bool = True) -> Path:
 
     try:
         return Path(snapshot_download(str(place), allow_patterns=[DESCRIPTION, PARAMETERS]))
-    except Exception as error:
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(f"there is no folder {place}, and no such repository on the hub: {error}") from error
 
 

@@ -91,10 +91,9 @@ class SparseCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move each head's threshold towards the quantile that keeps the share of the moment."""
         share = 1 / max(WINDOW * state.max_steps, 1.0) if self._begun else 1.0
-        for name, quantile in self._probe.collect().items():
-            thresholds = self._probe.thresholds[name]
-            seen = torch.where(quantile.isfinite(), quantile, thresholds.base)
-            thresholds.set_base(thresholds.base.lerp(seen, share))
+        self._probe.move_bases("base", share)
+        for thresholds in self._probe.thresholds.values():
+            thresholds.eval_base.copy_(thresholds.base)
         self._begun = True
 
     def on_log(

@@ -39,5 +39,5 @@ def test_codes_and_sums_are_there_before_the_clock_starts(monkeypatch: pytest.Mo
     assert row["kept"] == pytest.approx(0.25, abs=0.05)
     assert {shape for shape, _ in given} == {(1, 2, 1, 16)}
     assert all(call.codes is not None and call.codes.codes.shape == (1, 2, 64, 16) for _, call in given)
-    assert all(call.sums is not None and call.sums.values.shape == (1, 2, 16) for _, call in given)
+    assert all(call.sums is not None and call.sums.sums.values.shape == (1, 2, 16) for _, call in given)
     assert len({id(call) for _, call in given}) == 8, "layers that fill AWAY, each with its own keys"

@@ -10,7 +10,8 @@ from thresher.attention.latte.mechanism import Latte
 from thresher.attention.prepared import Prepared
 from thresher.attention.shared.divergence import trace_rows, trace_vectors
 from thresher.attention.shared.functional import expand_heads
-from thresher.attention.shared.tail import RunningSums, expand_factor
+from thresher.attention.shared.sums import RunningSums
+from thresher.attention.shared.tail import expand_factor
 from thresher.kernels.calling import choose_sum_dtype, unify_types
 
 
@@ -92,7 +93,7 @@ class DecodingOnCpu(TrainingOnCpu):
         keys, sums, dtype = x.call.keys, None, choose_sum_dtype(q)
         tail: dict[str, Tensor | None] = dict.fromkeys(("key_sum", "value_sum", "tail_factor"))
         if mechanism.tail is not None:
-            sums = x.call.sums or RunningSums().read(x.grouped_k, x.grouped_v, keys)
+            sums = (x.call.sums or RunningSums()).read(x.grouped_k, x.grouped_v, keys)
             factor = mechanism.tail.values().to(dtype).expand(b, h).reshape(b * groups, rows)
             of_keys, of_values = (each.to(dtype).flatten(0, 1) for each in sums)
             tail = {"key_sum": of_keys, "value_sum": of_values, "tail_factor": factor}

@@ -14,13 +14,12 @@ number of tokens (`kernels/csrc/tail.h`). Where a row drops nothing it has no ta
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from thresher.attention.contract import TokenSums
 from thresher.attention.options import check_choice
 from thresher.attention.prepared import Prepared
-from thresher.attention.shared.functional import MAX_EXCESS, clamp_from_below, promote_to_fp32
+from thresher.attention.shared.functional import MAX_EXCESS, clamp_from_below
 
 TailKind = Literal["none", "mean"]
 
@@ -86,52 +85,6 @@ def weigh_with_tail(
 def expand_factor(tail: Tail | None, x: Prepared, dtype: torch.dtype) -> Float[Tensor, " g"] | None:
     """Return the factor of each group of a kernel's call, for every example and head; None without a tail."""
     return None if tail is None else tail.values().to(dtype).expand(x.batch, x.heads).flatten()
-
-
-class RunningSums:
-    """Sums over the visible keys and values of a growing cache; each reading adds the tokens since the last one."""
-
-    def __init__(self) -> None:
-        self.tokens = 0  # that are in the sums
-        self.seen: Tensor | None = None
-        self.sums: TokenSums | None = None
-
-    def read(
-        self, k: Float[Tensor, "b hk m d"], v: Float[Tensor, "b hk m dv"], seen: Bool[Tensor, "b m"] | None
-    ) -> TokenSums:
-        """Return the sums over all tokens so far; a mask that changes for earlier tokens begins again.
-
-        Args:
-            k: All keys.
-            v: All values.
-            seen: Keys that are visible; None means all.
-        """
-        start = self.tokens if self._continues(seen, k.shape[2]) else 0
-        shown = None if seen is None else seen[:, None, start:, None]
-        new = TokenSums(*(_sum_tokens(tokens[:, :, start:], shown) for tokens in (k, v)))
-        old = self.sums if start else None
-        self.sums = new if old is None else TokenSums(*(a + b for a, b in zip(old, new, strict=True)))
-        self.tokens, self.seen = k.shape[2], seen
-        return self.sums
-
-    def select(self, rows: Int[Tensor, " b"]) -> "RunningSums":
-        """Return the sums of some examples."""
-        other = RunningSums()
-        other.tokens, other.seen = self.tokens, None if self.seen is None else self.seen[rows]
-        other.sums = self.sums and TokenSums(*(x[rows] for x in self.sums))
-        return other
-
-    def _continues(self, seen: Tensor | None, m: int) -> bool:
-        if self.sums is None or self.tokens > m:
-            return False
-        if seen is None or self.seen is None:
-            return seen is self.seen
-        return torch.equal(seen[:, : self.tokens], self.seen)
-
-
-def _sum_tokens(tokens: Tensor, shown: Tensor | None) -> Tensor:
-    tokens = promote_to_fp32(tokens)
-    return (tokens if shown is None else tokens.masked_fill(~shown, 0)).sum(2)
 
 
 def count_tail_cost(x: Prepared, kept: Float[Tensor, "b h"]) -> Float[Tensor, "b h"]:

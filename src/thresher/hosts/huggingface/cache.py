@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from thresher.attention.contract import KeyCodes, TokenSums
+from thresher.attention.contract import KeyCodes
 from thresher.attention.mechanism import Mechanism
-from thresher.attention.shared.tail import RunningSums
+from thresher.attention.shared.sums import RunningSums
 from thresher.hosts.core import Guest
 
 
@@ -51,7 +51,7 @@ class CodedLayer(DynamicLayer):
         self.mechanism = mechanism
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        old, sums = find_codes(self.keys, self.mechanism), getattr(self.keys, "_sums", RunningSums())
+        old, sums = find_codes(self.keys, self.mechanism), find_sums(self.keys) or RunningSums()
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         keys._sums = sums  # type: ignore[attr-defined]
         new = self.mechanism.encode_keys(keys if old is None else key_states)
@@ -61,7 +61,7 @@ class CodedLayer(DynamicLayer):
         return keys, values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        codes, sums = find_codes(self.keys, self.mechanism), getattr(self.keys, "_sums", RunningSums())
+        codes, sums = find_codes(self.keys, self.mechanism), find_sums(self.keys) or RunningSums()
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # annotated as LongTensor
         if self.keys is not None:
             self.keys._sums = sums.select(beam_idx)  # type: ignore[attr-defined]
@@ -76,10 +76,9 @@ def find_codes(keys: Tensor | None, mechanism: Mechanism) -> KeyCodes | None:
     return codes if of is mechanism else None
 
 
-def read_sums(keys: Tensor, values: Tensor, seen: Tensor | None, mechanism: Any) -> TokenSums | None:
-    """Read the sums for the tail of a single query from the keys of a `CodedLayer`; None if there is no need."""
-    sums: RunningSums | None = getattr(keys, "_sums", None)
-    return None if sums is None or getattr(mechanism, "tail", None) is None else sums.read(keys, values, seen)
+def find_sums(keys: Tensor | None) -> RunningSums | None:
+    """Find the running sums that a `CodedLayer` keeps for its keys; None without any."""
+    return getattr(keys, "_sums", None)
 
 
 def _attach_codes(keys: Tensor, mechanism: Mechanism, codes: KeyCodes) -> None:

@@ -29,7 +29,7 @@ from thresher.attention.mechanism import MakeMechanism
 from thresher.hosts.core import FINDERS, RESTORERS, Build, Findings, Guest
 from thresher.hosts.decoding import can_decode
 from thresher.hosts.examples import build_example_inputs
-from thresher.hosts.huggingface.cache import find_codes, read_sums
+from thresher.hosts.huggingface.cache import find_codes, find_sums
 from thresher.hosts.huggingface.saving import find_roots, from_pretrained
 from thresher.hosts.huggingface.switch import NAME, Switch, is_asked_for_weights
 from thresher.hosts.masks import (
@@ -152,7 +152,7 @@ class HuggingFaceAttention(Guest):
             bias=add_biases(masked.bias, position_bias),
             source=None if self.projection is None else self.projection.build_source(b, m),
             codes=find_codes(key, mechanism),
-            sums=read_sums(key, value, keys, mechanism) if n == 1 else None,
+            sums=find_sums(key) if n == 1 else None,
             **({} if by_rule else find_order(masked, pattern, n, m)),
         )
         query = rescale(query, scaling)

@@ -12,11 +12,9 @@ from torch import nn
 from transformers import PreTrainedConfig as Config
 from transformers import PreTrainedModel
 
-from thresher.hosts.core import WATCHERS, find_host
+from thresher.hosts.core import WATCHERS
 from thresher.hosts.huggingface.switch import NAME
-from thresher.hosts.peft import find_running
-from thresher.hosts.recipes import build_unknown_recipe
-from thresher.hosts.restoring import Recipes, restore_hosts
+from thresher.hosts.restoring import Recipes, list_recipes, restore_hosts
 
 _OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -34,11 +32,7 @@ def find_roots(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
 def write_recipes(model: nn.Module) -> None:
     """Write the recipes of all mechanisms into the configuration of each model of transformers."""
     for _, root in find_roots(model):
-        recipes = {}
-        for name, module in root.named_modules(remove_duplicate=False):
-            if (host := find_host(module)) is not None:
-                recipes[name] = host.recipe or build_unknown_recipe(host.kind, find_running(host.mechanism))
-        if recipes:
+        if recipes := list_recipes(root):
             setattr(root.config, NAME, recipes)
         elif hasattr(root.config, NAME):
             delattr(root.config, NAME)

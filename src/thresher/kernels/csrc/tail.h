@@ -49,15 +49,18 @@ inline void add_row(T* sum, T share, const S* row, int64_t width) {
     for (int64_t c = 0; c < width; ++c) sum[c] += share * as_number(row[c]);
 }
 
-// Call look(i, sum) for each query of a group, with the sum of the rows [m, width] that it sees.
+// Call look(i, sum, number) for each query of a group, with the sum and the number of the rows [m, width] that it sees.
 template <class S, class T, class Look>
 inline void sum_seen(const Tokens<S>& tokens, int64_t g, const S* rows, int64_t width, std::vector<T>& sum, Look&& look) {
     sum.assign(width, T(0));
-    int64_t j = 0;
+    int64_t j = 0, number = 0;
     for (int64_t i = 0; i < tokens.n; ++i) {
         for (; j < tokens.end(i); ++j)
-            if (tokens.shows(g, j)) add_row(sum.data(), rows + (g * tokens.m + j) * width, width);
-        look(i, sum.data());
+            if (tokens.shows(g, j)) {
+                add_row(sum.data(), rows + (g * tokens.m + j) * width, width);
+                ++number;
+            }
+        look(i, sum.data(), number);
     }
 }
 
@@ -88,9 +91,7 @@ class Tails {
     std::vector<T> scores, number, values;
 
     void sum_keys(int64_t g, std::vector<T>& sum) {
-        int64_t j = 0, seen = 0;
-        sum_seen(tokens, g, tokens.keys, tokens.d, sum, [&](int64_t i, const T* all) {
-            for (; j < tokens.end(i); ++j) seen += tokens.shows(g, j);
+        sum_seen(tokens, g, tokens.keys, tokens.d, sum, [&](int64_t i, const T* all, int64_t seen) {
             const int64_t row = g * tokens.n + i;
             number[row] = T(seen);
             scores[row] = dot(all, tokens.queries + row * tokens.d, tokens.d) * T(tokens.scale);
@@ -99,7 +100,7 @@ class Tails {
 
     void sum_values(int64_t g, std::vector<T>& sum) {
         const int64_t dv = tokens.dv;
-        sum_seen(tokens, g, tokens.values, dv, sum, [&](int64_t i, const T* all) {
+        sum_seen(tokens, g, tokens.values, dv, sum, [&](int64_t i, const T* all, int64_t) {
             if (tokens.causal || i == 0) std::copy_n(all, dv, &values[(tokens.causal ? g * tokens.n + i : g) * dv]);
         });
     }
@@ -191,7 +192,7 @@ struct TailGradients {
                 return;
             }
             const T scale = T(tokens.scale);
-            sum_seen(tokens, g, tokens.keys, tokens.d, sum, [&](int64_t i, const T* all) {
+            sum_seen(tokens, g, tokens.keys, tokens.d, sum, [&](int64_t i, const T* all, int64_t) {
                 const int64_t row = g * tokens.n + i;
                 if (through[row] != T(0)) add_row(grad_queries + row * tokens.d, through[row] * scale, all, tokens.d);
             });

@@ -2,7 +2,7 @@
 
 Generation visits all layers for each token, so the keys and values of a layer have left the processor's caches when it
 is called again. Enough layers to hold `AWAY` bytes are timed in turns; the times are those of one layer. A mechanism
-that makes codes of keys, or has a tail, gets codes and sums ready-made, as from a cache.
+that reads codes of keys, or sums for a tail, gets them ready-made, as from a cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from thresher.attention.contract import Attended, Call
 from thresher.attention.mechanism import Mechanism
-from thresher.attention.shared.tail import RunningSums
+from thresher.attention.shared.sums import RunningSums
 from thresher.testing.inputs import Inputs, cast
 from thresher.tools.bench.inputs import calibrate_to_share, draw_inputs
 from thresher.tools.bench.jobs import Job, Scene, build_mechanism
@@ -73,7 +73,8 @@ def _one_pass(attending: Callable[..., object], layers: Sequence[Layer], clock: 
 
 
 def _read_cache(mechanism: Mechanism, layer: Inputs) -> Call:
-    sums = None if getattr(mechanism, "tail", None) is None else RunningSums().read(layer.k, layer.v, None)
+    sums = RunningSums()
+    sums.read(layer.k, layer.v, None)
     return Call(codes=mechanism.encode_keys(layer.k), sums=sums)
 
 

@@ -13,6 +13,7 @@
 #include "latte_encode.h"
 #include "latte_queries.h"
 #include "latte_select.h"
+#include "latte_shares.h"
 #include "matrix.h"
 #include "parallel.h"
 #include "softmax.h"
@@ -164,64 +165,6 @@ std::vector<std::unique_ptr<Prepared<T, NARROW>>> prepare(const Gate<T>& gate, i
     return all;
 }
 
-// Turn the scores of a row's pairs, and the products of its gradient with values, into what each pair adds to its value
-// and to its score, and slopes into what it adds to the threshold.
-template <class T>
-void shares_of(const int32_t* key, int64_t number, T row_max, T row_sum, T constant, T worth, T* score, T* through,
-               T* slope) {
-    const Vector<T> excess = Vector<T>{} + T(MAX_EXCESS);
-    const T one = row_sum == 0 ? T(0) : 1 / row_sum;  // a row that keeps nothing has no gradient
-    transform(score, number, T(0), [&](Vector<T> x) {
-        const Vector<T> over = x - (row_sum == 0 ? T(0) : row_max);
-        return exponential(over > excess ? excess : over) * one;
-    });
-    if (slope)
-        for (int64_t x = 0; x < number; ++x) slope[x] *= score[x] * (through[x] - constant);
-    for (int64_t x = 0; x < number; ++x) {
-        const T benefit = key[x] < 0 ? T(0) : score[x] * (through[x] - constant);
-        through[x] = benefit + (slope ? worth * slope[x] : T(0));
-        score[x] = key[x] < 0 ? T(0) : score[x];
-    }
-}
-
-// Sum the entries of a row that belong to kept keys.
-template <class T>
-T sum_of_kept(const int32_t* key, const T* x, int64_t number) {
-    T sum = 0;
-    for (int64_t i = 0; i < number; ++i) sum += key[i] < 0 ? T(0) : x[i];
-    return sum;
-}
-
-// Do what shares_of does for a row with a tail: a kept key adds to its value what it weighs more than a dropped one, and
-// each key that the gate moves changes the tail, too.
-template <class T>
-void shares_with_tail(const int32_t* key, int64_t number, T row_max, T row_sum, T constant, T worth,
-                      const TailGradient<T>& tail, T* score, T* through, T* slope) {
-    constexpr int64_t PART = 64;
-    for (int64_t begin = 0; begin < number; begin += PART, key += PART, score += PART, through += PART) {
-        const int64_t many = std::min(PART, number - begin);
-        T raw[PART], weight[PART];
-        std::copy_n(score, many, raw);
-        std::copy_n(score, many, weight);
-        transform(weight, many, T(0), [&](Vector<T> x) {
-            const Vector<T> excess = Vector<T>{} + T(MAX_EXCESS), over = x - (row_sum == 0 ? T(0) : row_max);
-            return exponential(over > excess ? excess : over) * (row_sum == 0 ? T(0) : 1 / row_sum);
-        });
-        T added[PART] = {};
-        if (slope) {
-            for (int64_t x = 0; x < many; ++x)
-                slope[x] *= (weight[x] - tail.weight) * (through[x] - constant) + tail.through * (tail.mean - raw[x]);
-            for (int64_t x = 0; x < many; ++x) added[x] = worth * slope[x];
-            slope += PART;
-        }
-        for (int64_t x = 0; x < many; ++x) {
-            const T benefit = weight[x] * (through[x] - constant) - tail.through;
-            through[x] = (key[x] < 0 ? T(0) : benefit) + added[x];
-        }
-        for (int64_t x = 0; x < many; ++x) score[x] = key[x] < 0 ? T(0) : weight[x] - tail.weight;
-    }
-}
-
 // A task's lists and queries; a thread uses them again for its next task.
 template <class S, class T = Number<S>>
 struct Task {
@@ -236,7 +179,7 @@ void attend_as(const AttendArguments<S, T> a) {
     const Gate<T>& gate = a.gate;
     const int64_t threads = a.threads;
     const auto prepared = prepare<T, NARROW>(gate, threads);
-    const Tails<S> tails(a.tokens(), a.tail_factor, threads);
+    const Tails<S> tails(tokens_of(a), a.tail_factor, threads);
     const int64_t tasks = (gate.n + QUERIES - 1) / QUERIES;
     parallel_for(gate.groups * tasks, threads, [&] { return Task<S>(gate); }, [&](int64_t task, Task<S>& of_thread) {
         Lists<T>& lists = of_thread.lists;
@@ -283,7 +226,7 @@ void back_as(const BackArguments<S, T> a) {
     const T scale = T(a.scale);
     const T* grad = a.grad;
     const auto prepared = prepare<T, NARROW>(gate, threads);
-    const Tokens<S> tokens = a.tokens();
+    const Tokens<S> tokens = tokens_of(a);
     const Tails<S> tails(tokens, a.tail_factor, threads);
     TailGradients<S> of_tails(tokens, bool(tails));
     const int64_t blocks = (gate.n + QUERIES - 1) / QUERIES;

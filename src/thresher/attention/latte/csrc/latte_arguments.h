@@ -90,7 +90,6 @@ struct EncodeArguments {
 template <class S, class T = Number<S>>
 struct AttendArguments {
     THRESHER_FIELDS(ATTEND_ARGUMENTS)
-    Tokens<S> tokens() const { return tokens_of(*this); }
 };
 
 #define BACK_ARGUMENTS(FIELD)                                                                           \
@@ -118,7 +117,6 @@ struct AttendArguments {
 template <class S, class T = Number<S>>
 struct BackArguments {
     THRESHER_FIELDS(BACK_ARGUMENTS)
-    Tokens<S> tokens() const { return tokens_of(*this); }
 };
 
 // Decoding: the queries of a group share its keys and see all of them.

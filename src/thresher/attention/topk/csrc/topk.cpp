@@ -185,7 +185,6 @@ auto tokens_of(const Arguments& a) {
 template <class S, class T = Number<S>>
 struct AttendArguments {
     THRESHER_FIELDS(ATTEND_ARGUMENTS)
-    Tokens<S> tokens() const { return tokens_of(*this); }
 };
 
 #define BACK_ARGUMENTS(FIELD)                                                               \
@@ -211,7 +210,6 @@ struct AttendArguments {
 template <class S, class T = Number<S>>
 struct BackArguments {
     THRESHER_FIELDS(BACK_ARGUMENTS)
-    Tokens<S> tokens() const { return tokens_of(*this); }
 };
 
 // to[p, c, e] = factor c of key 16 p + e: panels of 16 keys, the last filled up with zeros.
@@ -259,7 +257,7 @@ void finish(const AttendArguments<S>& a, const Tails<S>& tails, int64_t g, int64
 template <class S, class T = Number<S>>
 void attend_many(const AttendArguments<S> a) {
     const Sizes& s = a.sizes;
-    const Tokens<S> tokens = a.tokens();
+    const Tokens<S> tokens = tokens_of(a);
     const Tails<S> tails(tokens, a.tail_factor, a.threads);
     const int64_t threads = a.threads;
     constexpr int64_t ROWS = Wide<T>::ROWS;
@@ -298,7 +296,7 @@ void attend_many(const AttendArguments<S> a) {
 template <class S, class T = Number<S>>
 void attend_few(const AttendArguments<S> a) {
     const Sizes& s = a.sizes;
-    const Tokens<S> tokens = a.tokens();
+    const Tokens<S> tokens = tokens_of(a);
     const Tails<S> tails(tokens, a.tail_factor, a.threads);
     parallel_for(s.groups * s.n, a.threads, [&](int64_t row) {
         const int64_t g = row / s.n, ahead = tokens.end(row % s.n), whole = padded(ahead);
@@ -329,7 +327,7 @@ void back(const BackArguments<S> a) {
     const S* q = a.queries;
     const T* grad = a.grad;
     const int32_t* index = a.kept;
-    const Tokens<S> tokens = a.tokens();
+    const Tokens<S> tokens = tokens_of(a);
     const Tails<S> tails(tokens, a.tail_factor, threads);
     TailGradients<S> of_tails(tokens, bool(tails));
     std::vector<T> through(s.n * s.most);
