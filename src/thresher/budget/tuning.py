@@ -40,7 +40,9 @@ LEARNING_RATES = {"nats": 0.12, "spread": 0.03}  # of thresholds, by their unit
 FACTOR_RATE = 0.03
 MULTIPLIER_RATE = 0.05
 QUADRATIC = 10.0
-BISECTIONS = 30
+CALIBRATION = 4  # batches: a start to tune from, settled on the held-out ones
+TOLERANCE = 5e-4  # of the share kept, relative
+MEASUREMENTS = 30  # at most, within a bracket
 
 
 @dataclass
@@ -80,6 +82,7 @@ def tune(
     evaluate_every: int = 15,
     state_file: str | Path | None = None,
     progress: bool = True,
+    on_step: Callable[[int, Measurement], None] | None = None,
 ) -> Tuning:
     """Tune each head's threshold, and its tail factor, so that `kept` of the pairs serve the network best.
 
@@ -96,12 +99,13 @@ def tune(
         objective: "error" is the relative squared error of the output (its `last_hidden_state`, or itself), "kl" the
             divergence of the softmax of the dense logits from that of the sparse ones; "auto" is "kl" where the output
             has `logits`.
-        steps: Steps, of one batch each.
+        steps: Steps, of one batch each; 0 only calibrates, from the better start.
         lr: Learning rate of thresholds; by default 0.12 in nats and 0.03 in spreads.
         evaluate_every: Steps between two evaluations on the held-out batches.
         state_file: Written at each evaluation. If it exists, tuning continues from it and ends, bit for bit, where it
             would have ended; the file of a finished tuning gives its result again.
         progress: Show a progress bar with the time left.
+        on_step: Called with the number of each finished step, and with `error` and `kept` of its batch.
 
     Raises:
         ValueError: The model has no trainable thresholds, there are too few batches, `kept` is out of range or out of
@@ -151,6 +155,8 @@ def tune(
             now.step += 1
             now.multiplier += MULTIPLIER_RATE * float(gap.detach())
             now.history.append(Measurement(float(error.detach()), float(found.detach())))
+            if on_step is not None:
+                on_step(now.step, now.history[-1])
             if now.step % evaluate_every == 0 or now.step == steps:
                 now.values = _copy_state(trained)
                 _settle(thresholds.values(), exam.measure_kept, kept)
@@ -182,7 +188,7 @@ def _measure_starts(
     """Calibrate from each start and measure it."""
     every, starts = list(thresholds), {}
     for _ in range(2):  # deep layers are calibrated behind sparse ones
-        calibrate(model, batches, kept, forward=run)
+        calibrate(model, batches[:CALIBRATION], kept, forward=run)
     for start in get_args(Start):
         if start == "value":
             _share_one_value(every)
@@ -296,40 +302,52 @@ def _build_optimizer(
     ]
     groups += [{"params": [each.factor], "lr": FACTOR_RATE} for each in tails]
     optimizer = torch.optim.Adam(groups, betas=(0.8, 0.99))
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / max(steps, 1))) / 2)
     return optimizer, falling
 
 
 @torch.no_grad()
 def _settle(thresholds: Iterable[Thresholds], measure: Callable[[], float], kept: float) -> None:
-    """Shift all thresholds by one value, so that `measure` gives the target.
+    """Shift all thresholds by one value, so that `measure` gives the target within `TOLERANCE` of it.
+
+    The share kept rises with the shift. A bracket of the target is widened from the current thresholds, then narrowed
+    by the Illinois variant of false position: a handful of measurements where bisection takes a dozen.
 
     Raises:
         ValueError: No shift reaches it.
     """
     every = list(thresholds)
     start = [each.offset.clone() for each in every]
+    values = torch.cat([each.values().flatten() for each in every])
+    size, lowest, highest = float(values.mean()) + 1e-3, -float(values.max()) - 1, 1e4
 
-    def keeps(shift: float) -> float:
+    def excess(shift: float) -> float:
         for each, offset in zip(every, start, strict=True):
             each.offset.copy_(offset + shift)
-        return measure()
+        return measure() / kept - 1
 
-    high = max(float(each.values().max()) for each in every) + 1
-    low = -high
-    least, most = keeps(low), keeps(high)
-    while most < kept and high < 1e4:
-        high *= 2
-        most = keeps(high)
-    if not least <= kept <= most:
-        keeps(0.0)
-        raise ValueError(f"kept={kept:g} is out of reach: thresholds keep between {least:.3g} and {most:.3g} here")
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        found = keeps(middle)
-        if abs(found - kept) <= 1e-4 * kept:
+    near, of_near = 0.0, excess(0.0)
+    step = -of_near * size
+    far, of_far = near, of_near
+    while abs(of_far) > TOLERANCE and of_far * of_near > 0:
+        if far in (lowest, highest):
+            shares = [kept * (excess(shift) + 1) for shift in (lowest, highest, 0.0)]
+            raise ValueError(
+                f"kept={kept:g} is out of reach: thresholds keep between {shares[0]:.3g} and {shares[1]:.3g}"
+            )
+        near, of_near = far, of_far
+        far = min(max(far + step, lowest), highest)
+        of_far, step = excess(far), 2 * step
+    for _ in range(MEASUREMENTS):
+        if abs(of_far) <= TOLERANCE or abs(far - near) <= 1e-7 * size:
             return
-        low, high = (middle, high) if found < kept else (low, middle)
+        shift = (near * of_far - far * of_near) / (of_far - of_near)
+        found = excess(shift)
+        if found * of_far < 0:
+            near, of_near = far, of_far
+        else:
+            of_near /= 2
+        far, of_far = shift, found
 
 
 def _copy_state(modules: Sequence[nn.Module]) -> Values:

@@ -23,6 +23,7 @@ NAME, ARGUMENTS = "name", "arguments"
 # Files of a run, and of an export.
 FOLDER = "checkpoints"
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+TUNING = "tuning.pt"  # where a tuning stands
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from thresher.checkpoints import files
-from thresher.checkpoints.format import CONFIG, FOLDER, LAST, LOGGERS, POSITION, PREVIOUS, RECORD
+from thresher.checkpoints.format import CONFIG, FOLDER, LAST, LOGGERS, POSITION, PREVIOUS, RECORD, TUNING
 from thresher.checkpoints.groups import restore_config
 from thresher.checkpoints.load import load_checkpoint
 
@@ -68,6 +68,9 @@ def find_start(config: Mapping[str, Any], folder: Path, conf: Path) -> Start:
     if not stored.exists():
         return Start()
     _refuse_another(folder, OmegaConf.to_container(OmegaConf.load(stored)), config)
+    if (folder / TUNING).exists():
+        rank_zero_info(f"resumes from {folder / TUNING}")
+        return Start()
     return _find_newest(folder / FOLDER)
 
 

@@ -25,6 +25,8 @@ from thresher.run.run import Run
 from thresher.run.spawned import use_launcher
 from thresher.tasks.base import Task
 
+OF_LABELS = ("num_classes", "objective")  # arguments of a model that follow from the labels of the data
+
 
 def build(node: DictConfig, **arguments: Any) -> Any:
     """Build what a node of a config names."""
@@ -68,11 +70,12 @@ def build_task(cfg: DictConfig, data: Any) -> Task:
     Raises:
         ValueError: The model or the task is for another kind of data.
     """
-    _check_fits_data("model", cfg.model["_target_"], data, data.model_arguments)
+    arguments = choose_model_arguments(cfg, data)
+    _check_fits_data("model", cfg.model["_target_"], data, arguments)
     _check_fits_data("task", cfg.task["_target_"], data, data.task_arguments)
     takes_names = "class_names" in inspect.signature(get_object(cfg.model["_target_"])).parameters
-    names = {"class_names": data.class_names} if takes_names and data.class_names else {}
-    net = build(cfg.model, **data.model_arguments, **names)
+    takes_names = takes_names and bool(data.class_names) and "num_classes" in arguments
+    net = build(cfg.model, **arguments, **({"class_names": data.class_names} if takes_names else {}))
     task: Task = build(cfg.task)(
         net,
         optimizer=build(cfg.optimizer),
@@ -82,6 +85,14 @@ def build_task(cfg: DictConfig, data: Any) -> Task:
         **data.task_arguments,
     )
     return task
+
+
+def choose_model_arguments(cfg: DictConfig, data: Any) -> Mapping[str, Any]:
+    """Choose what a model must know of the data: without labels nothing of classes and of what is predicted."""
+    if cfg.task.get("labels", True):
+        arguments: Mapping[str, Any] = data.model_arguments
+        return arguments
+    return {name: value for name, value in data.model_arguments.items() if name not in OF_LABELS}
 
 
 def _check_fits_data(group: str, target: str, data: Any, arguments: Mapping[str, Any]) -> None:

@@ -30,6 +30,13 @@ SHOWN = {
     "test/perplexity": "test perplexity",
     "test/bits_per_byte": "test bits per byte",
     "test/loss": "test loss",
+    "test/dense_acc": "accuracy with dense attention",
+    "test/dense_perplexity": "perplexity with dense attention",
+    "test/cosine": "cosine with the dense output",
+    "test/error": "error against the dense output",
+    "tune/share_error": "held-out error, each head its share",
+    "tune/value_error": "held-out error, one threshold for all",
+    "tune/error": "held-out error, tuned",
     "test/kept": "kept (pairs kept / visible)",
     "test/compute": "compute (attention MACs / dense)",
     "train/seconds": "training seconds",
@@ -97,13 +104,19 @@ def print_results(title: str, metrics: Mapping[str, float], heads: Path | None, 
     table = Table(show_header=False)
     for name, label in SHOWN.items():
         if name in metrics:
-            table.add_row(label, f"{metrics[name]:.1f}" if name.endswith("seconds") else f"{metrics[name]:.4f}")
+            table.add_row(label, _format_metric(name, metrics[name]))
     console.print(table)
     if heads is not None and heads.is_file():
         console.print(build_heads_table(json.loads(heads.read_text())))
     for purpose, command in commands.items():
         console.print(f"[bold]{purpose}[/]")
         console.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _format_metric(name: str, value: float) -> str:
+    if name.endswith("error"):
+        return f"{value:.4g}"
+    return f"{value:.1f}" if name.endswith("seconds") else f"{value:.4f}"
 
 
 def build_heads_table(heads: Mapping[str, Any]) -> Table:
@@ -123,7 +136,8 @@ def build_heads_table(heads: Mapping[str, Any]) -> Table:
 def suggest_commands(run: Run, best: str) -> dict[str, str]:
     """Suggest commands after a training: its evaluation, and the dense baseline of the same schedule."""
     commands = {"evaluate this checkpoint": f"python eval.py ckpt={_quote_path(best)}"} if best else {}
-    if run.overrides is None or run.config.attention["_target_"].endswith(".Dense"):
+    baseline = run.config.attention["_target_"].endswith(".Dense") or run.config.task["_target_"].endswith(".Tuning")
+    if run.overrides is None or baseline:
         return commands
     by_key = {o.partition("=")[0].lstrip("+~"): o for o in run.overrides}
     if "experiment" not in by_key:

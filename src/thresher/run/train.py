@@ -23,13 +23,16 @@ from thresher.run.build import (
     build_task,
     build_training_trainer,
     check_monitors,
+    choose_model_arguments,
     compile_network,
     describe_task,
     quiet_lightning,
 )
 from thresher.run.loggers import close_loggers, list_logger_ids
 from thresher.run.run import Run, open_run
+from thresher.run.tune import check_tuning, tune_network
 from thresher.tasks.base import Task
+from thresher.tasks.tuning import Tuning
 
 
 def train(
@@ -69,15 +72,17 @@ def train(
         loggers = build_loggers(run)
         callbacks = build_callbacks(run, loggers)
         check_monitors(callbacks, task)
-        record = build_record(_describe(run), data.class_names, data.model_arguments, list_logger_ids(loggers))
+        arguments = choose_model_arguments(run.config, data)
+        record = build_record(_describe(run), data.class_names, arguments, list_logger_ids(loggers))
         trainer = build_training_trainer(run, loggers, callbacks, record)
+        if isinstance(task, Tuning) and run.config.train:
+            check_tuning(run, trainer, task)
         for logger in loggers:
             logger.log_hyperparams(run.plain_config)
         if trainer.is_global_zero:
             results.write_config(run.folder, run.plain_config)
             results.write_data(run.folder, data.summary())
-        metrics = _fit(run, trainer, task, data) if cfg.train else {}
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "") if cfg.train else ""
+        metrics, best = _fit(run, trainer, task, data) if cfg.train else ({}, "")
         if cfg.test or not cfg.train:
             metrics = _test(run, trainer, task, data, best, metrics)
     if trainer.is_global_zero:
@@ -108,8 +113,14 @@ def _describe(run: Run) -> dict[str, Any]:
     return described
 
 
-def _fit(run: Run, trainer: pl.Trainer, task: Task, data: Any) -> dict[str, float]:
-    """Train; write and return the metrics, so that a test that fails does not lose them."""
+def _fit(run: Run, trainer: pl.Trainer, task: Task, data: Any) -> tuple[dict[str, float], str]:
+    """Train or tune; write the metrics, so that a test that fails does not lose them.
+
+    Returns:
+        The metrics, and the path of the best checkpoint, empty if there is none.
+    """
+    if isinstance(task, Tuning):
+        return tune_network(run, trainer, task, data)
     start = time.monotonic()
     path = run.start.path
     trainer.fit(task, datamodule=data, ckpt_path=path, weights_only=True)
@@ -118,7 +129,8 @@ def _fit(run: Run, trainer: pl.Trainer, task: Task, data: Any) -> dict[str, floa
         if isinstance(callback, Snapshots):
             metrics = callback.metrics | metrics | {"train/seconds": callback.seconds}
     _warn_if_over_budget(trainer, task)
-    return results.write_metrics(run.folder, metrics, trainer.is_global_zero)
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    return results.write_metrics(run.folder, metrics, trainer.is_global_zero), best
 
 
 def _test(

@@ -1,0 +1,112 @@
+"""Tune the thresholds of a frozen network, in a run of `train.py task=tuning`."""
+
+import itertools
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from pytorch_lightning.utilities import rank_zero_info
+
+from thresher.budget.tuning import Tuning as Result
+from thresher.budget.tuning import tune
+from thresher.budget.tuning_state import Measurement
+from thresher.checkpoints.format import BEST, FOLDER, TUNING
+from thresher.hosts.restoring import list_recipes
+from thresher.hosts.saving import save_adapter
+from thresher.run import results
+from thresher.run.run import Run
+from thresher.tasks.tuning import Tuning
+
+ADAPTER = "adapter"
+# Settings that belong to a training, and what stands in for them.
+IDLE = {
+    "optimizer": "task.lr and task.steps",
+    "scheduler": "task.steps",
+    "callbacks.calibrate": "task.batches",
+    "callbacks.temperature": "attention.gate.tau",
+    "callbacks.ema": "nothing",
+    "trainer.max_epochs": "task.steps",
+    "trainer.max_steps": "task.steps",
+    "trainer.accumulate_grad_batches": "data.batch_size",
+    "compute.start": "task.steps",
+    "compute.end": "task.steps",
+    "compute.margin": "nothing: the target holds exactly",
+    "compute.weight": "nothing",
+}
+
+
+def check_tuning(run: Run, trainer: pl.Trainer, task: Tuning) -> None:
+    """Check that a run can tune.
+
+    Raises:
+        ValueError: It cannot; the message says what to change.
+    """
+    for override in run.overrides or ():
+        key = override.partition("=")[0].lstrip("+~")
+        if instead := next((value for name, value in IDLE.items() if f"{key}.".startswith(f"{name}.")), None):
+            raise ValueError(f"{key} has no effect with task=tuning; what does its work is {instead}")
+    if run.start.path is not None or run.config.resume not in ("auto", "never"):
+        raise ValueError(f"a tuning resumes by itself, from {TUNING} of its folder: leave resume as it is")
+    if run.config.compile:
+        raise ValueError("task=tuning switches between sparse and dense attention in each step: set compile=false")
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise ValueError("task=tuning runs on one device: set trainer.devices=1 and no strategy")
+    if task.budget.bound is None or task.budget.quantity != "kept":
+        raise ValueError("task=tuning needs the share of pairs to keep: set compute.target and compute.quantity=kept")
+
+
+def tune_network(run: Run, trainer: pl.Trainer, task: Tuning, data: Any) -> tuple[dict[str, float], str]:
+    """Tune the network of a run; write its metrics, a checkpoint and an adapter.
+
+    Returns:
+        The metrics, and the path of the checkpoint.
+
+    Raises:
+        ValueError: The run cannot tune, or see `tune`.
+    """
+    start, kept = time.monotonic(), task.budget.bound
+    assert kept is not None
+    trainer.strategy.connect(trainer.precision_plugin.convert_module(task))
+    device = trainer.strategy.root_device
+    task.to(device)
+
+    def load(loader: Any, number: int) -> list[Any]:
+        return [task.transfer_batch_to_device(each, device, 0) for each in itertools.islice(loader, number)]
+
+    def forward(batch: Any) -> Any:
+        with trainer.precision_plugin.forward_context():
+            return task.compare(batch).output
+
+    def log(step: int, measured: Measurement) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({"train/error": measured.error, "train/kept": measured.kept}, step=step)
+
+    found = tune(
+        task.net,
+        load(data.train_dataloader(), task.batches),
+        kept,
+        held_out=load(data.val_dataloader(), task.held_out),
+        forward=forward,
+        objective=task.objective,
+        steps=task.steps,
+        lr=task.lr,
+        evaluate_every=task.evaluate_every,
+        state_file=run.folder / TUNING,
+        progress=run.config.callbacks.get("progress") is not None,
+        on_step=log,
+    )
+    path = run.folder / FOLDER / BEST
+    trainer.save_checkpoint(path, weights_only=True)
+    model = getattr(task.net, "model", task.net)  # what a user builds without this package
+    if list_recipes(model):
+        save_adapter(model, run.folder / ADAPTER)
+        rank_zero_info(f"adapter: {run.folder / ADAPTER}")
+    metrics = describe(found) | {"train/seconds": time.monotonic() - start}
+    return results.write_metrics(run.folder, metrics, trainer.is_global_zero), str(path)
+
+
+def describe(found: Result) -> dict[str, float]:
+    """Describe a tuning as metrics of a run."""
+    starts = {f"tune/{name}_error": measured.error for name, measured in found.starts.items()}
+    return starts | {"tune/error": found.tuned.error, "tune/kept": found.tuned.kept}
