@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "topk": {
         "keys": st.one_of(st.integers(1, 20), SHARES),
         "tail": TAILS,
+        "per_head": FLAGS,
         "chunk": st.integers(1, 12),
         "backend": BACKENDS,
     },

@@ -45,12 +45,12 @@ def tune_quickly(model: nn.Module, **changes: Any) -> Tuning:
 
 
 @pytest.mark.parametrize(("tail", "surrogate"), [("none", "sigmoid"), ("mean", "inside"), ("mean", "sigmoid")])
-@pytest.mark.parametrize(("unit", "tau"), [("spread", 0.1), ("nats", 0.35)])
+@pytest.mark.parametrize(("unit", "tau", "lr"), [("spread", 0.1, 0.03), ("nats", 0.35, 0.05)])
 def test_tuned_thresholds_err_less_than_calibrated_ones_at_the_same_share(
-    unit: str, tau: float, tail: str, surrogate: str
+    unit: str, tau: float, lr: float, tail: str, surrogate: str
 ) -> None:
     model = build(attention="latte", unit=unit, tail=tail, gate={"surrogate": surrogate, "tau": tau})
-    found = tune_quickly(model)
+    found = tune_quickly(model, lr=lr)
     assert found.tuned.error < 0.97 * found.calibrated.error
     for each in (found.calibrated, found.tuned):
         assert each.kept == pytest.approx(KEPT, rel=0.02)
@@ -62,6 +62,19 @@ def test_tuned_thresholds_err_less_than_calibrated_ones_at_the_same_share(
     assert spent / visible == pytest.approx(KEPT, rel=0.1), "the thresholds that it reports are those of the model"
     assert bool(found.factors) == (tail == "mean")
     assert len(found.history) == 30
+
+
+@pytest.mark.parametrize("tail", ["none", "mean"])
+def test_numbers_of_keys_of_heads_are_tuned_likewise(tail: str) -> None:
+    model = build(attention="topk", keys=0.3, per_head=True, tail=tail)
+    found = tune_quickly(model)
+    assert set(found.starts) == {"share"}
+    assert found.tuned.error < 0.97 * found.calibrated.error
+    coarse = 1 / 17  # one key of each row
+    assert found.calibrated.kept == pytest.approx(KEPT, abs=coarse / 2)
+    assert found.tuned.kept == pytest.approx(KEPT, abs=coarse / 4)
+    factors = torch.stack(list(found.thresholds.values()))
+    assert factors.max() > 1.1 * factors.min()
 
 
 def test_nothing_else_of_the_network_changes() -> None:

@@ -29,14 +29,15 @@ from torch import Tensor, nn
 
 from thresher.attention.contract import Cost
 from thresher.attention.mechanism import dense_attention
+from thresher.attention.shared.offsets import HeadOffsets, named_offsets
 from thresher.attention.shared.tail import Tail
-from thresher.attention.shared.thresholds import Thresholds, named_thresholds
+from thresher.attention.shared.thresholds import Thresholds
 from thresher.budget.calibration import calibrate, evaluation_mode, run_model
 from thresher.budget.meter import ComputeMeter
 from thresher.budget.objectives import Objective, measure_error
 from thresher.budget.tuning_state import Measurement, Start, StateFile, Values, begin
 
-LEARNING_RATES = {"nats": 0.12, "spread": 0.03}  # of thresholds, by their unit
+LEARNING_RATES = {"nats": 0.12, "spread": 0.03, "log": 0.1}  # of offsets, by their unit
 FACTOR_RATE = 0.03
 MULTIPLIER_RATE = 0.05
 QUADRATIC = 10.0
@@ -53,7 +54,7 @@ class Tuning:
         starts: Of each start, at the target: "share", each head its share, and "value", one threshold for all heads.
         tuned: After it, at the target.
         history: `error` and `kept` of each step's batch.
-        thresholds: By the dotted name of their mechanism.
+        thresholds: By the dotted name of their mechanism; of top-k the factors of its numbers of keys.
         factors: Tail factors, by the dotted name of their mechanism; empty without tails.
     """
 
@@ -90,7 +91,8 @@ def tune(
     same batches give the same result. If an error or an interrupt ends it, thresholds are what they were.
 
     Args:
-        model: A model with thresholds inside, as `sparsify(model, "latte", tail="mean")` leaves it.
+        model: A model with thresholds inside, as `sparsify(model, "latte", tail="mean")` leaves it, or with factors of
+            numbers of keys: `sparsify(model, "topk", tail="mean", per_head=True)`.
         batches: Model inputs on the model's device; they are kept in memory and used in turn.
         kept: Share of the visible pairs to keep, in (0, 1).
         held_out: Other inputs, to choose the best step by and to settle on; by default the last fifth of `batches`, at
@@ -100,7 +102,7 @@ def tune(
             divergence of the softmax of the dense logits from that of the sparse ones; "auto" is "kl" where the output
             has `logits`.
         steps: Steps, of one batch each; 0 only calibrates, from the better start.
-        lr: Learning rate of thresholds; by default 0.12 in nats and 0.03 in spreads.
+        lr: Learning rate of thresholds; by default 0.12 in nats and 0.03 in spreads, and 0.1 of logarithms of factors.
         evaluate_every: Steps between two evaluations on the held-out batches.
         state_file: Written at each evaluation. If it exists, tuning continues from it and ends, bit for bit, where it
             would have ended; the file of a finished tuning gives its result again.
@@ -113,16 +115,17 @@ def tune(
     """
     if not 0 < kept < 1:
         raise ValueError(f"kept is a share of the visible pairs and must lie between 0 and 1, got {kept}")
-    thresholds = {name: each for name, each in named_thresholds(model) if each.offset.requires_grad}
-    if not thresholds:
+    heads = {name: each for name, each in named_offsets(model) if each.offset.requires_grad}
+    if not heads:
         raise ValueError(
             f"{type(model).__name__} has no trainable thresholds to tune: sparsify(model, 'latte') gives it some "
-            "(gate.mode=hard and trainable=False freeze them)"
+            "(gate.mode=hard and trainable=False freeze them), and sparsify(model, 'topk', per_head=True) factors of "
+            "its numbers of keys"
         )
     train, held = _split(batches, held_out)
     run = forward or partial(run_model, model)
     tails = {name.rpartition(".")[0]: each for name, each in model.named_modules() if isinstance(each, Tail)}
-    trained = [*thresholds.values(), *tails.values()]
+    trained = [*heads.values(), *tails.values()]
     with evaluation_mode(model), _frozen(model), _restored_on_error(trained):
         bench = _Bench(run, objective, ComputeMeter(model))
         exam = _Exam(bench, held)
@@ -133,11 +136,11 @@ def tune(
             "objective": objective,
             "every": evaluate_every,
         }
-        settings |= {"batches": len(train), "held_out": len(held), "thresholds": list(thresholds), "tails": list(tails)}
+        settings |= {"batches": len(train), "held_out": len(held), "thresholds": list(heads), "tails": list(tails)}
         memory = StateFile(state_file, settings)
-        optimizer, schedule = _build_optimizer(thresholds.values(), tails.values(), lr, steps)
+        optimizer, schedule = _build_optimizer(heads.values(), tails.values(), lr, steps)
         if (now := memory.read()) is None:
-            now = begin(_measure_starts(model, train, kept, run, exam, thresholds.values(), trained))
+            now = begin(_measure_starts(model, train, kept, run, exam, heads.values(), trained))
         else:
             optimizer.load_state_dict(now.optimizer)
             schedule.load_state_dict(now.schedule)
@@ -159,7 +162,7 @@ def tune(
                 on_step(now.step, now.history[-1])
             if now.step % evaluate_every == 0 or now.step == steps:
                 now.values = _copy_state(trained)
-                _settle(thresholds.values(), exam.measure_kept, kept)
+                _settle(heads.values(), exam.measure_kept, kept)
                 measured = exam.measure()
                 if measured.error < now.best.error:
                     now.best, now.best_values = measured, _copy_state(trained)
@@ -171,7 +174,7 @@ def tune(
             starts=now.starts,
             tuned=now.best,
             history=now.history,
-            thresholds={name: each.values().detach().clone() for name, each in thresholds.items()},
+            thresholds={name: each.values().detach().clone() for name, each in heads.items()},
             factors={name: each.values().detach().clone() for name, each in tails.items()},
         )
 
@@ -182,16 +185,18 @@ def _measure_starts(
     kept: float,
     run: Callable[[Any], Any],
     exam: "_Exam",
-    thresholds: Iterable[Thresholds],
+    heads: Iterable[HeadOffsets],
     trained: Sequence[nn.Module],
 ) -> dict[Start, tuple[Measurement, Values]]:
     """Calibrate from each start and measure it."""
-    every, starts = list(thresholds), {}
-    for _ in range(2):  # deep layers are calibrated behind sparse ones
+    every, starts = list(heads), {}
+    thresholds = [each for each in every if isinstance(each, Thresholds)]
+    for _ in range(2 if thresholds else 0):  # deep layers are calibrated behind sparse ones
         calibrate(model, batches[:CALIBRATION], kept, forward=run)
-    for start in get_args(Start):
+    possible: tuple[Start, ...] = get_args(Start) if thresholds else ("share",)
+    for start in possible:
         if start == "value":
-            _share_one_value(every)
+            _share_one_value(thresholds)
         _settle(every, exam.measure_kept, kept)
         starts[start] = (exam.measure(), _copy_state(trained))
     return starts
@@ -271,7 +276,7 @@ def _split(batches: Iterable[Any], held_out: Iterable[Any] | None) -> tuple[list
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Take the gradient from every parameter that is no threshold and no tail factor."""
-    own = {id(p) for m in model.modules() if isinstance(m, Thresholds | Tail) for p in m.parameters()}
+    own = {id(p) for m in model.modules() if isinstance(m, HeadOffsets | Tail) for p in m.parameters()}
     frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     for p in frozen:
         p.requires_grad_(False)
@@ -294,44 +299,56 @@ def _restored_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _build_optimizer(
-    thresholds: Iterable[Thresholds], tails: Iterable[Tail], lr: float | None, steps: int
+    heads: Iterable[HeadOffsets], tails: Iterable[Tail], lr: float | None, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Build Adam whose learning rates fall to zero."""
     groups: list[dict[str, Any]] = [
-        {"params": [each.offset], "lr": LEARNING_RATES[each.unit] if lr is None else lr} for each in thresholds
+        {"params": [each.offset], "lr": LEARNING_RATES[each.unit] if lr is None else lr} for each in heads
     ]
     groups += [{"params": [each.factor], "lr": FACTOR_RATE} for each in tails]
     optimizer = torch.optim.Adam(groups, betas=(0.8, 0.99))
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / max(steps, 1))) / 2)
+    falling = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (1 + math.cos(math.pi * step / max(steps, 1))) / 2
+    )
     return optimizer, falling
 
 
 @torch.no_grad()
-def _settle(thresholds: Iterable[Thresholds], measure: Callable[[], float], kept: float) -> None:
-    """Shift all thresholds by one value, so that `measure` gives the target within `TOLERANCE` of it.
+def _settle(heads: Iterable[HeadOffsets], measure: Callable[[], float], kept: float) -> None:
+    """Shift all offsets by one value, so that `measure` gives the target within `TOLERANCE` of it.
 
-    The share kept rises with the shift. A bracket of the target is widened from the current thresholds, then narrowed
+    The share kept rises with the shift. A bracket of the target is widened from the current offsets, then narrowed
     by the Illinois variant of false position: a handful of measurements where bisection takes a dozen.
 
     Raises:
         ValueError: No shift reaches it.
     """
-    every = list(thresholds)
+    every = list(heads)
     start = [each.offset.clone() for each in every]
     values = torch.cat([each.values().flatten() for each in every])
     size, lowest, highest = float(values.mean()) + 1e-3, -float(values.max()) - 1, 1e4
+    if any(each.unit == "log" for each in every):
+        size, lowest, highest = 1.0, -20.0, 20.0
 
-    def excess(shift: float) -> float:
+    measured: dict[float, float] = {}
+
+    def move(shift: float) -> None:
         for each, offset in zip(every, start, strict=True):
             each.offset.copy_(offset + shift)
-        return measure() / kept - 1
+
+    def excess(shift: float) -> float:
+        if shift not in measured:
+            move(shift)
+            measured[shift] = measure() / kept - 1
+        return measured[shift]
 
     near, of_near = 0.0, excess(0.0)
     step = -of_near * size
     far, of_far = near, of_near
     while abs(of_far) > TOLERANCE and of_far * of_near > 0:
         if far in (lowest, highest):
-            shares = [kept * (excess(shift) + 1) for shift in (lowest, highest, 0.0)]
+            shares = [kept * (excess(shift) + 1) for shift in (lowest, highest)]
+            move(0.0)
             raise ValueError(
                 f"kept={kept:g} is out of reach: thresholds keep between {shares[0]:.3g} and {shares[1]:.3g}"
             )
@@ -339,8 +356,8 @@ def _settle(thresholds: Iterable[Thresholds], measure: Callable[[], float], kept
         far = min(max(far + step, lowest), highest)
         of_far, step = excess(far), 2 * step
     for _ in range(MEASUREMENTS):
-        if abs(of_far) <= TOLERANCE or abs(far - near) <= 1e-7 * size:
-            return
+        if abs(of_far) <= TOLERANCE or abs(far - near) <= 1e-4 * size:
+            break
         shift = (near * of_far - far * of_near) / (of_far - of_near)
         found = excess(shift)
         if found * of_far < 0:
@@ -348,6 +365,7 @@ def _settle(thresholds: Iterable[Thresholds], measure: Callable[[], float], kept
         else:
             of_near /= 2
         far, of_far = shift, found
+    move(min(measured, key=lambda shift: abs(measured[shift])))  # a few pairs are a coarse unit
 
 
 def _copy_state(modules: Sequence[nn.Module]) -> Values:

@@ -8,7 +8,8 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from thresher.attention.options import check_integer, check_number
-from thresher.attention.shared.thresholds import find_trainable_thresholds, named_thresholds
+from thresher.attention.shared.offsets import find_trainable_offsets
+from thresher.attention.shared.thresholds import named_thresholds
 from thresher.budget.calibration import ThresholdProbe, calibrate, evaluation_mode, is_noisy
 from thresher.tasks.base import Task
 
@@ -188,7 +189,7 @@ class WatchThresholds(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Task)
         if not self._start:
-            self._start = {name: p.detach().clone() for name, p in find_trainable_thresholds(pl_module.net).items()}
+            self._start = {name: p.detach().clone() for name, p in find_trainable_offsets(pl_module.net).items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Store the thresholds at the start of the training, and the warnings given."""
@@ -204,12 +205,12 @@ class WatchThresholds(pl.Callback):
         assert isinstance(pl_module, Task)
         if not self._start:
             return
-        now = find_trainable_thresholds(pl_module.net)
+        now = find_trainable_offsets(pl_module.net)
         farthest = max(
             float((now[name] - start.to(now[name].device)).abs().max()) for name, start in self._start.items()
         )
-        values = torch.cat([t.values() for _, t in named_thresholds(pl_module.net)])
-        at_zero = float((values <= 0).float().mean())
+        values = [thresholds.values() for _, thresholds in named_thresholds(pl_module.net)]
+        at_zero = float((torch.cat(values) <= 0).float().mean()) if values else 0.0
         pl_module.log("thresholds/moved", farthest, sync_dist=True)
         pl_module.log("thresholds/at_zero", at_zero, sync_dist=True)
         if pl_module.progress >= 0.5 and farthest < self.moved:

@@ -67,7 +67,8 @@ def tune_network(run: Run, trainer: pl.Trainer, task: Tuning, data: Any) -> tupl
     """
     start, kept = time.monotonic(), task.budget.bound
     assert kept is not None
-    trainer.strategy.connect(trainer.precision_plugin.convert_module(task))
+    trainer.precision_plugin.convert_module(task)  # in place
+    trainer.strategy.connect(task)
     device = trainer.strategy.root_device
     task.to(device)
 

@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric, Metric
 from thresher.attention.mechanism import Mechanism
 from thresher.attention.options import check_number
 from thresher.attention.registry import name_of
-from thresher.attention.shared.thresholds import find_trainable_thresholds, named_thresholds
+from thresher.attention.shared.offsets import find_trainable_offsets, named_offsets
 from thresher.budget.budgets import Budget
 from thresher.budget.meter import ComputeMeter, ComputeRatio
 from thresher.tasks.finite import NonFiniteError, all_finite, find_bad_gradients, find_bad_layer, walk_tensors
@@ -123,7 +123,7 @@ class Task(pl.LightningModule, ABC):
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
             if any(isinstance(callback, WeightAveraging) for callback in callbacks):
                 raise ValueError("callbacks=ema averages whole weights, not sharded ones: use trainer=ddp with it")
-            whole = [thresholds.offset for _, thresholds in named_thresholds(self.net)]
+            whole = [each.offset for _, each in named_offsets(self.net)]
             shard_network(self.net, self.device_mesh["data_parallel"], whole)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -250,7 +250,7 @@ class Task(pl.LightningModule, ABC):
         Each call is differentiated on its own. A walk through the whole network would find nothing more, as scores get
         no gradient of compute, and would need weights that sharded training has freed after the forward.
         """
-        thresholds = find_trainable_thresholds(self.net)
+        thresholds = find_trainable_offsets(self.net)
         calls = [(name, cost.kept) for name, cost in self.meter.calls if name in thresholds and cost.kept.requires_grad]
         if not calls or not compute_loss.requires_grad or self.global_step % GRADIENT_LOG_EVERY:
             return
@@ -265,7 +265,7 @@ class Task(pl.LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the gradient norms of the task and of the budget at the thresholds."""
-        thresholds = list(find_trainable_thresholds(self.net).values())
+        thresholds = list(find_trainable_offsets(self.net).values())
         if self.device_mesh is not None:
             from thresher.tasks.sharding import average_gradients
 

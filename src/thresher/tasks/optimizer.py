@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from thresher.attention.options import check_number
-from thresher.attention.shared.thresholds import find_trainable_thresholds
+from thresher.attention.shared.offsets import find_trainable_offsets
 
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]
     Not decayed: biases, norms and other vectors, and the parameters that the network's `no_weight_decay()` names.
     Empty groups are left out.
     """
-    thresholds = list(find_trainable_thresholds(net).values())
+    thresholds = list(find_trainable_offsets(net).values())
     own = set(map(id, thresholds))
     spared = set(getattr(net, "no_weight_decay", set)())
     decay: list[nn.Parameter] = []

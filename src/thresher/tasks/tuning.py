@@ -92,15 +92,15 @@ class Tuning(Task):
         self.objective: Literal["error", "kl"] = ("kl" if labels else "error") if objective == "auto" else objective
         self.steps, self.lr, self.evaluate_every = steps, lr, evaluate_every
         self.batches, self.held_out = batches, held_out
-        own: Mapping[str, Any] = {"num_classes": num_classes, "class_counts": class_counts}
+        own: dict[str, Any] = {"num_classes": num_classes, "class_counts": class_counts}
         own |= {"vocabulary": vocabulary, "bytes_per_token": bytes_per_token}
         given = {name: value for name, value in own.items() if value is not None}
-        self._judge = (_build_judge(net, given, task),) if labels else ()  # in a tuple: its network is this one's
+        judge = _build_judge(net, given, task) if labels else None
+        self._judges = () if judge is None else (judge,)  # in a tuple, so that its network is not registered twice
         super().__init__(net, **task)
 
     def step(self, batch: Any) -> Step:
-        if self._judge:
-            judge = self._judge[0]
+        for judge in self._judges:
             judge.training = False
             return judge.step(batch)
         inputs = batch[0]
@@ -116,16 +116,20 @@ class Tuning(Task):
             step = self.step(batch)
         return Compared(outputs[-1], step)
 
+    def weight(self, step: Step) -> float | Tensor:
+        return next((judge.weight(step) for judge in self._judges), step.size)
+
     def measure_error(self, found: Compared, wanted: Compared) -> Tensor:
         """Measure how far an output is from the dense one."""
         return measure_error(found.output, wanted.output, None, self.objective)
 
     def build_metrics(self, stage: str) -> dict[str, Metric]:
-        if not self._judge:
-            return {"cosine": CosineSimilarity(reduction="mean")}
-        own: dict[str, Metric] = {"loss": MeanMetric(), **self._judge[0].build_metrics(stage)}
-        dense: dict[str, Metric] = {"loss": MeanMetric(), **self._judge[0].build_metrics(stage)}
-        return own | {f"dense_{name}": metric for name, metric in dense.items()}
+        metrics: dict[str, Metric] = {} if self._judges else {"cosine": CosineSimilarity(reduction="mean")}
+        for judge in self._judges:
+            for prefix in ("", "dense_"):
+                own = {"loss": MeanMetric(), **judge.build_metrics(stage)}
+                metrics |= {f"{prefix}{name}": metric for name, metric in own.items()}
+        return metrics
 
     def _build_all_metrics(self, stage: str) -> nn.ModuleDict:
         shared: dict[str, Metric] = {
@@ -154,7 +158,7 @@ class Tuning(Task):
             elif isinstance(metric, ComputeRatio):
                 metric.update(self.meter.costs())
             elif isinstance(metric, MeanMetric):
-                metric.update(step.loss, weight=self._judge[0].weight(step))
+                metric.update(step.loss, weight=self.weight(step))
             else:
                 metric.update(step.predictions, step.targets)
             self.log(f"{stage}/{name}", metric, batch_size=step.size)
@@ -185,8 +189,7 @@ def _read_output(module: nn.Module) -> Any:
         states = getattr(output, "last_hidden_state", output)
         states = states[0] if isinstance(states, tuple | list) else states
         mask = kwargs.get("attention_mask")
-        shown = mask is not None and mask.shape == states.shape[:2]
-        outputs.append(states[mask.bool()] if shown else states)
+        outputs.append(states if mask is None or mask.shape != states.shape[:2] else states[mask.bool()])
 
     handle = module.register_forward_hook(read, with_kwargs=True)
     try:

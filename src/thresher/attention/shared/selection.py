@@ -26,6 +26,17 @@ def tabulate_kept_keys(keys: int | float, m: int, device: torch.device) -> Int[T
     return wanted.clamp_min(1).minimum(visible).long().to(device, non_blocking=True)
 
 
+def count_kept_by_head(
+    keys: int | float, factors: Float[Tensor, " h"], visible: Int[Tensor, "#b #h n"]
+) -> Int[Tensor, "b h n"]:
+    """Count how many of its visible keys each row keeps where `keys` is multiplied by a factor of its head."""
+    wanted = factors.detach().double()[:, None] * keys
+    wanted = wanted.expand(*visible.shape[:1], -1, visible.shape[2])
+    if isinstance(keys, float):
+        wanted = wanted * visible
+    return (wanted + 1e-9).floor().clamp_min(1).minimum(visible.double()).long()
+
+
 def find_largest(scores: Float[Tensor, "*rows m"], k: int) -> Int[Tensor, "*rows k"]:
     """Find the indices of the k largest scores in descending order; equal scores rank by lower index.
 

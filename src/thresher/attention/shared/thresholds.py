@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from thresher.attention.contract import Call, Pattern
 from thresher.attention.options import check_number
 from thresher.attention.shared.functional import attach_slope, clamp_from_below, fill_hidden
+from thresher.attention.shared.offsets import HeadOffsets
 
 Surrogate = Literal["sigmoid", "compact", "inside"]
 
@@ -78,7 +79,7 @@ class Gate(NamedTuple):
     threshold: Float[Tensor, "h 1 1"]
 
 
-class Thresholds(nn.Module):
+class Thresholds(HeadOffsets):
     """Head-wise thresholds on score differences.
 
     Args:
@@ -107,15 +108,13 @@ class Thresholds(nn.Module):
         unit: str = "nats",
         surrogate: Surrogate = "sigmoid",
     ) -> None:
-        super().__init__()
+        super().__init__(num_heads, trainable, unit)
         if initial != math.inf:  # infinity keeps all pairs; below 0 even the best key would be dropped
             check_number("threshold", initial, least=0.0)
         check_number("tau", tau, above=0.0)
         self.register_buffer("base", torch.full((num_heads,), float(initial)))
         self.register_buffer("eval_base", self.base.clone())
         self.register_buffer("tau", torch.tensor(float(tau)))
-        self.offset = nn.Parameter(torch.zeros(num_heads), requires_grad=trainable)
-        self.unit = unit
         self.surrogate = surrogate
 
     def values(self) -> Float[Tensor, " h"]:
@@ -199,8 +198,3 @@ def named_thresholds(model: nn.Module) -> Iterator[tuple[str, Thresholds]]:
     for name, module in model.named_modules():
         if isinstance(module, Thresholds):
             yield name.rpartition(".")[0], module
-
-
-def find_trainable_thresholds(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Find the offsets of trainable thresholds, by the dotted name of their mechanism."""
-    return {name: each.offset for name, each in named_thresholds(model) if each.offset.requires_grad}

@@ -3,7 +3,6 @@
 from thresher.attention.backends import Implementation
 from thresher.attention.contract import Attended
 from thresher.attention.prepared import Prepared
-from thresher.attention.shared.selection import count_kept_keys
 from thresher.attention.shared.tail import expand_factor
 from thresher.attention.topk import kernel
 from thresher.attention.topk.mechanism import TopK
@@ -18,6 +17,8 @@ class TopKOnCpu(Implementation[TopK]):
     def explain_refusal(self, mechanism: TopK, x: Prepared) -> str | None:
         if x.call.pairs is not None or x.call.bias is not None:
             return "it has no masks of pairs and no biases"
+        if mechanism.trains_factors:
+            return "it has no gradient of the factors of heads"
         return "it has no dropout of attention weights" if x.dropout else None
 
     def run(self, mechanism: TopK, x: Prepared) -> Attended:
@@ -35,7 +36,7 @@ class TopKOnCpu(Implementation[TopK]):
             scale=x.scale,
             seen=seen,
             limit=limits,
-            most=count_kept_keys(mechanism.keys, x.m),
+            most=mechanism.count_most(x),
             shift=x.causal_shift,
             tail_factor=expand_factor(mechanism.tail, x, choose_sum_dtype(q)),
         )

@@ -7,7 +7,8 @@ Costs      D MACs for the score of each visible pair and Dv for each kept pair: 
            kernel computes each score once and then touches kept pairs only. Nothing of size n x m outlives its chunk;
            backward keeps k weights and k indices a row.
 Trains     nothing of its own. Gradients are those of the softmax over the kept keys, with the selection held constant;
-           dropped keys get none. The cost has no gradient, so no budget can train it: you set k.
+           dropped keys get none. The cost has no gradient, so no budget can train it: you set k. With `per_head` each
+           head has a trained factor of k, whose gradient is that of a smooth step over the logarithm of ranks.
 Estimates  nothing: outputs are deterministic. With m the dropped softmax mass, the error against dense attention is
            m (mean of dropped values - mean of kept values), each weighted by the softmax.
 Patterns   all four; in causal self attention row i chooses among the keys up to i.
@@ -27,18 +28,22 @@ from torch.utils.checkpoint import checkpoint
 from thresher.attention.backends import Backend
 from thresher.attention.contract import Attended, Pattern
 from thresher.attention.mechanism import Mechanism
-from thresher.attention.options import check_integer
+from thresher.attention.options import check_flags, check_integer
 from thresher.attention.prepared import Prepared
 from thresher.attention.shared.divergence import hides_some_pairs, trace_vectors, zero_nonfinite
-from thresher.attention.shared.functional import drop_weights, fill_hidden, promote_to_fp32
+from thresher.attention.shared.functional import attach_slope, drop_weights, fill_hidden, promote_to_fp32
+from thresher.attention.shared.offsets import KeyFactors
 from thresher.attention.shared.selection import (
     check_keys,
+    count_kept_by_head,
     count_kept_keys,
     find_largest,
     scatter_entries,
     tabulate_kept_keys,
 )
-from thresher.attention.shared.tail import Tail, TailKind, build_tail, count_tail_cost, weigh_with_tail
+from thresher.attention.shared.tail import TailKind, build_tail, count_tail_cost, weigh_with_tail
+
+RANK_WIDTH = 0.3  # of the smooth step that gives factors a gradient, in the logarithm of ranks
 
 
 class TopK(Mechanism):
@@ -47,6 +52,7 @@ class TopK(Mechanism):
     Args:
         keys: Keys that each query keeps: a whole number, or a share in (0, 1] of the visible ones, at least one.
         tail: "mean" gives dropped keys the weight of their mean score, "none" no weight; see `shared/tail.py`.
+        per_head: Whether each head multiplies `keys` by a factor of its own, 1 at first, which `thresher.tune` trains.
         chunk: Queries whose scores PyTorch holds in memory at a time; the kernel ignores it.
         backend: "reference" is PyTorch; "cpu" is the kernel and raises an error where the kernel cannot compute a
             call; "auto" is the kernel where it can.
@@ -67,17 +73,20 @@ class TopK(Mechanism):
         *,
         keys: int | float = 0.15,
         tail: TailKind = "none",
+        per_head: bool = False,
         chunk: int = 256,
         backend: Backend = "auto",
     ) -> None:
         super().__init__(num_heads, head_dim, pattern, backend)
         check_keys(keys)
         check_integer("chunk", chunk, 1)
+        check_flags(per_head=per_head)
         self.keys, self.tail, self.chunk = keys, build_tail(tail, num_heads), chunk
+        self.factors = KeyFactors(num_heads) if per_head else None
 
     def reference(self, x: Prepared) -> Attended:
-        if self.tail is not None:
-            return self.attend_with_tail(x, self.tail)
+        if self.tail is not None or self.trains_factors:
+            return self.attend_differentiably(x)
         x.trace_scores()
         (of_q, of_k), of_v = x.score_traces, trace_vectors(x.v)
         q, k, v = x.q, x.k, zero_nonfinite(x.v, of_v)
@@ -85,7 +94,7 @@ class TopK(Mechanism):
             q, k = zero_nonfinite(q, of_q), zero_nonfinite(k, of_k)
         with torch.autocast(x.device.type, enabled=False):
             q, k, bias, outs = promote_to_fp32(q) * x.scale, promote_to_fp32(k), x.call.bias, []
-            limit, k_most = self.count_limits(x), count_kept_keys(self.keys, x.m)
+            limit, k_most = self.count_limits(x), self.count_most(x)
             for start in range(0, x.n, self.chunk):
                 rows = range(start, min(start + self.chunk, x.n))
                 part = slice(rows.start, rows.stop)
@@ -94,24 +103,30 @@ class TopK(Mechanism):
                 outs.append(_TopKAttention.apply(q[:, :, part], k, v, of_v, some_bias, shown, few, k_most, x.dropout))
         return self.charge(x, torch.cat(outs, 2))
 
-    def attend_with_tail(self, x: Prepared, tail: Tail) -> Attended:
-        """Attend chunk by chunk; backward computes the scores of a chunk once more instead of keeping them."""
-        x.trace_all()  # a tail reads every visible value
-        outs, limit, most = [], self.count_limits(x), count_kept_keys(self.keys, x.m)
+    def attend_differentiably(self, x: Prepared) -> Attended:
+        """Attend with the gradients of tails and of factors, chunk by chunk.
+
+        Backward computes the scores of a chunk once more instead of keeping them.
+        """
+        x.trace_all()  # a tail reads every visible value, and the gradient of a factor those of dropped keys
+        outs, limit, most = [], self.count_limits(x), self.count_most(x)
+        offset = self.factors.offset if self.factors is not None and self.trains_factors else None
         with torch.autocast(x.device.type, enabled=False):
             q, k, bias = promote_to_fp32(x.q) * x.scale, promote_to_fp32(x.k), x.call.bias
-            factor = tail.values()
+            factor = q.new_zeros(x.heads) if self.tail is None else self.tail.values()
             for start in range(0, x.n, self.chunk):
                 rows = range(start, min(start + self.chunk, x.n))
                 part = slice(rows.start, rows.stop)
                 some_bias = None if bias is None else bias[:, :, part]
                 some = q[:, :, part], k, x.v, some_bias, x.visible_rows(rows), limit[:, :, part, None], factor
-                outs.append(checkpoint(_attend_chunk_with_tail, *some, most, x.dropout, use_reentrant=False))
+                outs.append(checkpoint(_attend_to_chunk, *some, offset, most, x.dropout, use_reentrant=False))
         return self.charge(x, torch.cat(outs, 2))
 
     def charge(self, x: Prepared, out: Tensor) -> Attended:
         """Return outputs with their cost."""
         kept = self.count_kept(x)
+        if self.factors is not None and self.trains_factors:
+            kept = attach_slope(kept, kept, self.factors.offset)
         attended = x.attended(out, kept)
         if self.tail is None:
             return attended
@@ -120,7 +135,20 @@ class TopK(Mechanism):
 
     def count_limits(self, x: Prepared) -> Tensor:
         """Count the keys that each query keeps, [#b, #h, n]."""
+        if self.factors is not None:
+            return count_kept_by_head(self.keys, self.factors.values(), x.visible_keys)
         return tabulate_kept_keys(self.keys, x.m, x.device)[x.visible_keys]
+
+    def count_most(self, x: Prepared) -> int:
+        """Count the keys that a query keeps at most."""
+        if self.factors is None:
+            return count_kept_keys(self.keys, x.m)
+        return x.m if torch.compiler.is_compiling() else max(int(self.count_limits(x).max()), 1)
+
+    @property
+    def trains_factors(self) -> bool:
+        """Whether the factors of heads receive gradients now."""
+        return self.factors is not None and self.factors.offset.requires_grad and torch.is_grad_enabled()
 
     def count_kept(self, x: Prepared) -> Tensor:
         """Count the kept pairs, [b, h]."""
@@ -130,7 +158,7 @@ class TopK(Mechanism):
         return f"{super().extra_repr()}, keys={self.keys}, chunk={self.chunk}"
 
 
-def _attend_chunk_with_tail(
+def _attend_to_chunk(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -138,17 +166,30 @@ def _attend_chunk_with_tail(
     visible: Tensor | None,
     limit: Tensor,
     factor: Tensor,
+    offset: Tensor | None,
     most: int,
     dropout: float,
 ) -> Tensor:
     scores = q @ k.mT
     if bias is not None:
         scores = scores + bias
-    index = find_largest(fill_hidden(scores.detach(), visible, float("-inf")), most)
-    kept = torch.arange(most, device=q.device) < limit
-    gate = scatter_entries(kept.to(scores.dtype).expand(index.shape), index, k.shape[2])
+    m = k.shape[2]
+    index = find_largest(fill_hidden(scores.detach(), visible, float("-inf")), most if offset is None else m)
+    kept = (torch.arange(index.shape[-1], device=q.device) < limit).to(scores.dtype).expand(index.shape)
+    gate = scatter_entries(kept, index, m)
+    if offset is not None:
+        slope = _compute_slope(limit, m, scores.dtype).expand(index.shape)
+        slope = fill_hidden(scatter_entries(slope, index, m), visible, 0.0)
+        gate = attach_slope(gate, slope, offset[:, None, None])
     weights = F.dropout(weigh_with_tail(scores, gate, visible, factor), dropout, dropout > 0)
     return weights.to(v.dtype) @ v
+
+
+def _compute_slope(limit: Tensor, m: int, dtype: torch.dtype) -> Tensor:
+    """Compute d gate / d log(number of keys) of the key at each rank, for a smooth step over the logarithm of ranks."""
+    rank = torch.arange(m, device=limit.device, dtype=dtype) + 0.5
+    soft = ((limit.to(dtype).log() - rank.log()) / RANK_WIDTH).sigmoid()
+    return soft * (1 - soft) / RANK_WIDTH
 
 
 class _TopKAttention(torch.autograd.Function):
