@@ -45,13 +45,14 @@ def tune_quickly(model: nn.Module, **changes: Any) -> Tuning:
 
 
 @pytest.mark.parametrize(("tail", "surrogate"), [("none", "sigmoid"), ("mean", "inside"), ("mean", "sigmoid")])
-@pytest.mark.parametrize(("unit", "tau", "lr"), [("spread", 0.1, 0.03), ("nats", 0.35, 0.05)])
+@pytest.mark.parametrize(("unit", "tau", "lr"), [("spread", 0.1, 0.03), ("nats", 0.1, 0.03)])
 def test_tuned_thresholds_err_less_than_calibrated_ones_at_the_same_share(
     unit: str, tau: float, lr: float, tail: str, surrogate: str
 ) -> None:
     model = build(attention="latte", unit=unit, tail=tail, gate={"surrogate": surrogate, "tau": tau})
     found = tune_quickly(model, lr=lr)
-    assert found.tuned.error < 0.97 * found.calibrated.error
+    assert found.tuned.error <= found.calibrated.error
+    assert found.tuned.error < 0.97 * min(found.starts["share"].error, found.starts["value"].error)
     for each in (found.calibrated, found.tuned):
         assert each.kept == pytest.approx(KEPT, rel=0.02)
     meter = ComputeMeter(model)
@@ -68,8 +69,9 @@ def test_tuned_thresholds_err_less_than_calibrated_ones_at_the_same_share(
 def test_numbers_of_keys_of_heads_are_tuned_likewise(tail: str) -> None:
     model = build(attention="topk", keys=0.3, per_head=True, tail=tail)
     found = tune_quickly(model)
-    assert set(found.starts) == {"share"}
-    assert found.tuned.error < 0.97 * found.calibrated.error
+    assert set(found.starts) == {"share", "greedy"}
+    assert found.tuned.error <= found.calibrated.error
+    assert found.tuned.error < 0.97 * found.starts["share"].error
     coarse = 1 / 17  # one key of each row
     assert found.calibrated.kept == pytest.approx(KEPT, abs=coarse / 2)
     assert found.tuned.kept == pytest.approx(KEPT, abs=coarse / 4)
@@ -101,7 +103,7 @@ def test_the_same_batches_give_the_same_thresholds() -> None:
 
 def test_the_better_start_is_taken() -> None:
     found = tune_quickly(build(**LATTE, tail="mean"), steps=1)
-    assert set(found.starts) == {"share", "value"}
+    assert set(found.starts) == {"share", "value", "greedy"}
     errors = {name: measured.error for name, measured in found.starts.items()}
     assert errors["share"] != errors["value"]
     assert found.calibrated.error == min(errors.values())

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def compute_quantile(
-    difference: Float[Tensor, "b h n m"], visible: Bool[Tensor, "#b #h #n m"] | None, kept: float
+    difference: Float[Tensor, "b h n m"], visible: Bool[Tensor, "#b #h #n m"] | None, kept: float | Float[Tensor, " h"]
 ) -> Float[Tensor, " h"]:
     """Compute for each head the difference that a share `kept` of the visible pairs does not exceed.
 
@@ -26,10 +26,14 @@ def compute_quantile(
     """
     b, h, n, m = difference.shape
     flat = difference.transpose(0, 1).reshape(h, -1)
-    if visible is None:
+    if visible is None and not isinstance(kept, Tensor):
         k = min(max(round(kept * flat.shape[1]), 1), flat.shape[1])
         return flat.kthvalue(k, dim=-1).values.float()
-    shown = visible.expand(b, h, n, m).transpose(0, 1).reshape(h, -1)
+    shown = torch.ones_like(flat, dtype=torch.bool)
+    if visible is not None:
+        shown = visible.expand(b, h, n, m).transpose(0, 1).reshape(h, -1)
+    if isinstance(kept, Tensor):
+        kept = kept.to(flat.device)
     ordered = flat.masked_fill(~shown, float("inf")).sort(dim=-1).values
     count = shown.sum(-1)
     rank = (kept * count).round().long().clamp_min(1).minimum(count) - 1
@@ -68,7 +72,8 @@ class ThresholdProbe:
         pairs: Number of pairs read of a head; of longer sequences, those of random queries.
 
     Attributes:
-        level: The share of visible pairs to keep, or None to read nothing.
+        level: The share of visible pairs to keep, one for all heads or for each by the name of its mechanism; None
+            reads nothing.
         thresholds: The thresholds of the model, by the dotted name of their mechanism.
 
     Raises:
@@ -76,7 +81,7 @@ class ThresholdProbe:
     """
 
     def __init__(self, model: nn.Module, examples: int = 16, pairs: int = 2**18) -> None:
-        self.level: float | None = None
+        self.level: float | Mapping[str, Float[Tensor, " h"]] | None = None
         self.examples = examples
         self.pairs = pairs
         owners = {name: model.get_submodule(name) for name, _ in named_thresholds(model)}
@@ -103,7 +108,8 @@ class ThresholdProbe:
             difference, visible, always_keep = owner.measure_differences(q, k, call)
             # Pairs that are always kept count towards the share.
             difference[..., :always_keep] = float("-inf")
-            self._read[name].append(compute_quantile(difference, visible, self.level).clamp_min(0))
+            share = self.level[name] if isinstance(self.level, Mapping) else self.level
+            self._read[name].append(compute_quantile(difference, visible, share).clamp_min(0))
 
     @torch.no_grad()
     def collect(self) -> dict[str, Float[Tensor, " h"]]:
@@ -173,7 +179,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
-    kept: float,
+    kept: float | Mapping[str, Float[Tensor, " h"]],
     forward: Callable[[Any], Any] | None = None,
     held_out: Iterable[Any] | None = None,
 ) -> dict[str, Float[Tensor, " h"]]:
@@ -186,7 +192,8 @@ def calibrate(
     Args:
         model: A model with thresholds inside, in the mode (train or eval) in which it will be used.
         batches: Model inputs, already on the model's device.
-        kept: Share of the visible pairs to keep, in (0, 1].
+        kept: Share of the visible pairs to keep, in (0, 1]; or the share of each head, by the name of its mechanism, as
+            `allocate` finds them.
         forward: How to run the model on a batch; by default `model(**batch)` for mappings, else `model(batch)`.
         held_out: Other inputs. What the thresholds keep of their visible pairs is measured and logged, as a warning
             where it differs from `kept` by more than a tenth.
@@ -197,7 +204,8 @@ def calibrate(
     Raises:
         ValueError: `kept` is out of range, there are no batches, or the model has no thresholds.
     """
-    if not 0 < kept <= 1:
+    shares = torch.cat(list(kept.values())) if isinstance(kept, Mapping) else torch.tensor([kept])
+    if not bool(((shares > 0) & (shares <= 1)).all()):
         raise ValueError(f"kept is a share of the visible pairs and must lie in (0, 1], got {kept}")
     probe = ThresholdProbe(model, examples=2**31, pairs=2**62)
     probe.level = kept
@@ -217,7 +225,7 @@ def calibrate(
         thresholds.set_base(base)
         thresholds.offset[~base.isnan()] = 0
     if held_out is not None:
-        _measure_drift(probe, held_out, kept, run)
+        _measure_drift(probe, held_out, float(shares.mean()), run)
     return {name: thresholds.values() for name, thresholds in probe.thresholds.items()}
 
 

@@ -1,5 +1,6 @@
 """How far the output of a sparse network is from that of the dense one."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,18 +16,45 @@ def measure_error(found: Any, wanted: Any, batch: Any, objective: Objective) -> 
     Raises:
         ValueError: The dense output is not finite, or no tensor is found in it.
     """
-    kind = objective if objective != "auto" else "kl" if getattr(wanted, "logits", None) is not None else "error"
-    one, other = (_find_output(output, kind) for output in (found, wanted))
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is not None and mask.shape == other.shape[:2] and other.ndim == 3:
-        one, other = one[mask.bool()], other[mask.bool()]
+    kind = _choose_kind(wanted, objective)
+    one, other = (_find_tokens(output, batch, kind) for output in (found, wanted))
     if not other.isfinite().all():
         raise ValueError("the dense network's output is not finite, so nothing can be tuned against it")
-    one, other = one.float(), other.float()
     if kind == "kl":
         one, other = one.log_softmax(-1), other.log_softmax(-1)
         return nn.functional.kl_div(one, other, log_target=True, reduction="none").sum(-1).mean()
     return (one - other).square().sum() / other.square().sum().clamp_min(torch.finfo(other.dtype).tiny)
+
+
+def project(wanted: Any, batch: Any, objective: Objective, generator: torch.Generator) -> Tensor:
+    """Project the dense output on a random direction, so that the squared change of the result estimates the error.
+
+    For a small change of the output, its expectation over directions is what `measure_error` returns.
+    """
+    kind = _choose_kind(wanted, objective)
+    x = _find_tokens(wanted, batch, kind)
+    if kind == "error":
+        direction = torch.randn(x.shape, generator=generator).to(x.device)
+        return (x * direction).sum() / x.detach().norm()
+    drawn = torch.rand(x.shape[:-1], generator=generator).to(x.device)
+    logs = x.log_softmax(-1)
+    label = (logs.detach().exp().cumsum(-1) < drawn[..., None]).sum(-1).clamp_max(x.shape[-1] - 1)
+    return logs.gather(-1, label[..., None]).sum() / math.sqrt(2 * label.numel())
+
+
+def _choose_kind(wanted: Any, objective: Objective) -> Literal["error", "kl"]:
+    if objective != "auto":
+        return objective
+    return "kl" if getattr(wanted, "logits", None) is not None else "error"
+
+
+def _find_tokens(output: Any, batch: Any, kind: str) -> Tensor:
+    """Find the output to compare, without tokens that the batch hides, in fp32."""
+    found = _find_output(output, kind)
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is not None and mask.shape == found.shape[:2] and found.ndim == 3:
+        found = found[mask.bool()]
+    return found.float()
 
 
 def _find_output(output: Any, kind: str) -> Tensor:

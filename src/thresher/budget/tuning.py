@@ -3,8 +3,9 @@
 Weights that train along absorb whatever is dropped, and leave the thresholds without a signal. On a pretrained network
 whose weights are frozen heads really differ, and the dense network says exactly what each dropped pair costs:
 
-1. Calibrate from two starts: each head keeps the same share of its pairs, or one value serves all heads, so that heads
-   with flat scores keep more. The start that errs less on held-out batches is taken.
+1. Calibrate from three starts: each head keeps the same share of its pairs; or one value serves all heads, so that
+   heads with flat scores keep more; or shares are allocated greedily by sensitivity (`allocation.py`). The start that
+   errs less on held-out batches is taken.
 2. Tune, by Adam, on  E / sg(E) + multiplier g + 10 g^2  with g = kept / target - 1. E is the error against the same
    network with dense attention; divided by its own value, one learning rate serves every network. The multiplier rises
    while too much is kept.
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -32,6 +33,7 @@ from thresher.attention.mechanism import dense_attention
 from thresher.attention.shared.offsets import HeadOffsets, named_offsets
 from thresher.attention.shared.tail import Tail
 from thresher.attention.shared.thresholds import Thresholds
+from thresher.budget.allocation import LEVELS, allocate, apply_shares
 from thresher.budget.calibration import calibrate, evaluation_mode, run_model
 from thresher.budget.meter import ComputeMeter
 from thresher.budget.objectives import Objective, measure_error
@@ -51,8 +53,11 @@ class Tuning:
     """What a tuning found.
 
     Attributes:
-        starts: Of each start, at the target: "share", each head its share, and "value", one threshold for all heads.
+        starts: Of each start, at the target: "share", each head its share; "value", one threshold for all heads, where
+            there are thresholds; "greedy", shares by sensitivity, where batches are enough.
         tuned: After it, at the target.
+        headroom: What allocation by sensitivity was predicted to gain before anything was tuned, as a share of the
+            error, and how uncertain that is; None if there were too few batches to tell.
         history: `error` and `kept` of each step's batch.
         thresholds: By the dotted name of their mechanism; of top-k the factors of its numbers of keys.
         factors: Tail factors, by the dotted name of their mechanism; empty without tails.
@@ -60,6 +65,7 @@ class Tuning:
 
     starts: dict[Start, Measurement]
     tuned: Measurement
+    headroom: tuple[float, float] | None = None
     history: list[Measurement] = field(default_factory=list)
     thresholds: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, Tensor] = field(default_factory=dict)
@@ -140,7 +146,9 @@ def tune(
         memory = StateFile(state_file, settings)
         optimizer, schedule = _build_optimizer(heads.values(), tails.values(), lr, steps)
         if (now := memory.read()) is None:
-            now = begin(_measure_starts(model, train, kept, run, exam, heads.values(), trained))
+            starts, headroom = _measure_starts(model, train, kept, bench, exam, heads.values(), trained)
+            now = begin(starts)
+            now.headroom = headroom
         else:
             optimizer.load_state_dict(now.optimizer)
             schedule.load_state_dict(now.schedule)
@@ -173,6 +181,7 @@ def tune(
         return Tuning(
             starts=now.starts,
             tuned=now.best,
+            headroom=now.headroom,
             history=now.history,
             thresholds={name: each.values().detach().clone() for name, each in heads.items()},
             factors={name: each.values().detach().clone() for name, each in tails.items()},
@@ -183,23 +192,32 @@ def _measure_starts(
     model: nn.Module,
     batches: Sequence[Any],
     kept: float,
-    run: Callable[[Any], Any],
+    bench: "_Bench",
     exam: "_Exam",
     heads: Iterable[HeadOffsets],
     trained: Sequence[nn.Module],
-) -> dict[Start, tuple[Measurement, Values]]:
-    """Calibrate from each start and measure it."""
-    every, starts = list(heads), {}
+) -> tuple[dict[Start, tuple[Measurement, Values]], tuple[float, float] | None]:
+    """Calibrate from each start and measure it; return what is measured, and the headroom of allocation."""
+    every, few = list(heads), batches[:CALIBRATION]
+    starts: dict[Start, tuple[Measurement, Values]] = {}
     thresholds = [each for each in every if isinstance(each, Thresholds)]
-    for _ in range(2 if thresholds else 0):  # deep layers are calibrated behind sparse ones
-        calibrate(model, batches[:CALIBRATION], kept, forward=run)
-    possible: tuple[Start, ...] = get_args(Start) if thresholds else ("share",)
-    for start in possible:
-        if start == "value":
-            _share_one_value(thresholds)
+
+    def measure(start: Start) -> None:
         _settle(every, exam.measure_kept, kept)
         starts[start] = (exam.measure(), _copy_state(trained))
-    return starts
+
+    for _ in range(2 if thresholds else 0):  # deep layers are calibrated behind sparse ones
+        calibrate(model, few, kept, forward=bench.run)
+    measure("share")
+    if thresholds:
+        _share_one_value(thresholds)
+        measure("value")
+    if len(few) < 2 or kept < LEVELS[0]:
+        return starts, None
+    allocation = allocate(model, few, kept, forward=bench.run, objective=bench.objective)
+    apply_shares(model, few, allocation.shares, bench.run)
+    measure("greedy")
+    return starts, (allocation.gain, allocation.uncertainty)
 
 
 class _Bench:

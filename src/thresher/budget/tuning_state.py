@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Start = Literal["share", "value"]
+Start = Literal["share", "value", "greedy"]
 Values = list[dict[str, Tensor]]  # states of the modules that are tuned
 
 
@@ -38,6 +38,7 @@ class TuningState:
         values: The values of the next step.
         step: Number of finished steps.
         multiplier: Of the budget.
+        headroom: What allocation gains, as a share of the error, and how uncertain that is; None if it is unknown.
         history: Error and share kept of each step.
         optimizer: State of the optimiser.
         schedule: State of the schedule of learning rates.
@@ -49,6 +50,7 @@ class TuningState:
     values: Values
     step: int = 0
     multiplier: float = 0.0
+    headroom: tuple[float, float] | None = None
     history: list[Measurement] = field(default_factory=list)
     optimizer: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)

@@ -110,4 +110,5 @@ def tune_network(run: Run, trainer: pl.Trainer, task: Tuning, data: Any) -> tupl
 def describe(found: Result) -> dict[str, float]:
     """Describe a tuning as metrics of a run."""
     starts = {f"tune/{name}_error": measured.error for name, measured in found.starts.items()}
-    return starts | {"tune/error": found.tuned.error, "tune/kept": found.tuned.kept}
+    headroom = dict(zip(("tune/headroom", "tune/headroom_uncertainty"), found.headroom or (), strict=False))
+    return starts | headroom | {"tune/error": found.tuned.error, "tune/kept": found.tuned.kept}
