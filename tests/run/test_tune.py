@@ -59,6 +59,9 @@ def test_a_trained_network_is_tuned_measured_and_evaluated_again(
     again = run_eval([f"ckpt={tmp_path}/run/checkpoints/best.ckpt", f"run.dir={tmp_path}/eval"], CONF)
     for name in (each for each in metrics if each.startswith("test/")):
         assert again[name] == metrics[name]
+    adapted = run_eval([f"ckpt={path}", f"adapter={tmp_path}/run/adapter", f"run.dir={tmp_path}/adapted"], CONF)
+    for name in ("acc", "loss", "kept", "compute"):
+        assert adapted[f"test/{name}"] == metrics[f"test/{name}"]
     heads = json.loads((tmp_path / "run" / "heads.json").read_text())
     assert len(heads["layers"]) == 2
     rows = (tmp_path / "run" / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
@@ -138,3 +141,20 @@ def test_settings_of_a_training_are_refused(dense: tuple[Path, dict[str, float]]
     for given, instead in (("optimizer.lr=1", "task.lr"), ("trainer.max_epochs=3", "task.steps")):
         with pytest.raises(ValueError, match=f"{given.partition('=')[0]} has no effect with task=tuning.*{instead}"):
             training.train(config, overrides=["task=tuning", given])
+
+
+def test_an_adapter_brings_its_own_mechanism_and_belongs_to_one_network(
+    dense: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="brings its own mechanisms: leave out attention"):
+        run_eval([f"ckpt={dense[0]}", "adapter=x", "attention=topk"], CONF)
+    with pytest.raises(FileNotFoundError, match="holds no adapter"):
+        run_eval([f"ckpt={dense[0]}", f"adapter={tmp_path}", f"run.dir={tmp_path}/none"], CONF)
+    tune(tmp_path / "run", dense[0], "task.steps=0")
+    other = tmp_path / "other"
+    training.train(tiny_config(other, "attention=dense", "compute=free", "trainer.max_epochs=1", "seed=1"))
+    with pytest.raises(ValueError, match="with other weights"):
+        run_eval(
+            [f"ckpt={other}/checkpoints/best.ckpt", f"adapter={tmp_path}/run/adapter", f"run.dir={tmp_path}/wrong"],
+            CONF,
+        )

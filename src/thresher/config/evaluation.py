@@ -8,7 +8,7 @@ from typing import Any
 from thresher.config import overrides
 from thresher.config.overrides import Override
 
-KEYS = ("ckpt", "run.dir", "explain", "explain.example")  # of eval.py itself; others belong to the stored config
+KEYS = ("ckpt", "adapter", "run.dir", "explain", "explain.example")  # others belong to the stored config
 
 WHICH = "which checkpoint? python eval.py ckpt=runs/.../checkpoints/best.ckpt [overrides]"
 
@@ -19,6 +19,7 @@ class EvaluationRequest:
 
     Attributes:
         path: The checkpoint, the folder of a run or of an export, or None.
+        adapter: The folder of an adapter, or its name on the hub, or None.
         folder: Where results go, or None for a new folder in that of the run.
         examples: Places in the test data of the examples to explain.
         experiment: The experiment that drops mechanisms in, or None.
@@ -27,6 +28,7 @@ class EvaluationRequest:
     """
 
     path: Path | None
+    adapter: str | None
     folder: Path | None
     examples: tuple[int, ...]
     experiment: str | None
@@ -62,8 +64,11 @@ def read_request(arguments: Sequence[str], conf: Path) -> EvaluationRequest:
     if "ckpt" in own and not own["ckpt"]:
         raise ValueError(WHICH)
     experiments = [o for o in given if o.key_or_group == "experiment"]
+    if own.get("adapter") and (experiments or any(o.key_or_group.partition(".")[0] == "attention" for o in given)):
+        raise ValueError("adapter=FOLDER brings its own mechanisms: leave out attention and experiment")
     return EvaluationRequest(
         path=Path(str(own["ckpt"])) if own.get("ckpt") else None,
+        adapter=str(own["adapter"]) if own.get("adapter") else None,
         folder=Path(str(own["run.dir"])) if own.get("run.dir") else None,
         examples=tuple(read_examples(own)),
         experiment=str(experiments[-1].value()) if experiments else None,

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
+from torch import nn
 
 from thresher.attention.mechanism import Mechanism
 from thresher.attention.options import check_choice, check_integer
@@ -70,12 +71,30 @@ def build_task(cfg: DictConfig, data: Any) -> Task:
     Raises:
         ValueError: The model or the task is for another kind of data.
     """
+    return wrap_network(cfg, data, build_network(cfg, data))
+
+
+def build_network(cfg: DictConfig, data: Any) -> nn.Module:
+    """Build the network of a config for the kind of data at hand.
+
+    Raises:
+        ValueError: The model is for another kind of data.
+    """
     arguments = choose_model_arguments(cfg, data)
     _check_fits_data("model", cfg.model["_target_"], data, arguments)
-    _check_fits_data("task", cfg.task["_target_"], data, data.task_arguments)
     takes_names = "class_names" in inspect.signature(get_object(cfg.model["_target_"])).parameters
     takes_names = takes_names and bool(data.class_names) and "num_classes" in arguments
-    net = build(cfg.model, **arguments, **({"class_names": data.class_names} if takes_names else {}))
+    net: nn.Module = build(cfg.model, **arguments, **({"class_names": data.class_names} if takes_names else {}))
+    return net
+
+
+def wrap_network(cfg: DictConfig, data: Any, net: nn.Module) -> Task:
+    """Build the task of a config around a network.
+
+    Raises:
+        ValueError: The task is for another kind of data.
+    """
+    _check_fits_data("task", cfg.task["_target_"], data, data.task_arguments)
     task: Task = build(cfg.task)(
         net,
         optimizer=build(cfg.optimizer),
@@ -85,6 +104,12 @@ def build_task(cfg: DictConfig, data: Any) -> Task:
         **data.task_arguments,
     )
     return task
+
+
+def get_model(net: nn.Module) -> nn.Module:
+    """Get the model that users build without this package: what a network of this project wraps, or itself."""
+    model: nn.Module = getattr(net, "model", net)
+    return model
 
 
 def choose_model_arguments(cfg: DictConfig, data: Any) -> Mapping[str, Any]:

@@ -1,6 +1,9 @@
 """Evaluate a checkpoint on its test data, rebuilt from its own config."""
 
+import copy
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
 import pytorch_lightning as pl
 
@@ -10,11 +13,22 @@ from thresher.checkpoints.format import CLASSES, RECORD, STATE
 from thresher.checkpoints.load import find_checkpoint
 from thresher.checkpoints.weights import load_weights
 from thresher.config.evaluation import EvaluationRequest
+from thresher.config.overrides import compose_choice
 from thresher.explain.example import explain
+from thresher.hosts import densify
+from thresher.hosts.saving import load_adapter
 from thresher.run import results
-from thresher.run.build import build_data, build_task, build_trainer, quiet_lightning
+from thresher.run.build import (
+    build_data,
+    build_task,
+    build_trainer,
+    get_model,
+    quiet_lightning,
+    wrap_network,
+)
 from thresher.run.overrides import load_with_overrides
 from thresher.run.run import Run, place_config
+from thresher.tasks.base import Task
 
 
 def evaluate(request: EvaluationRequest) -> dict[str, float]:
@@ -34,8 +48,11 @@ def evaluate(request: EvaluationRequest) -> dict[str, float]:
     data = build_data(run.config, checkpoint[RECORD][CLASSES])
     data.setup("test")
     results.print_data(data)
-    task = build_task(run.config, data)
-    load_weights(task, checkpoint[STATE], other_attention)
+    if request.adapter is None:
+        task = build_task(run.config, data)
+        load_weights(task, checkpoint[STATE], other_attention)
+    else:
+        task = _build_with_adapter(run, data, checkpoint, request.adapter)
     trainer = build_trainer(
         run.config,
         logger=False,
@@ -55,3 +72,15 @@ def evaluate(request: EvaluationRequest) -> dict[str, float]:
         commands = {"show its attention maps": report} if request.examples else {}
         results.print_results(f"{path}  →  {folder}", metrics, folder / results.HEADS, commands)
     return metrics
+
+
+def _build_with_adapter(run: Run, data: Any, checkpoint: Mapping[str, Any], adapter: str) -> Task:
+    """Build the network of a checkpoint with the mechanisms of an adapter in place of its own."""
+    config = copy.deepcopy(run.config)
+    config.attention = compose_choice(run.conf, "attention", "dense")
+    dense = build_task(config, data)
+    load_weights(dense, checkpoint[STATE], other_attention=True)
+    model = get_model(dense.net)
+    densify(model)
+    load_adapter(model, adapter)
+    return wrap_network(run.config, data, dense.net)

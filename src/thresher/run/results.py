@@ -45,6 +45,7 @@ SHOWN = {
     "train/seconds": "training seconds",
 }
 SPARSE_OPTIONS = ("attention", "compute")  # groups that the dense baseline replaces
+MANY_HEADS = 8  # more do not fit beside each other on a terminal
 RUN_OPTIONS = ("run", "ckpt_path", "train", "optimized_metric", "logger")  # keys that do not change the schedule
 
 
@@ -124,6 +125,8 @@ def _format_metric(name: str, value: float) -> str:
 
 def build_heads_table(heads: Mapping[str, Any]) -> Table:
     """Build a table of the kept share of each layer and head, with thresholds where there are any."""
+    if max((len(layer["heads"]) for layer in heads["layers"]), default=0) > MANY_HEADS:
+        return _build_ranges_table(heads)
     table = Table(title="kept (threshold) by layer and head", title_justify="left")
     table.add_column("layer", no_wrap=True)
     table.add_column("kept", justify="right")
@@ -133,6 +136,21 @@ def build_heads_table(heads: Mapping[str, Any]) -> Table:
         rows = layer["heads"]
         cells = [f"{r['kept']:.3f}" + ("" if r["threshold"] is None else f" ({r['threshold']:.2f})") for r in rows]
         table.add_row(layer["name"], f"{sum(r['kept'] for r in rows) / len(rows):.3f}", *cells)
+    return table
+
+
+def _build_ranges_table(heads: Mapping[str, Any]) -> Table:
+    """Build a table of the heads of each layer that keep least and most, where there are too many to list."""
+    table = Table(title="kept by layer; heads that keep least and most", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    for name in ("kept", "least", "most", "thresholds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in heads["layers"]:
+        kept = [row["kept"] for row in layer["heads"]]
+        values = [row["threshold"] for row in layer["heads"] if row["threshold"] is not None]
+        ends = [f"{kept[i]:.3f} (head {i})" for i in (kept.index(min(kept)), kept.index(max(kept)))]
+        span = f"{min(values):.2f} to {max(values):.2f}" if values else ""
+        table.add_row(layer["name"], f"{sum(kept) / len(kept):.3f}", *ends, span)
     return table
 
 

@@ -15,6 +15,7 @@ from thresher.checkpoints.format import BEST, FOLDER, TUNING
 from thresher.hosts.restoring import list_recipes
 from thresher.hosts.saving import save_adapter
 from thresher.run import results
+from thresher.run.build import get_model
 from thresher.run.run import Run
 from thresher.tasks.tuning import Tuning
 
@@ -99,7 +100,7 @@ def tune_network(run: Run, trainer: pl.Trainer, task: Tuning, data: Any) -> tupl
     )
     path = run.folder / FOLDER / BEST
     trainer.save_checkpoint(path, weights_only=True)
-    model = getattr(task.net, "model", task.net)  # what a user builds without this package
+    model = get_model(task.net)
     if list_recipes(model):
         save_adapter(model, run.folder / ADAPTER)
         rank_zero_info(f"adapter: {run.folder / ADAPTER}")
