@@ -37,6 +37,7 @@ from thresher.budget.allocation import LEVELS, allocate, apply_shares
 from thresher.budget.calibration import calibrate, evaluation_mode, run_model
 from thresher.budget.meter import ComputeMeter
 from thresher.budget.objectives import Objective, measure_error
+from thresher.budget.settling import settle
 from thresher.budget.tuning_state import Measurement, Start, StateFile, Values, begin
 
 LEARNING_RATES = {"nats": 0.12, "spread": 0.03, "log": 0.1}  # of offsets, by their unit
@@ -44,8 +45,6 @@ FACTOR_RATE = 0.03
 MULTIPLIER_RATE = 0.05
 QUADRATIC = 10.0
 CALIBRATION = 4  # batches: a start to tune from, settled on the held-out ones
-TOLERANCE = 5e-4  # of the share kept, relative
-MEASUREMENTS = 30  # at most, within a bracket
 
 
 @dataclass
@@ -170,7 +169,7 @@ def tune(
                 on_step(now.step, now.history[-1])
             if now.step % evaluate_every == 0 or now.step == steps:
                 now.values = _copy_state(trained)
-                _settle(heads.values(), exam.measure_kept, kept)
+                settle(heads.values(), exam.measure_kept, kept)
                 measured = exam.measure()
                 if measured.error < now.best.error:
                     now.best, now.best_values = measured, _copy_state(trained)
@@ -203,7 +202,7 @@ def _measure_starts(
     thresholds = [each for each in every if isinstance(each, Thresholds)]
 
     def measure(start: Start) -> None:
-        _settle(every, exam.measure_kept, kept)
+        settle(every, exam.measure_kept, kept)
         starts[start] = (exam.measure(), _copy_state(trained))
 
     for _ in range(2 if thresholds else 0):  # deep layers are calibrated behind sparse ones
@@ -329,61 +328,6 @@ def _build_optimizer(
         optimizer, lambda step: (1 + math.cos(math.pi * step / max(steps, 1))) / 2
     )
     return optimizer, falling
-
-
-@torch.no_grad()
-def _settle(heads: Iterable[HeadOffsets], measure: Callable[[], float], kept: float) -> None:
-    """Shift all offsets by one value, so that `measure` gives the target within `TOLERANCE` of it.
-
-    The share kept rises with the shift. A bracket of the target is widened from the current offsets, then narrowed
-    by the Illinois variant of false position: a handful of measurements where bisection takes a dozen.
-
-    Raises:
-        ValueError: No shift reaches it.
-    """
-    every = list(heads)
-    start = [each.offset.clone() for each in every]
-    values = torch.cat([each.values().flatten() for each in every])
-    size, lowest, highest = float(values.mean()) + 1e-3, -float(values.max()) - 1, 1e4
-    if any(each.unit == "log" for each in every):
-        size, lowest, highest = 1.0, -20.0, 20.0
-
-    measured: dict[float, float] = {}
-
-    def move(shift: float) -> None:
-        for each, offset in zip(every, start, strict=True):
-            each.offset.copy_(offset + shift)
-
-    def excess(shift: float) -> float:
-        if shift not in measured:
-            move(shift)
-            measured[shift] = measure() / kept - 1
-        return measured[shift]
-
-    near, of_near = 0.0, excess(0.0)
-    step = -of_near * size
-    far, of_far = near, of_near
-    while abs(of_far) > TOLERANCE and of_far * of_near > 0:
-        if far in (lowest, highest):
-            shares = [kept * (excess(shift) + 1) for shift in (lowest, highest)]
-            move(0.0)
-            raise ValueError(
-                f"kept={kept:g} is out of reach: thresholds keep between {shares[0]:.3g} and {shares[1]:.3g}"
-            )
-        near, of_near = far, of_far
-        far = min(max(far + step, lowest), highest)
-        of_far, step = excess(far), 2 * step
-    for _ in range(MEASUREMENTS):
-        if abs(of_far) <= TOLERANCE or abs(far - near) <= 1e-4 * size:
-            break
-        shift = (near * of_far - far * of_near) / (of_far - of_near)
-        found = excess(shift)
-        if found * of_far < 0:
-            near, of_near = far, of_far
-        else:
-            of_near /= 2
-        far, of_far = shift, found
-    move(min(measured, key=lambda shift: abs(measured[shift])))  # a few pairs are a coarse unit
 
 
 def _copy_state(modules: Sequence[nn.Module]) -> Values:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+from omegaconf import OmegaConf
 
 from thresher.callbacks.heads import HeadStatistics
 from thresher.callbacks.progress import build_progress
@@ -77,7 +78,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, float]:
 def _build_with_adapter(run: Run, data: Any, checkpoint: Mapping[str, Any], adapter: str) -> Task:
     """Build the network of a checkpoint with the mechanisms of an adapter in place of its own."""
     config = copy.deepcopy(run.config)
-    config.attention = compose_choice(run.conf, "attention", "dense")
+    OmegaConf.update(config, "attention", compose_choice(run.conf, "attention", "dense"), merge=False)
     dense = build_task(config, data)
     load_weights(dense, checkpoint[STATE], other_attention=True)
     model = get_model(dense.net)

@@ -101,7 +101,6 @@ class Tuning(Task):
 
     def step(self, batch: Any) -> Step:
         for judge in self._judges:
-            judge.training = False
             return judge.step(batch)
         inputs = batch[0]
         predictions = self.net(*inputs) if isinstance(inputs, tuple | list) else self.net(inputs)
@@ -177,7 +176,7 @@ def _build_judge(net: nn.Module, arguments: Mapping[str, Any], task: Mapping[str
     kind = next((kind for name, kind in kinds.items() if name in arguments), None)
     if kind is None:
         raise ValueError("task=tuning finds no labels in these data: set task.labels=false")
-    return kind(net, **arguments, **task)
+    return kind(net, **arguments, **task).eval()
 
 
 @contextmanager
