@@ -14,7 +14,6 @@ forwards of each mechanism for a batch, and no training.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from thresher.attention.mechanism import Mechanism, dense_attention
 from thresher.attention.shared.offsets import HeadOffsets, named_offsets
 from thresher.attention.shared.thresholds import Thresholds
 from thresher.attention.topk import TopK
-from thresher.budget.calibration import calibrate, compute_quantile, evaluation_mode, run_model
+from thresher.budget.calibration import calibrate, compute_quantiles, evaluation_mode, run_model
 from thresher.budget.meter import ComputeMeter
 from thresher.budget.objectives import Objective, project
 
@@ -228,33 +227,34 @@ def _measure_errors(
     with torch.no_grad():
         for each, gradients in zip(reads, zip(*drawn, strict=True), strict=True):
             owner = owners[each.name]
-            for i, level in enumerate(LEVELS[:-1]):  # at the last, 1, there is none
-                with _keeping(owner, level, each):
-                    change = owner(each.q, each.k, each.v, each.call).out - each.dense
+            for i, _ in enumerate(_keep_each_level(owner, each)):
+                change = owner(each.q, each.k, each.v, each.call).out - each.dense
                 squares = sum((change * gradient).sum(-1).square().sum((0, 2)) for gradient in gradients)
                 errors[each.name][:, i] += (torch.as_tensor(squares) / PROJECTIONS).float().cpu()
     return torch.cat(list(errors.values()))
 
 
-@contextmanager
-def _keeping(owner: Any, share: float, read: _Read) -> Iterator[None]:
-    """Let each head of a mechanism keep a share of the visible pairs of a call."""
+def _keep_each_level(owner: Any, read: _Read) -> Iterator[None]:
+    """Let each head of a mechanism keep in turn each level of the visible pairs of a call, except all of them."""
     offsets = next(each for each in owner.modules() if isinstance(each, HeadOffsets))
     before = {name: x.clone() for name, x in offsets.state_dict().items()}
-    if isinstance(offsets, Thresholds):
-        difference, visible, always_keep = owner.measure_differences(read.q, read.k, read.call)
-        difference[..., :always_keep] = float("-inf")
-        offsets.set_base(compute_quantile(difference, visible, share).clamp_min(0))
-        offsets.offset.zero_()
-    else:
-        offsets.offset.fill_(math.log(share / measure_share(owner, read.q, read.k, read.call)))
     try:
-        yield
+        if isinstance(offsets, Thresholds):
+            offsets.offset.zero_()
+            difference, visible, always_keep = owner.measure_differences(read.q, read.k, read.call)
+            difference[..., :always_keep] = float("-inf")
+            for base in compute_quantiles(difference, visible, torch.tensor(LEVELS[:-1])[None]).clamp_min(0).T:
+                yield offsets.set_base(base)
+        else:
+            whole = _measure_share(owner, read.q, read.k, read.call)
+            for level in LEVELS[:-1]:
+                offsets.offset.fill_(math.log(level / whole))
+                yield
     finally:
         offsets.load_state_dict(before)
 
 
-def measure_share(owner: TopK, q: Tensor, k: Tensor, call: Call) -> float:
+def _measure_share(owner: TopK, q: Tensor, k: Tensor, call: Call) -> float:
     """Measure which share of its visible keys a row keeps on average if its factor is 1."""
     if isinstance(owner.keys, float):
         return owner.keys

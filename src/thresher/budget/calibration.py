@@ -24,20 +24,30 @@ def compute_quantile(
 
     A head without a visible pair yields nan.
     """
-    b, h, n, m = difference.shape
-    flat = difference.transpose(0, 1).reshape(h, -1)
     if visible is None and not isinstance(kept, Tensor):
+        flat = difference.transpose(0, 1).flatten(1)
         k = min(max(round(kept * flat.shape[1]), 1), flat.shape[1])
         return flat.kthvalue(k, dim=-1).values.float()
-    shown = torch.ones_like(flat, dtype=torch.bool)
-    if visible is not None:
-        shown = visible.expand(b, h, n, m).transpose(0, 1).reshape(h, -1)
-    if isinstance(kept, Tensor):
-        kept = kept.to(flat.device)
-    ordered = flat.masked_fill(~shown, float("inf")).sort(dim=-1).values
-    count = shown.sum(-1)
-    rank = (kept * count).round().long().clamp_min(1).minimum(count) - 1
-    return ordered.gather(1, rank.clamp_min(0)[:, None])[:, 0].float().masked_fill(count == 0, float("nan"))
+    shares = torch.as_tensor(kept, device=difference.device).expand(difference.shape[1])
+    return compute_quantiles(difference, visible, shares[:, None])[:, 0]
+
+
+def compute_quantiles(
+    difference: Float[Tensor, "b h n m"], visible: Bool[Tensor, "#b #h #n m"] | None, kept: Float[Tensor, "#h levels"]
+) -> Float[Tensor, "h levels"]:
+    """Compute for each head the differences that some shares of the visible pairs do not exceed, from one sort.
+
+    A head without a visible pair yields nan.
+    """
+    flat = difference.transpose(0, 1).flatten(1)
+    if visible is None:
+        count = torch.full((len(flat), 1), flat.shape[1], device=flat.device)
+    else:
+        shown = visible.expand(difference.shape).transpose(0, 1).flatten(1)
+        flat, count = flat.masked_fill(~shown, float("inf")), shown.sum(-1, keepdim=True)
+    rank = (kept.to(flat.device) * count).round().long().clamp_min(1).minimum(count) - 1
+    found = flat.sort(dim=-1).values.gather(1, rank.clamp_min(0).expand(len(flat), -1))
+    return found.float().masked_fill(count == 0, float("nan"))
 
 
 def select_queries(
