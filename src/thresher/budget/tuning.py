@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from thresher.attention.contract import Cost
 from thresher.attention.mechanism import dense_attention
+from thresher.attention.options import check_choice
 from thresher.attention.shared.offsets import HeadOffsets, named_offsets
 from thresher.attention.shared.tail import Tail
 from thresher.attention.shared.thresholds import Thresholds
@@ -38,7 +39,7 @@ from thresher.budget.calibration import calibrate, evaluation_mode, run_model
 from thresher.budget.meter import ComputeMeter
 from thresher.budget.objectives import Objective, measure_error
 from thresher.budget.settling import settle
-from thresher.budget.tuning_state import Measurement, Start, StateFile, Values, begin
+from thresher.budget.tuning_state import STARTS, Measurement, Start, StateFile, Values, begin
 
 LEARNING_RATES = {"nats": 0.12, "spread": 0.03, "log": 0.1}  # of offsets, by their unit
 FACTOR_RATE = 0.03
@@ -85,7 +86,8 @@ def tune(
     objective: Objective = "auto",
     steps: int = 90,
     lr: float | None = None,
-    evaluate_every: int = 15,
+    evaluate_every: int = 30,
+    starts: Sequence[Start] = STARTS,
     state_file: str | Path | None = None,
     progress: bool = True,
     on_step: Callable[[int, Measurement], None] | None = None,
@@ -109,6 +111,8 @@ def tune(
         steps: Steps, of one batch each; 0 only calibrates, from the better start.
         lr: Learning rate of thresholds; by default 0.12 in nats and 0.03 in spreads, and 0.1 of logarithms of factors.
         evaluate_every: Steps between two evaluations on the held-out batches.
+        starts: The starts to calibrate from: "share", "value", "greedy". Only the first is possible where there are no
+            thresholds, and "greedy" needs two batches and a target of at least 0.01; others are then left out.
         state_file: Written at each evaluation. If it exists, tuning continues from it and ends, bit for bit, where it
             would have ended; the file of a finished tuning gives its result again.
         progress: Show a progress bar with the time left.
@@ -118,6 +122,8 @@ def tune(
         ValueError: The model has no trainable thresholds, there are too few batches, `kept` is out of range or out of
             reach, the dense network's output is not finite, or `state_file` is damaged or of another tuning.
     """
+    for start in starts:
+        check_choice("starts", start, STARTS)
     if not 0 < kept < 1:
         raise ValueError(f"kept is a share of the visible pairs and must lie between 0 and 1, got {kept}")
     heads = {name: each for name, each in named_offsets(model) if each.offset.requires_grad}
@@ -140,13 +146,16 @@ def tune(
             "lr": lr,
             "objective": objective,
             "every": evaluate_every,
+            "starts": list(starts),
         }
         settings |= {"batches": len(train), "held_out": len(held), "thresholds": list(heads), "tails": list(tails)}
         memory = StateFile(state_file, settings)
         optimizer, schedule = _build_optimizer(heads.values(), tails.values(), lr, steps)
         if (now := memory.read()) is None:
-            starts, headroom = _measure_starts(model, train, kept, bench, exam, heads.values(), trained)
-            now = begin(starts)
+            measured_starts, headroom = _measure_starts(
+                starts, model, train, kept, bench, exam, heads.values(), trained
+            )
+            now = begin(found_starts)
             now.headroom = headroom
         else:
             optimizer.load_state_dict(now.optimizer)
@@ -188,6 +197,7 @@ def tune(
 
 
 def _measure_starts(
+    wanted: Sequence[Start],
     model: nn.Module,
     batches: Sequence[Any],
     kept: float,
@@ -197,7 +207,7 @@ def _measure_starts(
     trained: Sequence[nn.Module],
 ) -> tuple[dict[Start, tuple[Measurement, Values]], tuple[float, float] | None]:
     """Calibrate from each start and measure it; return what is measured, and the headroom of allocation."""
-    every, few = list(heads), batches[:CALIBRATION]
+    every, few, headroom = list(heads), batches[:CALIBRATION], None
     starts: dict[Start, tuple[Measurement, Values]] = {}
     thresholds = [each for each in every if isinstance(each, Thresholds)]
 
@@ -207,16 +217,19 @@ def _measure_starts(
 
     for _ in range(2 if thresholds else 0):  # deep layers are calibrated behind sparse ones
         calibrate(model, few, kept, forward=bench.run)
-    measure("share")
-    if thresholds:
+    greedy = "greedy" in wanted and len(few) > 1 and kept >= LEVELS[0]
+    valued = "value" in wanted and thresholds
+    if "share" in wanted or not (greedy or valued):
+        measure("share")
+    if valued:
         _share_one_value(thresholds)
         measure("value")
-    if len(few) < 2 or kept < LEVELS[0]:
-        return starts, None
-    allocation = allocate(model, few, kept, forward=bench.run, objective=bench.objective)
-    apply_shares(model, few, allocation.shares, bench.run)
-    measure("greedy")
-    return starts, (allocation.gain, allocation.uncertainty)
+    if greedy:
+        allocation = allocate(model, few, kept, forward=bench.run, objective=bench.objective)
+        headroom = (allocation.gain, allocation.uncertainty)
+        apply_shares(model, few, allocation.shares, bench.run)
+        measure("greedy")
+    return starts, headroom
 
 
 class _Bench:

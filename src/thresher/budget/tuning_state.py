@@ -5,12 +5,13 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 Start = Literal["share", "value", "greedy"]
+STARTS: tuple[Start, ...] = get_args(Start)
 Values = list[dict[str, Tensor]]  # states of the modules that are tuned
 
 

@@ -94,6 +94,7 @@ def tune_network(run: Run, trainer: pl.Trainer, task: Tuning, data: Any) -> tupl
         steps=task.steps,
         lr=task.lr,
         evaluate_every=task.evaluate_every,
+        starts=task.starts,
         state_file=run.folder / TUNING,
         progress=run.config.callbacks.get("progress") is not None,
         on_step=log,

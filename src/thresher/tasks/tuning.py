@@ -12,6 +12,7 @@ from thresher.attention.mechanism import dense_attention
 from thresher.attention.options import check_choice, check_flags, check_integer, check_number
 from thresher.budget.meter import ComputeRatio
 from thresher.budget.objectives import measure_error
+from thresher.budget.tuning_state import STARTS, Start
 from thresher.tasks.base import Step, Task
 from thresher.tasks.classification import Classification
 from thresher.tasks.language_modeling import LanguageModeling
@@ -46,6 +47,7 @@ class Tuning(Task):
         steps: Steps of the tuning, of one batch each; 0 only calibrates, from the better start.
         lr: Learning rate of thresholds; None chooses one by their unit.
         evaluate_every: Steps between two evaluations on the held-out batches.
+        starts: The starts to calibrate from, see `thresher.tune`.
         batches: Batches of the training data to tune on, used in turn.
         held_out: Batches of the validation data to choose the best step by, and to settle on.
         num_classes: See `Classification`.
@@ -69,9 +71,10 @@ class Tuning(Task):
         output: str | None = None,
         steps: int = 90,
         lr: float | None = None,
-        evaluate_every: int = 15,
+        evaluate_every: int = 30,
+        starts: Sequence[Start] = STARTS,
         batches: int = 32,
-        held_out: int = 8,
+        held_out: int = 6,
         num_classes: int | None = None,
         class_counts: Sequence[int] | None = None,
         vocabulary: int | None = None,
@@ -83,6 +86,8 @@ class Tuning(Task):
         check_integer("task.steps", steps, 0)
         for name, value in (("evaluate_every", evaluate_every), ("batches", batches), ("held_out", held_out)):
             check_integer(f"task.{name}", value, 1)
+        for start in starts:
+            check_choice("task.starts", start, STARTS)
         if lr is not None:  # None chooses by the unit of thresholds
             check_number("task.lr", lr, above=0.0)
         if output is not None and output not in dict(net.named_modules()):
@@ -91,7 +96,7 @@ class Tuning(Task):
         self.labels, self.output = labels, output
         self.objective: Literal["error", "kl"] = ("kl" if labels else "error") if objective == "auto" else objective
         self.steps, self.lr, self.evaluate_every = steps, lr, evaluate_every
-        self.batches, self.held_out = batches, held_out
+        self.starts, self.batches, self.held_out = tuple(starts), batches, held_out
         own: dict[str, Any] = {"num_classes": num_classes, "class_counts": class_counts}
         own |= {"vocabulary": vocabulary, "bytes_per_token": bytes_per_token}
         given = {name: value for name, value in own.items() if value is not None}
