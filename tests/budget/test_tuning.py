@@ -203,3 +203,61 @@ def test_bad_input_is_one_sentence(change: dict[str, Any], message: str) -> None
 def test_a_model_without_trainable_thresholds_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="has no trainable thresholds to tune"):
         tune_quickly(build(**changes))
+
+
+def test_an_unknown_start_is_refused_and_others_can_be_left_out() -> None:
+    found = tune_quickly(build(**LATTE), steps=0, starts=("value",))
+    assert set(found.starts) == {"value"}
+    assert found.headroom is None
+    assert found.tuned == found.starts["value"]
+    with pytest.raises(ValueError, match="starts must be one of share, value, greedy; got 'shares'"):
+        tune_quickly(build(**LATTE), starts=("shares",))
+
+
+def test_a_network_in_bf16_is_tuned() -> None:
+    model = build().bfloat16()
+    sparsify(model, **LATTE, tail="mean")
+    found = tune(
+        model,
+        [x.bfloat16() for x in draw_batches(8)],
+        KEPT,
+        steps=10,
+        evaluate_every=5,
+        starts=("share",),
+        progress=False,
+    )
+    assert model.patch_embed.proj.weight.dtype is torch.bfloat16
+    assert all(values.dtype is torch.float32 for values in found.thresholds.values())
+    assert found.tuned.error < found.calibrated.error
+    assert found.tuned.kept == pytest.approx(KEPT, rel=0.02)
+
+
+class Attending(nn.Module):
+    """Attention of somebody's own, by F.scaled_dot_product_attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("host", ["MultiheadAttention", "SDPA"])
+def test_any_host_is_tuned(host: str) -> None:
+    torch.manual_seed(0)
+    if host == "SDPA":
+        model: nn.Module = nn.Sequential(nn.Linear(32, 32), Attending())
+        sharp = model[1].qkv.weight
+    else:
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 40, 0.0, batch_first=True), 1)
+        sharp = model.layers[0].self_attn.in_proj_weight
+    with torch.no_grad():
+        sharp[:32] *= 4 * torch.tensor([0.5, 2.0, 6.0, 14.0]).repeat_interleave(8)[:, None]
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(4, 24, 32, generator=generator) for _ in range(8)]
+    sparsify(model, **LATTE, tail="mean", example_inputs=batches[0] if host == "SDPA" else None)
+    found = tune(model, batches, KEPT, steps=20, evaluate_every=10, progress=False)
+    assert found.tuned.error <= found.calibrated.error
+    assert found.tuned.error < 0.97 * found.starts["share"].error

@@ -155,7 +155,7 @@ def tune(
             measured_starts, headroom = _measure_starts(
                 starts, model, train, kept, bench, exam, heads.values(), trained
             )
-            now = begin(found_starts)
+            now = begin(measured_starts)
             now.headroom = headroom
         else:
             optimizer.load_state_dict(now.optimizer)
