@@ -110,12 +110,13 @@ def test_generation_with_codes_of_keys_equals_generation_without(
 
 
 @pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("attention", ["latte", "topk"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_generation_with_sums_for_tails_equals_generation_without(
-    name: str, beams: int, monkeypatch: pytest.MonkeyPatch
+    name: str, attention: str, beams: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(name)
-    sparsify(model, "latte", threshold=0.5, tail="mean")
+    sparsify(model, attention, tail="mean", **({"threshold": 0.5} if attention == "latte" else {"keys": 0.3}))
     options = {"max_new_tokens": 8, "num_beams": beams, "do_sample": False, "eos_token_id": None}
     ask = partial(model.generate, TOKENS, attention_mask=PADDED["left"], **options)
     wanted = ask()
@@ -177,7 +178,7 @@ def test_a_cache_without_any_codes_is_refused() -> None:
     for attention in ("topk", "dense"):
         model = build("Llama")
         sparsify(model, attention)
-        with pytest.raises(ValueError, match=r"no attention of this LlamaForCausalLM codes.*own cache"):
+        with pytest.raises(ValueError, match=r"no attention of this LlamaForCausalLM keeps codes or sums.*own cache"):
             coded_cache(model)
     with pytest.raises(ValueError, match="no attention of this BertForMaskedLM"):
         coded_cache(build("BERT"))

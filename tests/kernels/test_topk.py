@@ -1,5 +1,7 @@
 """Top-k's kernel computes what PyTorch computes: the same keys, outputs and gradients within rounding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from tests.kernels.tails import WITHOUT, draw_tail
 from tests.kernels.threads import check_threads
 from thresher.attention import Call, Pattern
 from thresher.attention.shared.selection import find_largest
+from thresher.attention.shared.sums import RunningSums
 from thresher.attention.shared.tail import TailKind
 from thresher.attention.topk import kernel
 from thresher.attention.topk.mechanism import TopK
@@ -118,6 +121,33 @@ def test_strided_empty_huge_and_broken_inputs(pattern: Pattern) -> None:
     inputs.q[0, 0, 3] = float("nan")
     assert attend(ours, inputs).out[0, 0, 3].isnan().all()
     assert attend(ours, inputs).out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("head_dim", "length"), [(20, 133), (64, 64), (70, 1)])
+@torch.no_grad()
+def test_a_decoded_tail_is_that_of_the_last_row_with_sums_of_a_cache_or_without(
+    groups: int, head_dim: int, length: int
+) -> None:
+    ours = TopK(4, head_dim, Pattern.CAUSAL_SELF, keys=0.2, tail="mean", backend="cpu")
+    plain = TopK(4, head_dim, Pattern.CAUSAL_SELF, keys=0.2, tail="mean", backend="reference")
+    for mechanism in (ours, plain):
+        mechanism.tail.factor.copy_(torch.linspace(0, 1.2, 4))  # type: ignore[union-attr]
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
+        inputs = draw(ours, lengths=(length, length), value_dim=11, groups=groups, dtype=dtype)
+        last = replace(inputs, q=inputs.q[:, :, -1:])
+        for call in (Call(), *(padded(ours.pattern, lengths=(length, length), left=left) for left in (False, True))):
+            sums = RunningSums()
+            sums.read(inputs.k[:, :, :-1], inputs.v[:, :, :-1], None if call.keys is None else call.keys[:, :-1])
+            one = replace(call, queries=None if call.queries is None else call.queries[:, -1:])
+            wanted = attend(plain, last, one)
+            for given in (one, replace(one, sums=sums)):
+                found = attend(ours, last, given)
+                torch.testing.assert_close(found.out, wanted.out, rtol=tolerance, atol=tolerance)
+                assert torch.equal(found.cost.kept, wanted.cost.kept)
+            torch.testing.assert_close(
+                wanted.out, attend(plain, inputs, call).out[:, :, -1:], rtol=tolerance, atol=tolerance
+            )
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from PyTorch itself

@@ -1,8 +1,13 @@
 """Top-k on CPUs: compute each score once, then touch kept pairs only."""
 
+import torch
+from torch import Tensor
+
 from thresher.attention.backends import Implementation
 from thresher.attention.contract import Attended
 from thresher.attention.prepared import Prepared
+from thresher.attention.shared.functional import expand_heads
+from thresher.attention.shared.sums import RunningSums
 from thresher.attention.shared.tail import expand_factor
 from thresher.attention.topk import kernel
 from thresher.attention.topk.mechanism import TopK
@@ -39,5 +44,19 @@ class TopKOnCpu(Implementation[TopK]):
             most=mechanism.count_most(x),
             shift=x.causal_shift,
             tail_factor=expand_factor(mechanism.tail, x, choose_sum_dtype(q)),
+            **_read_sums(mechanism, x, choose_sum_dtype(q)),
         )
         return mechanism.charge(x, out.unflatten(0, (x.batch, x.heads)))
+
+
+def _read_sums(mechanism: TopK, x: Prepared, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Read the sums of visible keys and values for a tail in decoding, where a cache may keep them."""
+    tokens = (x.grouped_q, x.grouped_k, x.grouped_v)
+    trains = torch.is_grad_enabled() and any(each.requires_grad for each in tokens)
+    if mechanism.tail is None or x.n != 1 or not mechanism.pattern.causal or mechanism.pattern.cross or trains:
+        return {}
+    if torch.is_grad_enabled() and mechanism.tail.factor.requires_grad:
+        return {}
+    sums = (x.call.sums or RunningSums()).read(x.grouped_k, x.grouped_v, x.call.keys)
+    of_keys, of_values = (expand_heads(each[:, :, None], x.heads)[:, :, 0].to(dtype).flatten(0, 1) for each in sums)
+    return {"key_sum": of_keys, "value_sum": of_values}

@@ -31,6 +31,8 @@ def attend(
     most: int,
     shift: int | None,
     tail_factor: Tensor | None,
+    key_sum: Tensor | None = None,
+    value_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attend to the keys with the largest scores, the lower index first if equal; NaN counts as largest.
 
@@ -44,6 +46,8 @@ def attend(
         most: The largest limit.
         shift: Query i sees keys j <= i + shift; None without causality.
         tail_factor: What the weights of dropped keys are multiplied by [g], in the type of sums; None is no tail.
+        key_sum: Sums of the keys [g, d] that a single query sees, in the type of sums; None sums them for a tail.
+        value_sum: Likewise of the values [g, dv].
 
     Returns:
         Outputs [g, n, dv] and weights [g, n, most], in the type of sums; the key of each weight, int32, ascending, -1
@@ -65,6 +69,8 @@ def attend(
         causal=shift is not None,
         shift=shift or 0,
         tail_factor=None if tail_factor is None else tail_factor.contiguous(),
+        key_sum=None if key_sum is None else key_sum.contiguous(),
+        value_sum=None if value_sum is None else value_sum.contiguous(),
         out=out,
         weights=weight,
         tail_weight=tail_weight,
@@ -85,6 +91,8 @@ def _(
     most: int,
     shift: int | None,
     tail_factor: Tensor | None,
+    key_sum: Tensor | None = None,
+    value_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _new_results(q, v, most, tail_factor)
 

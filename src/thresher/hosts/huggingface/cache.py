@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from thresher.attention.contract import KeyCodes
+from thresher.attention.contract import KeyCodes, Pattern
 from thresher.attention.mechanism import Mechanism
 from thresher.attention.shared.sums import RunningSums
 from thresher.hosts.core import Guest
@@ -16,26 +16,27 @@ from thresher.hosts.core import Guest
 def coded_cache(model: PreTrainedModel) -> Cache:
     """Build an empty cache for `generate` or `forward` of a model of transformers.
 
-    It is the growing cache of such models, with the low-precision codes of the keys beside them (about a quarter of the
-    keys' memory in fp32). Tokens stay the same, and steps take less time: docs/speed.md.
+    It is the growing cache of such models, with what a mechanism keeps of the keys beside them: low-precision codes
+    (about a quarter of the keys' memory in fp32), and sums for tails. Tokens stay the same, and steps take less time:
+    docs/speed.md.
 
     Raises:
-        ValueError: No mechanism in the model codes its cached keys.
+        ValueError: No mechanism in the model keeps codes or sums of its cached keys.
     """
     cache = DynamicCache(config=model.config)
     coded = 0
     for module in model.modules():
         guest, index = module.__dict__.get("_guest"), getattr(module, "layer_idx", None)
-        if not isinstance(guest, Guest) or index is None or not _makes_codes(guest.mechanism):
+        if not isinstance(guest, Guest) or index is None or not _keeps_more(guest.mechanism):
             continue
         if type(cache.layers[index]) is DynamicLayer:
             cache.layers[index] = CodedLayer(guest.mechanism)
             coded += 1
     if not coded:
         raise ValueError(
-            f"no attention of this {type(model).__name__} codes the keys that it caches: latte does in causal "
-            "self attention over a whole sequence, with estimate.bits a number and estimate.scoring=exact. Use the "
-            "model's own cache"
+            f"no attention of this {type(model).__name__} keeps codes or sums of the keys that it caches: latte does in "
+            "causal self attention over a whole sequence, with estimate.bits a number and estimate.scoring=exact, and "
+            "so does topk with tail=mean. Use the model's own cache"
         )
     return EncoderDecoderCache(cache, DynamicCache(config=model.config)) if model.config.is_encoder_decoder else cache
 
@@ -85,8 +86,10 @@ def _attach_codes(keys: Tensor, mechanism: Mechanism, codes: KeyCodes) -> None:
     keys._codes = mechanism, codes  # type: ignore[attr-defined]
 
 
-def _makes_codes(mechanism: Any) -> bool:
+def _keeps_more(mechanism: Any) -> bool:
     if not isinstance(mechanism, Mechanism):
         return False
+    if getattr(mechanism, "tail", None) is not None and mechanism.pattern is Pattern.CAUSAL_SELF:
+        return True
     device = next((p.device for p in mechanism.parameters()), None)
     return mechanism.encode_keys(torch.zeros(1, 1, 1, mechanism.head_dim, device=device)) is not None

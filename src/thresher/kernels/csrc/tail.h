@@ -64,15 +64,23 @@ inline void sum_seen(const Tokens<S>& tokens, int64_t g, const S* rows, int64_t 
     }
 }
 
-// The tails of all rows; without factors there are none.
+// The tails of all rows; without factors there are none. Where each group has one query, sums over the keys [groups, d]
+// and values [groups, dv] that it sees may be given.
 template <class S, class T = Number<S>>
 class Tails {
   public:
-    Tails(const Tokens<S>& tokens, const T* factor, int64_t threads) : tokens(tokens), factor(factor) {
+    Tails(const Tokens<S>& tokens, const T* factor, int64_t threads, const T* key_sum = nullptr,
+          const T* value_sum = nullptr)
+        : tokens(tokens), factor(factor) {
         if (!factor) return;
         const int64_t rows = tokens.groups * tokens.n;
         scores.resize(rows);
         number.resize(rows);
+        if (key_sum) {
+            values.assign(value_sum, value_sum + rows * tokens.dv);
+            for (int64_t g = 0; g < rows; ++g) look(g, 0, key_sum + g * tokens.d, count_seen(g));
+            return;
+        }
         values.resize((tokens.causal ? rows : tokens.groups) * tokens.dv);
         parallel_for(2 * tokens.groups, threads, [] { return std::vector<T>(); }, [&](int64_t task, std::vector<T>& sum) {
             task % 2 ? sum_values(task / 2, sum) : sum_keys(task / 2, sum);
@@ -91,11 +99,19 @@ class Tails {
     std::vector<T> scores, number, values;
 
     void sum_keys(int64_t g, std::vector<T>& sum) {
-        sum_seen(tokens, g, tokens.keys, tokens.d, sum, [&](int64_t i, const T* all, int64_t seen) {
-            const int64_t row = g * tokens.n + i;
-            number[row] = T(seen);
-            scores[row] = dot(all, tokens.queries + row * tokens.d, tokens.d) * T(tokens.scale);
-        });
+        sum_seen(tokens, g, tokens.keys, tokens.d, sum,
+                 [&](int64_t i, const T* all, int64_t seen) { look(g, i, all, seen); });
+    }
+
+    void look(int64_t g, int64_t i, const T* keys, int64_t seen) {
+        const int64_t row = g * tokens.n + i;
+        number[row] = T(seen);
+        scores[row] = dot(keys, tokens.queries + row * tokens.d, tokens.d) * T(tokens.scale);
+    }
+
+    int64_t count_seen(int64_t g) const {
+        const int64_t end = tokens.end(0);
+        return tokens.seen ? std::count(tokens.seen + g * tokens.m, tokens.seen + g * tokens.m + end, 1) : end;
     }
 
     void sum_values(int64_t g, std::vector<T>& sum) {

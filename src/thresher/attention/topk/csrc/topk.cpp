@@ -177,6 +177,8 @@ auto tokens_of(const Arguments& a) {
     FIELD(int64_t, causal)                                                                  \
     FIELD(int64_t, shift)                                                                   \
     FIELD(const T*, tail_factor)    /* [groups], or null: rows have no tail */              \
+    FIELD(const T*, key_sum)        /* of the keys that the one query of a group sees, [groups, d], or null */ \
+    FIELD(const T*, value_sum)      /* likewise of values, [groups, dv] */                  \
     FIELD(T*, out)                  /* [groups, n, dv] */                                   \
     FIELD(T*, weights)              /* with a tail, less that of a dropped key, [groups, n, most] */ \
     FIELD(T*, tail_weight)          /* of a dropped key, less its factor, [groups, n], or null */ \
@@ -297,7 +299,7 @@ template <class S, class T = Number<S>>
 void attend_few(const AttendArguments<S> a) {
     const Sizes& s = a.sizes;
     const Tokens<S> tokens = tokens_of(a);
-    const Tails<S> tails(tokens, a.tail_factor, a.threads);
+    const Tails<S> tails(tokens, a.tail_factor, a.threads, a.key_sum, a.value_sum);
     parallel_for(s.groups * s.n, a.threads, [&](int64_t row) {
         const int64_t g = row / s.n, ahead = tokens.end(row % s.n), whole = padded(ahead);
         const T scale = T(a.scale);
