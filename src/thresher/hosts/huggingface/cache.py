@@ -34,7 +34,7 @@ def coded_cache(model: PreTrainedModel) -> Cache:
             coded += 1
     if not coded:
         raise ValueError(
-            f"no attention of this {type(model).__name__} keeps codes or sums of the keys that it caches: latte does in "
+            f"no attention of this {type(model).__name__} keeps codes or sums of keys that it caches: latte does in "
             "causal self attention over a whole sequence, with estimate.bits a number and estimate.scoring=exact, and "
             "so does topk with tail=mean. Use the model's own cache"
         )
