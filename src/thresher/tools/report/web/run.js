@@ -90,7 +90,8 @@ function drawCurves(curves) {
   show('no-curve-threshold', names.length === 0);
   if (names.length) drawThresholds(names, curves, time);
 
-  const own = metric().name.split('/')[1];
+  const named = metric().name.split('/')[1];
+  const own = curves[`train/${named}`] || curves[`val/${named}`] ? named : 'error'; // what a tuning lowers
   const quality = listed([[`train/${own}`, `${own}, training batches`, 5, 'solid'], [`val/${own}`, `${own}, validation`, 0, 'solid']]);
   byId('curve-metric-title').textContent = `${own} over training`;
   draw('curve-metric', quality, { xaxis: time, yaxis: {} });
