@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from thresher.budget.allocation import allocate
     from thresher.budget.calibration import calibrate
     from thresher.budget.meter import ComputeMeter
     from thresher.budget.tuning import tune
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ComputeMeter",
+    "allocate",
     "calibrate",
     "coded_cache",
     "densify",
@@ -33,6 +35,7 @@ __all__ = [
 __version__ = version("thresher")
 
 _HOMES = {
+    "allocate": "thresher.budget.allocation",
     "calibrate": "thresher.budget.calibration",
     "coded_cache": "thresher.hosts.huggingface.cache",
     "ComputeMeter": "thresher.budget.meter",

@@ -77,7 +77,7 @@ def _flatten(options: DictConfig | dict[str, object] | None) -> Iterator[str]:
 
 
 def _check_training(arguments: list[str], *, evaluation: bool, many: bool) -> None:
-    own = ("ckpt=", "explain") if evaluation else ()
+    own = ("ckpt=", "adapter=", "explain") if evaluation else ()
     given = [INTERVAL.sub(r"\1", a) for a in arguments if not a.startswith(own)]
     overrides.check(CONF, "train", given)
     if many:
