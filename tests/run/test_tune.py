@@ -158,3 +158,8 @@ def test_an_adapter_brings_its_own_mechanism_and_belongs_to_one_network(
             [f"ckpt={other}/checkpoints/best.ckpt", f"adapter={tmp_path}/run/adapter", f"run.dir={tmp_path}/wrong"],
             CONF,
         )
+
+
+def test_held_out_batches_come_from_all_over_the_data() -> None:
+    assert list(tuning.spread(range(100), 4)) == [0, 25, 50, 75]
+    assert list(tuning.spread(range(3), 8)) == [0, 1, 2]

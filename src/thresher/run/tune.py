@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
@@ -73,8 +74,8 @@ def tune_network(run: Run, trainer: pl.Trainer, task: Tuning, data: Any) -> tupl
     device = trainer.strategy.root_device
     task.to(device)
 
-    def load(loader: Any, number: int) -> list[Any]:
-        return [task.transfer_batch_to_device(each, device, 0) for each in itertools.islice(loader, number)]
+    def move(batches: Iterable[Any]) -> list[Any]:
+        return [task.transfer_batch_to_device(each, device, 0) for each in batches]
 
     def forward(batch: Any) -> Any:
         with trainer.precision_plugin.forward_context():
@@ -86,9 +87,9 @@ def tune_network(run: Run, trainer: pl.Trainer, task: Tuning, data: Any) -> tupl
 
     found = tune(
         task.net,
-        load(data.train_dataloader(), task.batches),
+        move(itertools.islice(data.train_dataloader(), task.batches)),
         kept,
-        held_out=load(data.val_dataloader(), task.held_out),
+        held_out=move(spread(data.val_dataloader(), task.held_out)),
         forward=forward,
         objective=task.objective,
         steps=task.steps,
@@ -107,6 +108,14 @@ def tune_network(run: Run, trainer: pl.Trainer, task: Tuning, data: Any) -> tupl
         rank_zero_info(f"adapter: {run.folder / ADAPTER}")
     metrics = describe(found) | {"train/seconds": time.monotonic() - start}
     return results.write_metrics(run.folder, metrics, trainer.is_global_zero), str(path)
+
+
+def spread(loader: Collection[Any], number: int) -> Iterator[Any]:
+    """Yield a number of batches from all over a loader: the first pages of a book are not the book."""
+    total = len(loader)
+    chosen = min(number, total)
+    wanted = {i * total // chosen for i in range(chosen)}
+    return (batch for i, batch in enumerate(loader) if i in wanted)
 
 
 def describe(found: Result) -> dict[str, float]:
