@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.budget.test_tuning import build, draw_batches
 from thresher import ComputeMeter, sparsify
 from thresher.attention.mechanism import dense_attention
-from thresher.budget.allocation import LEVELS, _predict, allocate, allocate_greedily, apply_shares
+from thresher.budget.allocation import LEVELS, allocate, allocate_greedily, apply_shares, predict_error
 from thresher.budget.objectives import measure_error, project
 
 KEPT = 0.25
@@ -25,13 +25,13 @@ def test_greedy_shares_meet_the_budget_and_beat_all_others() -> None:
     shares = allocate_greedily(errors, KEPT)
     assert float(shares.mean()) == pytest.approx(KEPT)
     assert shares.argsort().tolist() == [2, 3, 0, 1]
-    best = _predict(errors, shares)
+    best = predict_error(errors, shares)
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         other = torch.rand(4, generator=generator)
         other = (other * KEPT * 4 / other.sum()).clamp(LEVELS[0], 1)
         if float(other.mean()) <= KEPT:
-            assert _predict(errors, other) >= best - 1e-5
+            assert predict_error(errors, other) >= best - 1e-5
 
 
 def test_curves_that_are_not_convex_are_replaced_by_their_hull() -> None:

@@ -96,14 +96,14 @@ def allocate(
     shares, uniform = allocate_greedily(whole, kept), torch.full((len(whole),), kept)
     halves = [torch.stack(errors[start::2]).mean(0) for start in (0, 1)]
     gains = [
-        1 - _predict(other, allocate_greedily(own, kept)) / max(_predict(other, uniform), 1e-30)
+        1 - predict_error(other, allocate_greedily(own, kept)) / max(predict_error(other, uniform), 1e-30)
         for own, other in itertools.permutations(halves)
     ]
     heads = [owner.num_heads for owner in owners.values()]
     return Allocation(
         shares=dict(zip(owners, shares.split(heads), strict=True)),
-        uniform_error=_predict(whole, uniform),
-        error=_predict(whole, shares),
+        uniform_error=predict_error(whole, uniform),
+        error=predict_error(whole, shares),
         gain=sum(gains) / 2,
         uncertainty=abs(gains[0] - gains[1]) / 2,
     )
@@ -173,7 +173,7 @@ def _find_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float
     return hull
 
 
-def _predict(errors: Float[Tensor, "h levels"], shares: Float[Tensor, " h"]) -> float:
+def predict_error(errors: Float[Tensor, "h levels"], shares: Float[Tensor, " h"]) -> float:
     """Predict the error of shares, between two levels by a straight line."""
     levels = torch.tensor(LEVELS, dtype=errors.dtype)
     after = torch.searchsorted(levels, shares.clamp(LEVELS[0], 1.0).contiguous()).clamp(1, len(LEVELS) - 1)

@@ -39,7 +39,7 @@ from thresher.budget.calibration import calibrate, evaluation_mode, run_model
 from thresher.budget.meter import ComputeMeter
 from thresher.budget.objectives import Objective, measure_error
 from thresher.budget.settling import settle
-from thresher.budget.tuning_state import STARTS, Measurement, Start, StateFile, Values, begin
+from thresher.budget.tuning_state import STARTS, Measurement, Start, StateFile, TuningState, Values, begin
 
 LEARNING_RATES = {"nats": 0.12, "spread": 0.03, "log": 0.1}  # of offsets, by their unit
 FACTOR_RATE = 0.03
@@ -157,32 +157,19 @@ def tune(
             )
             now = begin(measured_starts)
             now.headroom = headroom
+            now.optimizer, now.schedule = optimizer.state_dict(), schedule.state_dict()
+            memory.write(now)
         else:
             optimizer.load_state_dict(now.optimizer)
             schedule.load_state_dict(now.schedule)
         _load_state(trained, now.values)
         batches = itertools.islice(itertools.cycle(train), now.step, steps)
         for batch in _show(batches, now.step, steps, progress):
-            error, found = bench.compare(batch)
-            gap = found / kept - 1
-            scale = error.detach().clamp_min(torch.finfo(error.dtype).tiny)
-            loss = error / scale + now.multiplier * gap + QUADRATIC * gap**2
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            now.step += 1
-            now.multiplier += MULTIPLIER_RATE * float(gap.detach())
-            now.history.append(Measurement(float(error.detach()), float(found.detach())))
+            _take_step(now, bench, batch, kept, optimizer, schedule)
             if on_step is not None:
                 on_step(now.step, now.history[-1])
             if now.step % evaluate_every == 0 or now.step == steps:
-                now.values = _copy_state(trained)
-                settle(heads.values(), exam.measure_kept, kept)
-                measured = exam.measure()
-                if measured.error < now.best.error:
-                    now.best, now.best_values = measured, _copy_state(trained)
-                _load_state(trained, now.values)
+                _evaluate(now, exam, kept, heads.values(), trained)
                 now.optimizer, now.schedule = optimizer.state_dict(), schedule.state_dict()
                 memory.write(now)
         _load_state(trained, now.best_values)
@@ -230,6 +217,40 @@ def _measure_starts(
         apply_shares(model, few, allocation.shares, bench.run)
         measure("greedy")
     return starts, headroom
+
+
+def _take_step(
+    now: TuningState,
+    bench: "_Bench",
+    batch: Any,
+    kept: float,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> None:
+    """Lower the error on a batch, and bring what it keeps to the target."""
+    error, found = bench.compare(batch)
+    gap = found / kept - 1
+    scale = error.detach().clamp_min(torch.finfo(error.dtype).tiny)
+    loss = error / scale + now.multiplier * gap + QUADRATIC * gap**2
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    schedule.step()
+    now.step += 1
+    now.multiplier += MULTIPLIER_RATE * float(gap.detach())
+    now.history.append(Measurement(float(error.detach()), float(found.detach())))
+
+
+def _evaluate(
+    now: TuningState, exam: "_Exam", kept: float, heads: Iterable[HeadOffsets], trained: Sequence[nn.Module]
+) -> None:
+    """Measure the current values where they meet the target, and keep them if they are the best."""
+    now.values = _copy_state(trained)
+    settle(heads, exam.measure_kept, kept)
+    measured = exam.measure()
+    if measured.error < now.best.error:
+        now.best, now.best_values = measured, _copy_state(trained)
+    _load_state(trained, now.values)
 
 
 class _Bench:
