@@ -85,3 +85,18 @@ def test_the_kernel_refuses_training_and_serves_the_rest() -> None:
 def test_state_has_factors_only_where_they_are_asked_for() -> None:
     assert not TopK(2, 8, Pattern.NONCAUSAL_SELF).state_dict()
     assert list(TopK(2, 8, Pattern.NONCAUSAL_SELF, per_head=True).state_dict()) == ["factors.offset"]
+
+
+@pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float64).min], ids=["infinite", "lowest"])
+def test_biases_that_hide_keys_leave_gradients_finite(hidden: float) -> None:
+    mechanism = build(Pattern.NONCAUSAL_SELF, keys=0.3)
+    inputs = draw(mechanism)
+    n = inputs.q.shape[2]
+    bias = torch.zeros(1, 1, n, n, dtype=torch.float64).masked_fill(torch.ones(n, n).triu(1).bool(), hidden)
+    found = attend(mechanism, inputs, Call(bias=bias))
+    with torch.no_grad():
+        assert_close(found.out.detach(), attend(mechanism, inputs, Call(bias=bias)).out)
+    found.out.sum().backward()
+    assert mechanism.factors is not None
+    assert mechanism.factors.offset.grad is not None
+    assert mechanism.factors.offset.grad.isfinite().all()

@@ -104,3 +104,26 @@ def test_bad_input_is_one_sentence() -> None:
     sparsify(plain, "topk")
     with pytest.raises(ValueError, match="no thresholds to allocate"):
         allocate(plain, draw_batches(2), KEPT)
+
+
+def test_heads_with_more_pairs_weigh_more() -> None:
+    errors, pairs = curves(1.0, 1.0), torch.tensor([900.0, 100.0])
+    shares = allocate_greedily(errors, KEPT, pairs)
+    assert float((shares * pairs).sum() / pairs.sum()) == pytest.approx(KEPT)
+    assert shares[1] > shares[0], "the same gain for a ninth of the pairs"
+
+
+@pytest.mark.parametrize("hyperparameters", MECHANISMS[1:], ids=["latte", "topk"])
+def test_a_mechanism_that_does_not_reach_the_output_gets_the_least(hyperparameters: dict[str, object]) -> None:
+    model, batches = build(**hyperparameters), draw_batches(3)
+
+    def run(batch: Tensor) -> Tensor:
+        model(batch)
+        return model.blocks[0](model.patch_embed(batch))
+
+    found = allocate(model, batches, KEPT, forward=run)
+    first, second = found.shares.values()
+    assert float(second.mean()) == pytest.approx(LEVELS[0])
+    pairs = (17**2 + 16**2, 17**2)  # the first block runs twice, once without the class token
+    kept = sum(float(shares.mean()) * number for shares, number in zip((first, second), pairs, strict=True))
+    assert kept / sum(pairs) == pytest.approx(KEPT, rel=0.01)

@@ -41,7 +41,8 @@ def draw_batches(number: int, seed: int = 0) -> list[Tensor]:
 
 
 def tune_quickly(model: nn.Module, **changes: Any) -> Tuning:
-    return tune(model, draw_batches(10), KEPT, **({"steps": 30, "evaluate_every": 10, "progress": False} | changes))
+    options: dict[str, Any] = {"kept": KEPT, "steps": 30, "evaluate_every": 10, "progress": False}
+    return tune(model, draw_batches(10), **(options | changes))
 
 
 @pytest.mark.parametrize(("tail", "surrogate"), [("none", "sigmoid"), ("mean", "inside"), ("mean", "sigmoid")])
@@ -261,3 +262,55 @@ def test_any_host_is_tuned(host: str) -> None:
     found = tune(model, batches, KEPT, steps=20, evaluate_every=10, progress=False)
     assert found.tuned.error <= found.calibrated.error
     assert found.tuned.error < 0.97 * found.starts["share"].error
+
+
+def test_frozen_thresholds_stay_as_they_are() -> None:
+    model = build(**LATTE)
+    frozen = model.blocks[0].attn.mechanism.thresholds
+    frozen.offset.requires_grad_(False)
+    before = {name: x.clone() for name, x in frozen.state_dict().items()}
+    found = tune_quickly(model, kept=0.6, steps=2)
+    assert all(torch.equal(x, before[name]) for name, x in frozen.state_dict().items())
+    assert list(found.thresholds) == ["blocks.1.attn.mechanism"]
+    assert found.tuned.kept == pytest.approx(0.6, rel=0.02)
+
+
+def test_a_state_of_another_network_is_refused(tmp_path: Path) -> None:
+    model = build(**LATTE)
+    tune_quickly(model, steps=1, state_file=tmp_path / "tuning.pt")
+    other = build(**LATTE)
+    with torch.no_grad():
+        other.blocks[0].mlp.fc1.weight *= 1.1
+    with pytest.raises(ValueError, match="of a tuning with another weights"):
+        tune_quickly(other, steps=1, state_file=tmp_path / "tuning.pt")
+
+
+def test_a_tuning_that_continues_reports_the_steps_before(tmp_path: Path) -> None:
+    steps: list[int] = []
+    for _ in range(2):
+        tune_quickly(
+            build(**LATTE),
+            steps=3,
+            state_file=tmp_path / "tuning.pt",
+            on_step=lambda step, measured: steps.append(step),
+        )
+    assert steps == [1, 2, 3, 1, 2, 3]
+
+
+def test_an_error_that_is_only_rounding_does_not_stop_the_thresholds() -> None:
+    torch.manual_seed(0)
+    model = build(**LATTE, tail="mean")
+    head = nn.Linear(32, 5)
+    found = tune(
+        model,
+        draw_batches(6),
+        0.97,
+        forward=lambda x: head(model(x) * 1e-3),
+        objective="kl",
+        steps=6,
+        evaluate_every=3,
+        progress=False,
+    )
+    assert all(measured.error >= 0 for measured in (found.tuned, *found.history, *found.starts.values()))
+    offsets = torch.cat(list(found.thresholds.values()))
+    assert offsets.isfinite().all()

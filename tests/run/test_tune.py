@@ -62,6 +62,7 @@ def test_a_trained_network_is_tuned_measured_and_evaluated_again(
     adapted = run_eval([f"ckpt={path}", f"adapter={tmp_path}/run/adapter", f"run.dir={tmp_path}/adapted"], CONF)
     for name in ("acc", "loss", "kept", "compute"):
         assert adapted[f"test/{name}"] == metrics[f"test/{name}"]
+    assert "adapter:" in (tmp_path / "adapted" / "config.yaml").read_text()
     heads = json.loads((tmp_path / "run" / "heads.json").read_text())
     assert len(heads["layers"]) == 2
     rows = (tmp_path / "run" / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
@@ -87,7 +88,14 @@ def test_a_tuning_that_was_stopped_resumes_to_the_same_end(
         with pytest.raises(KeyboardInterrupt):
             tune(tmp_path / "stopped", dense[0])
     assert not (tmp_path / "stopped" / "metrics.json").exists()
+    with pytest.raises(ValueError, match="of a tuning with another weights"):
+        tune(tmp_path / "stopped", dense[0], "init_from=null")
     resumed = tune(tmp_path / "stopped", dense[0])
+    steps = [
+        [row.split(",")[1] for row in (folder / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[1:]]
+        for folder in (tmp_path / "whole", tmp_path / "stopped")
+    ]
+    assert steps[0] == steps[1]
     assert {name: value for name, value in resumed.items() if name != "train/seconds"} == {
         name: value for name, value in whole.items() if name != "train/seconds"
     }
@@ -104,6 +112,12 @@ def test_an_embedding_network_is_compared_by_its_hidden_states(tmp_path: Path) -
     bert = transformers.BertModel.from_pretrained(model, add_pooling_layer=False)
     names = load_adapter(bert, tmp_path / "run" / "adapter")
     assert len(names) == 2
+
+
+def test_a_network_in_bf16_is_tuned_in_a_run(dense: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    metrics = tune(tmp_path / "run", dense[0], "trainer.precision=bf16-true", "task.steps=2")
+    assert 0 <= metrics["tune/error"] < 1
+    assert 0 <= metrics["test/acc"] <= 1
 
 
 def test_a_language_model_is_compared_by_its_logits(tmp_path: Path) -> None:
@@ -138,8 +152,8 @@ def test_a_run_that_cannot_tune_says_why(overrides: list[str], message: str, tmp
 
 def test_settings_of_a_training_are_refused(dense: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", *SHORT)
-    for given, instead in (("optimizer.lr=1", "task.lr"), ("trainer.max_epochs=3", "task.steps")):
-        with pytest.raises(ValueError, match=f"{given.partition('=')[0]} has no effect with task=tuning.*{instead}"):
+    for given, instead in (("optimizer.lr=1", "task.lr"), ("callbacks=ema", ""), ("task.clip=2", "nothing")):
+        with pytest.raises(ValueError, match=f"{given.partition('=')[0]}.* has no effect with task=tuning.*{instead}"):
             training.train(config, overrides=["task=tuning", given])
 
 

@@ -74,7 +74,7 @@ def allocate(
     Args:
         model: A model with thresholds, or with factors of numbers of keys, inside.
         batches: Model inputs on the model's device, at least two.
-        kept: Share of all visible pairs to keep, in (0, 1).
+        kept: Share of all visible pairs to keep, at least 0.01 and below 1.
         forward: How to run the model on a batch; by default `model(**batch)` for mappings, else `model(batch)`.
         objective: The error to keep low: "error", "kl" or "auto", see `tune`.
 
@@ -88,15 +88,16 @@ def allocate(
         raise ValueError(f"{type(model).__name__} has no thresholds to allocate a budget to; sparsify() it first")
     run = forward or partial(run_model, model)
     generator = torch.Generator().manual_seed(0)
-    with evaluation_mode(model):  # each [heads, levels]
-        errors = [_measure_errors(owners, run, batch, objective, generator) for batch in batches]
-    if len(errors) < 2:
+    with evaluation_mode(model):
+        measured = [_measure_errors(owners, run, batch, objective, generator) for batch in batches]
+    if len(measured) < 2:
         raise ValueError("an allocation needs at least two batches, to say what it gains on others")
-    whole = torch.stack(errors).mean(0)
-    shares, uniform = allocate_greedily(whole, kept), torch.full((len(whole),), kept)
-    halves = [torch.stack(errors[start::2]).mean(0) for start in (0, 1)]
+    errors, pairs = (torch.stack(parts) for parts in zip(*measured, strict=True))  # [batches, heads, levels or none]
+    whole, pairs = errors.mean(0), pairs.sum(0)
+    shares, uniform = allocate_greedily(whole, kept, pairs), torch.full((len(whole),), kept)
+    halves = [errors[start::2].mean(0) for start in (0, 1)]
     gains = [
-        1 - predict_error(other, allocate_greedily(own, kept)) / max(predict_error(other, uniform), 1e-30)
+        1 - predict_error(other, allocate_greedily(own, kept, pairs)) / max(predict_error(other, uniform), 1e-30)
         for own, other in itertools.permutations(halves)
     ]
     heads = [owner.num_heads for owner in owners.values()]
@@ -133,29 +134,41 @@ def apply_shares(
     if factors:
         for each in factors.values():
             each.offset.zero_()
-        meter = ComputeMeter(model)
-        with meter:
-            run(batches[0])
-        own = {name: cost.kept.sum(0) / cost.visible.sum(0).clamp_min(1) for name, cost in meter.calls}
+        meter, costs = ComputeMeter(model), []
+        for batch in batches:
+            with meter:
+                run(batch)
+            costs += meter.calls
         for name, each in factors.items():
-            each.offset.copy_((shares[name].to(own[name]) / own[name]).log())
+            counts = [torch.stack([cost.kept.sum(0), cost.visible.sum(0)]) for owner, cost in costs if owner == name]
+            kept, visible = sum(counts, torch.zeros(2, len(each.offset), device=each.offset.device))
+            offset = (shares[name].to(kept) * visible / kept.clamp_min(1)).log()
+            each.offset.copy_(torch.where(visible > 0, offset, 0.0))  # one that saw no pair stays as it is
 
 
-def allocate_greedily(errors: Float[Tensor, "h levels"], kept: float) -> Float[Tensor, " h"]:
-    """Allocate shares whose mean is `kept` to heads whose errors at `LEVELS` are known.
+def allocate_greedily(
+    errors: Float[Tensor, "h levels"], kept: float, pairs: Float[Tensor, " h"] | None = None
+) -> Float[Tensor, " h"]:
+    """Allocate a share `kept` of all pairs to heads whose errors at `LEVELS` are known.
 
     Errors are replaced by their convex hull from below, along which each further pair gains less.
+
+    Args:
+        errors: Of each head at each level.
+        kept: Share of all pairs.
+        pairs: Number of visible pairs of each head; None is the same for all.
     """
+    numbers = torch.ones(len(errors)) if pairs is None else pairs / pairs.mean().clamp_min(1e-30)
     steps = []  # (gain for a pair, head, from, to)
-    for head, curve in enumerate(errors.tolist()):
-        hull = _find_hull(list(zip(LEVELS, curve, strict=True)))
-        steps += [((a[1] - b[1]) / (b[0] - a[0]), head, a[0], b[0]) for a, b in itertools.pairwise(hull)]
+    for head, (curve, number) in enumerate(zip(errors.tolist(), numbers.tolist(), strict=True)):
+        hull = _find_hull(list(zip(LEVELS, curve, strict=True))) if number else []
+        steps += [((a[1] - b[1]) / (b[0] - a[0]) / number, head, a[0], b[0]) for a, b in itertools.pairwise(hull)]
     shares = torch.full((len(errors),), LEVELS[0], dtype=torch.float64)
-    left = (kept - LEVELS[0]) * len(errors)
+    left = (kept - LEVELS[0]) * float(numbers.sum())
     for _, head, before, after in sorted(steps, key=lambda step: (-step[0], step[1], step[2])):
-        share = min(after - before, left)
+        share = min(after - before, left / float(numbers[head]))
         shares[head] += share
-        left -= share
+        left -= share * float(numbers[head])
         if left <= 0:
             break
     return shares.to(errors.dtype)
@@ -201,14 +214,16 @@ def _measure_errors(
     batch: Any,
     objective: Objective,
     generator: torch.Generator,
-) -> Float[Tensor, "h levels"]:
-    """Measure the error of each head at each level, on one batch, for all mechanisms after another."""
+) -> tuple[Float[Tensor, "h levels"], Float[Tensor, " h"]]:
+    """Measure the error of each head at each level on one batch, and its number of visible pairs."""
     reads: list[_Read] = []
+    pairs = {name: torch.zeros(owner.num_heads) for name, owner in owners.items()}
 
     def read(name: str, module: nn.Module, args: tuple[Tensor, Tensor, Tensor, Call], attended: Attended) -> Attended:
         q, k, v, call = args
         change = torch.zeros_like(attended.out, requires_grad=True)
         reads.append(_Read(name, q.detach(), k.detach(), v.detach(), call, attended.out.detach(), change))
+        pairs[name] += attended.cost.visible.detach().sum(0).cpu()
         return attended._replace(out=attended.out + change)
 
     handles = [owner.register_forward_hook(partial(read, name)) for name, owner in owners.items()]
@@ -222,7 +237,10 @@ def _measure_errors(
     if not reads:
         raise ValueError("no mechanism ran in a batch: nothing can be allocated")
     changes = [each.change for each in reads]
-    drawn = [torch.autograd.grad(each, changes, retain_graph=True) for each in projections]
+    drawn = [
+        torch.autograd.grad(each, changes, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for each in projections
+    ]
     errors = {name: torch.zeros(owner.num_heads, len(LEVELS)) for name, owner in owners.items()}
     with torch.no_grad():
         for each, gradients in zip(reads, zip(*drawn, strict=True), strict=True):
@@ -231,7 +249,7 @@ def _measure_errors(
                 change = owner(each.q, each.k, each.v, each.call).out - each.dense
                 squares = sum((change * gradient).sum(-1).square().sum((0, 2)) for gradient in gradients)
                 errors[each.name][:, i] += (torch.as_tensor(squares) / PROJECTIONS).float().cpu()
-    return torch.cat(list(errors.values()))
+    return torch.cat(list(errors.values())), torch.cat(list(pairs.values()))
 
 
 def _keep_each_level(owner: Any, read: _Read) -> Iterator[None]:

@@ -22,7 +22,8 @@ def measure_error(found: Any, wanted: Any, batch: Any, objective: Objective) -> 
         raise ValueError("the dense network's output is not finite, so nothing can be tuned against it")
     if kind == "kl":
         one, other = one.log_softmax(-1), other.log_softmax(-1)
-        return nn.functional.kl_div(one, other, log_target=True, reduction="none").sum(-1).mean()
+        divergence = nn.functional.kl_div(one, other, log_target=True, reduction="none").sum(-1).mean()
+        return divergence.clamp_min(0)  # rounding can take it below
     return (one - other).square().sum() / other.square().sum().clamp_min(torch.finfo(other.dtype).tiny)
 
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from thresher.attention.contract import Cost
 from thresher.attention.mechanism import dense_attention
-from thresher.attention.options import check_choice
+from thresher.attention.options import check_choice, check_integer
 from thresher.attention.shared.offsets import HeadOffsets, named_offsets
 from thresher.attention.shared.tail import Tail
 from thresher.attention.shared.thresholds import Thresholds
@@ -45,6 +45,7 @@ LEARNING_RATES = {"nats": 0.12, "spread": 0.03, "log": 0.1}  # of offsets, by th
 FACTOR_RATE = 0.03
 MULTIPLIER_RATE = 0.05
 QUADRATIC = 10.0
+LEAST_ERROR = 1e-9  # what rounding alone makes of equal outputs
 CALIBRATION = 4  # batches: a start to tune from, settled on the held-out ones
 
 
@@ -111,12 +112,13 @@ def tune(
         steps: Steps, of one batch each; 0 only calibrates, from the better start.
         lr: Learning rate of thresholds; by default 0.12 in nats and 0.03 in spreads, and 0.1 of logarithms of factors.
         evaluate_every: Steps between two evaluations on the held-out batches.
-        starts: The starts to calibrate from: "share", "value", "greedy". Only the first is possible where there are no
-            thresholds, and "greedy" needs two batches and a target of at least 0.01; others are then left out.
+        starts: The starts to calibrate from: "share", "value", "greedy". "value" needs thresholds, and "greedy" two
+            batches and a target of at least 0.01; what is not possible is left out.
         state_file: Written at each evaluation. If it exists, tuning continues from it and ends, bit for bit, where it
             would have ended; the file of a finished tuning gives its result again.
         progress: Show a progress bar with the time left.
-        on_step: Called with the number of each finished step, and with `error` and `kept` of its batch.
+        on_step: Called with the number of each finished step, and with `error` and `kept` of its batch; a tuning that
+            continues reports the steps before once more.
 
     Raises:
         ValueError: The model has no trainable thresholds, there are too few batches, `kept` is out of range or out of
@@ -124,6 +126,8 @@ def tune(
     """
     for start in starts:
         check_choice("starts", start, STARTS)
+    check_integer("steps", steps, 0)
+    check_integer("evaluate_every", evaluate_every, 1)
     if not 0 < kept < 1:
         raise ValueError(f"kept is a share of the visible pairs and must lie between 0 and 1, got {kept}")
     heads = {name: each for name, each in named_offsets(model) if each.offset.requires_grad}
@@ -137,7 +141,8 @@ def tune(
     run = forward or partial(run_model, model)
     tails = {name.rpartition(".")[0]: each for name, each in model.named_modules() if isinstance(each, Tail)}
     trained = [*heads.values(), *tails.values()]
-    with evaluation_mode(model), _frozen(model), _restored_on_error(trained):
+    fixed = [each for _, each in named_offsets(model) if not each.offset.requires_grad]
+    with evaluation_mode(model), _frozen(model), _restored_on_error([*trained, *fixed]):
         bench = _Bench(run, objective, ComputeMeter(model))
         exam = _Exam(bench, held)
         settings: dict[str, Any] = {
@@ -147,13 +152,14 @@ def tune(
             "objective": objective,
             "every": evaluate_every,
             "starts": list(starts),
+            "weights": _sum_weights(model),
         }
         settings |= {"batches": len(train), "held_out": len(held), "thresholds": list(heads), "tails": list(tails)}
         memory = StateFile(state_file, settings)
         optimizer, schedule = _build_optimizer(heads.values(), tails.values(), lr, steps)
         if (now := memory.read()) is None:
             measured_starts, headroom = _measure_starts(
-                starts, model, train, kept, bench, exam, heads.values(), trained
+                starts, model, train, kept, bench, exam, heads.values(), trained, fixed
             )
             now = begin(measured_starts)
             now.headroom = headroom
@@ -162,6 +168,8 @@ def tune(
         else:
             optimizer.load_state_dict(now.optimizer)
             schedule.load_state_dict(now.schedule)
+            for step, measured in enumerate(now.history if on_step is not None else [], start=1):
+                on_step(step, measured)  # type: ignore[misc]
         _load_state(trained, now.values)
         batches = itertools.islice(itertools.cycle(train), now.step, steps)
         for batch in _show(batches, now.step, steps, progress):
@@ -192,10 +200,12 @@ def _measure_starts(
     exam: "_Exam",
     heads: Iterable[HeadOffsets],
     trained: Sequence[nn.Module],
+    fixed: Sequence[nn.Module],
 ) -> tuple[dict[Start, tuple[Measurement, Values]], tuple[float, float] | None]:
     """Calibrate from each start and measure it; return what is measured, and the headroom of allocation."""
     every, few, headroom = list(heads), batches[:CALIBRATION], None
     starts: dict[Start, tuple[Measurement, Values]] = {}
+    before = _copy_state(fixed)
     thresholds = [each for each in every if isinstance(each, Thresholds)]
 
     def measure(start: Start) -> None:
@@ -204,6 +214,10 @@ def _measure_starts(
 
     for _ in range(2 if thresholds else 0):  # deep layers are calibrated behind sparse ones
         calibrate(model, few, kept, forward=bench.run)
+        _load_state(fixed, before)
+    for each in every:
+        if not isinstance(each, Thresholds):
+            torch.nn.init.zeros_(each.offset)
     greedy = "greedy" in wanted and len(few) > 1 and kept >= LEVELS[0]
     valued = "value" in wanted and thresholds
     if "share" in wanted or not (greedy or valued):
@@ -215,6 +229,7 @@ def _measure_starts(
         allocation = allocate(model, few, kept, forward=bench.run, objective=bench.objective)
         headroom = (allocation.gain, allocation.uncertainty)
         apply_shares(model, few, allocation.shares, bench.run)
+        _load_state(fixed, before)
         measure("greedy")
     return starts, headroom
 
@@ -230,7 +245,7 @@ def _take_step(
     """Lower the error on a batch, and bring what it keeps to the target."""
     error, found = bench.compare(batch)
     gap = found / kept - 1
-    scale = error.detach().clamp_min(torch.finfo(error.dtype).tiny)
+    scale = error.detach().clamp_min(LEAST_ERROR)
     loss = error / scale + now.multiplier * gap + QUADRATIC * gap**2
     optimizer.zero_grad()
     loss.backward()
@@ -322,6 +337,12 @@ def _split(batches: Iterable[Any], held_out: Iterable[Any] | None) -> tuple[list
     if not train or not held:
         raise ValueError("tuning needs at least one batch to tune on and another to measure on")
     return train, held
+
+
+def _sum_weights(model: nn.Module) -> str:
+    """Sum the sizes of all weights, so that a state does not continue on another network."""
+    own = {id(p) for m in model.modules() if isinstance(m, HeadOffsets | Tail) for p in m.parameters()}
+    return f"{sum(float(p.detach().double().abs().sum()) for p in model.parameters() if id(p) not in own):.6e}"
 
 
 @contextmanager

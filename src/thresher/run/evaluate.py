@@ -68,7 +68,8 @@ def evaluate(request: EvaluationRequest) -> dict[str, float]:
     trainer.test(task, datamodule=data, verbose=False)
     metrics = results.write_metrics(folder, trainer.callback_metrics, trainer.is_global_zero)
     if trainer.is_global_zero:
-        results.write_config(folder, run.plain_config | {"train": False, "ckpt_path": str(path)})
+        own = {"train": False, "ckpt_path": str(path)} | ({"adapter": request.adapter} if request.adapter else {})
+        results.write_config(folder, run.plain_config | own)
         report = f"python -m thresher.report runs={shlex.quote(str(folder))}"
         commands = {"show its attention maps": report} if request.examples else {}
         results.print_results(f"{path}  →  {folder}", metrics, folder / results.HEADS, commands)

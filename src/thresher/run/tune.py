@@ -3,11 +3,13 @@
 import itertools
 import time
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import SingleDeviceStrategy
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from thresher.budget.tuning import Tuning as Result
 from thresher.budget.tuning import tune
@@ -28,6 +30,11 @@ IDLE = {
     "callbacks.calibrate": "task.batches",
     "callbacks.temperature": "attention.gate.tau",
     "callbacks.ema": "nothing",
+    "callbacks.checkpoint": "nothing: the tuning chooses",
+    "task.clip": "nothing",
+    "task.nonfinite": "nothing",
+    "trainer.limit_train_batches": "task.batches",
+    "trainer.limit_val_batches": "task.held_out",
     "trainer.max_epochs": "task.steps",
     "trainer.max_steps": "task.steps",
     "trainer.accumulate_grad_batches": "data.batch_size",
@@ -46,6 +53,8 @@ def check_tuning(run: Run, trainer: pl.Trainer, task: Tuning) -> None:
     """
     for override in run.overrides or ():
         key = override.partition("=")[0].lstrip("+~")
+        if override == "callbacks=ema":
+            raise ValueError("callbacks=ema has no effect with task=tuning, which trains no weights")
         if instead := next((value for name, value in IDLE.items() if f"{key}.".startswith(f"{name}.")), None):
             raise ValueError(f"{key} has no effect with task=tuning; what does its work is {instead}")
     if run.start.path is not None or run.config.resume not in ("auto", "never"):
@@ -75,7 +84,8 @@ def tune_network(run: Run, trainer: pl.Trainer, task: Tuning, data: Any) -> tupl
     task.to(device)
 
     def move(batches: Iterable[Any]) -> list[Any]:
-        return [task.transfer_batch_to_device(each, device, 0) for each in batches]
+        converted = map(trainer.precision_plugin.convert_input, batches)
+        return [task.transfer_batch_to_device(each, device, 0) for each in converted]
 
     def forward(batch: Any) -> Any:
         with trainer.precision_plugin.forward_context():
@@ -102,12 +112,21 @@ def tune_network(run: Run, trainer: pl.Trainer, task: Tuning, data: Any) -> tupl
     )
     path = run.folder / FOLDER / BEST
     trainer.save_checkpoint(path, weights_only=True)
-    model = get_model(task.net)
-    if list_recipes(model):
-        save_adapter(model, run.folder / ADAPTER)
-        rank_zero_info(f"adapter: {run.folder / ADAPTER}")
     metrics = describe(found) | {"train/seconds": time.monotonic() - start}
-    return results.write_metrics(run.folder, metrics, trainer.is_global_zero), str(path)
+    written = results.write_metrics(run.folder, metrics, trainer.is_global_zero)
+    _save_adapter(get_model(task.net), run.folder / ADAPTER)
+    return written, str(path)
+
+
+def _save_adapter(model: nn.Module, folder: Path) -> None:
+    if not list_recipes(model):  # a network of this project builds its mechanisms in
+        return
+    try:
+        save_adapter(model, folder)
+    except ValueError as error:
+        rank_zero_warn(f"no adapter: {error}")
+    else:
+        rank_zero_info(f"adapter: {folder}")
 
 
 def spread(loader: Collection[Any], number: int) -> Iterator[Any]:
@@ -115,7 +134,8 @@ def spread(loader: Collection[Any], number: int) -> Iterator[Any]:
     total = len(loader)
     chosen = min(number, total)
     wanted = {i * total // chosen for i in range(chosen)}
-    return (batch for i, batch in enumerate(loader) if i in wanted)
+    until = itertools.islice(loader, max(wanted, default=-1) + 1)
+    return (batch for i, batch in enumerate(until) if i in wanted)
 
 
 def describe(found: Result) -> dict[str, float]:

@@ -41,7 +41,8 @@ class Tuning(Task):
     Args:
         labels: Whether the network predicts the labels of the data. Otherwise it is built without a head for them, its
             output alone is compared, and `cosine` is the mean cosine of the two outputs.
-        objective: "kl" compares logits, "error" is a relative squared error; "auto" is "kl" with labels.
+        objective: "kl" compares logits, "error" is a relative squared error; "auto" is "kl" with labels, unless
+            `output` names a module.
         output: Name of the module in the network whose output is compared, such as the model under a pooling; by
             default the output of the network. Tokens that its `attention_mask` hides do not count.
         steps: Steps of the tuning, of one batch each; 0 only calibrates, from the better start.
@@ -94,7 +95,8 @@ class Tuning(Task):
             close = ", ".join(name for name, _ in net.named_children())
             raise ValueError(f"task.output={output}: the network has no such module; it has {close}, ...")
         self.labels, self.output = labels, output
-        self.objective: Literal["error", "kl"] = ("kl" if labels else "error") if objective == "auto" else objective
+        logits = labels and output is None
+        self.objective: Literal["error", "kl"] = ("kl" if logits else "error") if objective == "auto" else objective
         self.steps, self.lr, self.evaluate_every = steps, lr, evaluate_every
         self.starts, self.batches, self.held_out = tuple(starts), batches, held_out
         own: dict[str, Any] = {"num_classes": num_classes, "class_counts": class_counts}
@@ -118,6 +120,8 @@ class Tuning(Task):
             return Compared(step.predictions, step)
         with _read_output(self.net.get_submodule(self.output)) as outputs:
             step = self.step(batch)
+        if not outputs:
+            raise ValueError(f"task.output={self.output}: the network did not run this module; name one that it runs")
         return Compared(outputs[-1], step)
 
     def weight(self, step: Step) -> float | Tensor:

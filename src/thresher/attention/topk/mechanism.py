@@ -31,7 +31,13 @@ from thresher.attention.mechanism import Mechanism
 from thresher.attention.options import check_flags, check_integer
 from thresher.attention.prepared import Prepared
 from thresher.attention.shared.divergence import hides_some_pairs, trace_vectors, zero_nonfinite
-from thresher.attention.shared.functional import attach_slope, drop_weights, fill_hidden, promote_to_fp32
+from thresher.attention.shared.functional import (
+    MAX_EXCESS,
+    attach_slope,
+    drop_weights,
+    fill_hidden,
+    promote_to_fp32,
+)
 from thresher.attention.shared.offsets import KeyFactors
 from thresher.attention.shared.selection import (
     check_keys,
@@ -113,7 +119,7 @@ class TopK(Mechanism):
         offset = self.factors.offset if self.factors is not None and self.trains_factors else None
         with torch.autocast(x.device.type, enabled=False):
             q, k, bias = promote_to_fp32(x.q) * x.scale, promote_to_fp32(x.k), x.call.bias
-            factor = q.new_zeros(x.heads) if self.tail is None else self.tail.values()
+            factor = None if self.tail is None else self.tail.values()
             for start in range(0, x.n, self.chunk):
                 rows = range(start, min(start + self.chunk, x.n))
                 part = slice(rows.start, rows.stop)
@@ -165,7 +171,7 @@ def _attend_to_chunk(
     bias: Tensor | None,
     visible: Tensor | None,
     limit: Tensor,
-    factor: Tensor,
+    factor: Tensor | None,
     offset: Tensor | None,
     most: int,
     dropout: float,
@@ -181,8 +187,19 @@ def _attend_to_chunk(
         slope = _compute_slope(limit, m, scores.dtype).expand(index.shape)
         slope = fill_hidden(scatter_entries(slope, index, m), visible, 0.0)
         gate = attach_slope(gate, slope, offset[:, None, None])
-    weights = F.dropout(weigh_with_tail(scores, gate, visible, factor), dropout, dropout > 0)
+    weights = _weigh(scores, gate) if factor is None else weigh_with_tail(scores, gate, visible, factor)
+    weights = F.dropout(weights, dropout, dropout > 0)
     return weights.to(v.dtype) @ v
+
+
+def _weigh(scores: Tensor, gate: Tensor) -> Tensor:
+    """Compute the softmax over kept keys, with the gate's gradient, to dropped keys too."""
+    with torch.no_grad():
+        top = scores.masked_fill(gate == 0, float("-inf")).amax(-1, keepdim=True)
+        top = top.masked_fill(top == float("-inf"), 0)
+    share = gate * (scores - top).clamp_max(MAX_EXCESS).exp()
+    total = share.sum(-1, keepdim=True)
+    return share / torch.where(total.detach() > 0, total, 1)
 
 
 def _compute_slope(limit: Tensor, m: int, dtype: torch.dtype) -> Tensor:
