@@ -28,8 +28,6 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from thresher.attention.contract import Cost
-from thresher.attention.mechanism import dense_attention
 from thresher.attention.options import check_choice, check_integer
 from thresher.attention.shared.offsets import HeadOffsets, named_offsets
 from thresher.attention.shared.tail import Tail
@@ -37,8 +35,9 @@ from thresher.attention.shared.thresholds import Thresholds
 from thresher.budget.allocation import LEVELS, allocate, apply_shares
 from thresher.budget.calibration import calibrate, evaluation_mode, run_model
 from thresher.budget.meter import ComputeMeter
-from thresher.budget.objectives import Objective, measure_error
+from thresher.budget.objectives import Objective
 from thresher.budget.settling import settle
+from thresher.budget.teacher import HeldOut, Teacher
 from thresher.budget.tuning_state import STARTS, Measurement, Start, StateFile, TuningState, Values, begin
 
 LEARNING_RATES = {"nats": 0.12, "spread": 0.03, "log": 0.1}  # of offsets, by their unit
@@ -143,8 +142,8 @@ def tune(
     trained = [*heads.values(), *tails.values()]
     fixed = [each for _, each in named_offsets(model) if not each.offset.requires_grad]
     with evaluation_mode(model), _frozen(model), _restored_on_error([*trained, *fixed]):
-        bench = _Bench(run, objective, ComputeMeter(model))
-        exam = _Exam(bench, held)
+        teacher = Teacher(run, objective, ComputeMeter(model))
+        exam = HeldOut(teacher, held)
         settings: dict[str, Any] = {
             "kept": kept,
             "steps": steps,
@@ -159,7 +158,7 @@ def tune(
         optimizer, schedule = _build_optimizer(heads.values(), tails.values(), lr, steps)
         if (now := memory.read()) is None:
             measured_starts, headroom = _measure_starts(
-                starts, model, train, kept, bench, exam, heads.values(), trained, fixed
+                starts, model, train, kept, teacher, exam, heads.values(), trained, fixed
             )
             now = begin(measured_starts)
             now.headroom = headroom
@@ -173,7 +172,7 @@ def tune(
         _load_state(trained, now.values)
         batches = itertools.islice(itertools.cycle(train), now.step, steps)
         for batch in _show(batches, now.step, steps, progress):
-            _take_step(now, bench, batch, kept, optimizer, schedule)
+            _take_step(now, teacher, batch, kept, optimizer, schedule)
             if on_step is not None:
                 on_step(now.step, now.history[-1])
             if now.step % evaluate_every == 0 or now.step == steps:
@@ -196,8 +195,8 @@ def _measure_starts(
     model: nn.Module,
     batches: Sequence[Any],
     kept: float,
-    bench: "_Bench",
-    exam: "_Exam",
+    teacher: Teacher,
+    exam: HeldOut,
     heads: Iterable[HeadOffsets],
     trained: Sequence[nn.Module],
     fixed: Sequence[nn.Module],
@@ -213,7 +212,7 @@ def _measure_starts(
         starts[start] = (exam.measure(), _copy_state(trained))
 
     for _ in range(2 if thresholds else 0):  # deep layers are calibrated behind sparse ones
-        calibrate(model, few, kept, forward=bench.run)
+        calibrate(model, few, kept, forward=teacher.run)
         _load_state(fixed, before)
     for each in every:
         if not isinstance(each, Thresholds):
@@ -226,9 +225,9 @@ def _measure_starts(
         _share_one_value(thresholds)
         measure("value")
     if greedy:
-        allocation = allocate(model, few, kept, forward=bench.run, objective=bench.objective)
+        allocation = allocate(model, few, kept, forward=teacher.run, objective=teacher.objective)
         headroom = (allocation.gain, allocation.uncertainty)
-        apply_shares(model, few, allocation.shares, bench.run)
+        apply_shares(model, few, allocation.shares, teacher.run)
         _load_state(fixed, before)
         measure("greedy")
     return starts, headroom
@@ -236,14 +235,14 @@ def _measure_starts(
 
 def _take_step(
     now: TuningState,
-    bench: "_Bench",
+    teacher: Teacher,
     batch: Any,
     kept: float,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
 ) -> None:
     """Lower the error on a batch, and bring what it keeps to the target."""
-    error, found = bench.compare(batch)
+    error, found = teacher.compare(batch)
     gap = found / kept - 1
     scale = error.detach().clamp_min(LEAST_ERROR)
     loss = error / scale + now.multiplier * gap + QUADRATIC * gap**2
@@ -257,7 +256,7 @@ def _take_step(
 
 
 def _evaluate(
-    now: TuningState, exam: "_Exam", kept: float, heads: Iterable[HeadOffsets], trained: Sequence[nn.Module]
+    now: TuningState, exam: HeldOut, kept: float, heads: Iterable[HeadOffsets], trained: Sequence[nn.Module]
 ) -> None:
     """Measure the current values where they meet the target, and keep them if they are the best."""
     now.values = _copy_state(trained)
@@ -266,66 +265,6 @@ def _evaluate(
     if measured.error < now.best.error:
         now.best, now.best_values = measured, _copy_state(trained)
     _load_state(trained, now.values)
-
-
-class _Bench:
-    """Runs a network, sparse or dense, on a batch."""
-
-    def __init__(self, run: Callable[[Any], Any], objective: Objective, meter: ComputeMeter) -> None:
-        self.run, self.objective, self.meter = run, objective, meter
-
-    @torch.no_grad()
-    def run_dense(self, batch: Any) -> Any:
-        with dense_attention():
-            return self.run(batch)
-
-    def compare(self, batch: Any, wanted: Any = None) -> tuple[Tensor, Tensor]:
-        """Return the error of the sparse network against the dense one, and what it keeps, differentiably."""
-        wanted = self.run_dense(batch) if wanted is None else wanted
-        with self.meter:
-            found = self.run(batch)
-        return measure_error(found, wanted, batch, self.objective), self.meter.kept()
-
-
-class _Exam:
-    """The held-out batches, with the outputs of the dense network."""
-
-    def __init__(self, bench: _Bench, batches: Sequence[Any]) -> None:
-        self.bench = bench
-        self.batches = [(batch, bench.run_dense(batch)) for batch in batches]
-        for batch, wanted in self.batches:
-            measure_error(wanted, wanted, batch, bench.objective)  # refuses outputs that nothing can be compared with
-
-    @torch.no_grad()
-    def measure(self) -> Measurement:
-        """Measure error and share kept, each batch and each pair alike."""
-        costs: list[Cost] = []
-        errors = []
-        for batch, wanted in self.batches:
-            errors.append(float(self.bench.compare(batch, wanted)[0]))
-            costs += self.bench.meter.costs()
-        return Measurement(sum(errors) / len(errors), _share_kept(costs))
-
-    @torch.no_grad()
-    def measure_kept(self) -> float:
-        """Measure the share kept of all visible pairs.
-
-        Raises:
-            ValueError: There are none.
-        """
-        costs: list[Cost] = []
-        for batch, _ in self.batches:
-            with self.bench.meter:
-                self.bench.run(batch)
-            costs += self.bench.meter.costs()
-        return _share_kept(costs)
-
-
-def _share_kept(costs: Sequence[Cost]) -> float:
-    spent, visible = (sum(float(getattr(cost, part).sum()) for cost in costs) for part in ("kept", "visible"))
-    if not visible:
-        raise ValueError("no held-out batch has a visible token: give inputs whose mask shows some")
-    return spent / visible
 
 
 def _split(batches: Iterable[Any], held_out: Iterable[Any] | None) -> tuple[list[Any], list[Any]]:
