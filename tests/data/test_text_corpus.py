@@ -34,7 +34,7 @@ def written(root: Path, *names: str) -> dict[str, str]:
 
 def letters(data: TextCorpus) -> dict[str, str]:
     """Return which letters each part predicts."""
-    tokens = {part: torch.cat([targets for _, targets in data._get_part(part)]).tolist() for part in PARTS}  # type: ignore[misc]
+    tokens = {part: torch.cat([targets for _, targets in data.get_part(part)]).tolist() for part in PARTS}  # type: ignore[misc]
     return {part: "".join(sorted(set(BYTES.decode(some)))) for part, some in tokens.items()}
 
 
@@ -153,7 +153,7 @@ def test_a_source_names_the_files_whose_ends_are_held_out(tmp_path: Path, names:
 def test_marks_and_line_ends_are_no_text_and_other_encodings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.TXT").write_bytes(b"\xef\xbb\xbf" + b"one\r\ntwo\r" * 50)
     data = corpus(tmp_path)
-    assert BYTES.decode(data._get_part("train").works[0].tolist()).startswith("one\ntwo\none")
+    assert BYTES.decode(data.get_part("train").works[0].tolist()).startswith("one\ntwo\none")
     for content, said in ((b"a\nb\0", "line 2: a NUL byte"), ("é".encode("utf-16"), "not UTF-8 text but UTF-16")):
         (tmp_path / "a.TXT").write_bytes(content)
         with pytest.raises(ValueError, match=said):
@@ -184,7 +184,7 @@ def predicted(windows: Windows) -> list[int]:
 def test_short_documents_are_packed_padded_or_dropped(documents: Path, short: Short, left: int) -> None:
     context = 8
     data = corpus(documents, context=context, short=short)
-    train = data._get_part("train")
+    train = data.get_part("train")
     text = BYTES.decode(predicted(train))
     whole = [chr(ord("a") + i) * length for i, length in enumerate(DOCUMENTS)]
     if short == "pack":
@@ -206,7 +206,7 @@ def test_short_documents_are_packed_padded_or_dropped(documents: Path, short: Sh
     assert sum(summary.left_out.values()) == left
     assert summary.tokens_read == sum(DOCUMENTS) + (len(DOCUMENTS) - 1 if short == "pack" else 0)
     assert summary.tokens_used == len(predicted(train)) + len({work for work, _ in train.starts})
-    test = [BYTES.decode(targets.tolist()) for _, targets in data._get_part("test")]  # type: ignore[misc]
+    test = [BYTES.decode(targets.tolist()) for _, targets in data.get_part("test")]  # type: ignore[misc]
     assert "".join(test) == "".join(each[1:] for each in whole), (
         "documents are tested one by one, whatever the training"
     )
@@ -224,7 +224,7 @@ def test_every_objective_trains_on_short_documents(documents: Path, objective: A
 def test_documents_that_are_all_too_short_are_refused_with_what_helps(documents: Path) -> None:
     with pytest.raises(ValueError, match=r"train texts .* shorter than data.context=60; data.short=pack joins them"):
         corpus(documents, context=60, short="drop")
-    assert len(corpus(documents, context=60)._get_part("train")) == 1
+    assert len(corpus(documents, context=60).get_part("train")) == 1
     (documents / "valid.txt").write_text("x")
     with pytest.raises(ValueError, match=r"the val texts of TextCorpus have fewer than 2 tokens each"):
         corpus(documents)

@@ -223,7 +223,7 @@ def test_a_damaged_cache_is_named_and_can_be_deleted(content: bytes | None, tmp_
     assert f"{cache} is damaged" in message(tmp_path, *asked)
     cache.unlink()
     again = build_data(cfg)
-    assert (again._get_part("train").tokens == data._get_part("train").tokens).all()
+    assert (again.get_part("train").tokens == data.get_part("train").tokens).all()
 
 
 def test_labels_that_the_training_lacks_are_named(tmp_path: Path) -> None:

@@ -121,13 +121,13 @@ def test_generation_with_sums_for_tails_equals_generation_without(
     ask = partial(model.generate, TOKENS, attention_mask=PADDED["left"], **options)
     wanted = ask()
     read: list[int] = []
-    sum_tokens = sums._sum_tokens
+    sum_tokens = sums.sum_tokens
 
     def counted(tokens: Tensor, shown: Tensor | None) -> Tensor:
         read.append(tokens.shape[2])
         return sum_tokens(tokens, shown)
 
-    monkeypatch.setattr(sums, "_sum_tokens", counted)
+    monkeypatch.setattr(sums, "sum_tokens", counted)
     cache = coded_cache(model)
     assert torch.equal(ask(**{CACHE: cache}), wanted)
     own = getattr(cache, "self_attention_cache", cache)

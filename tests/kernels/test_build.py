@@ -109,7 +109,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @COMPILER
 def test_a_library_that_is_damaged() -> None:
-    path = build.find_cache_folder() / f"topk-{build._hash_inputs('topk', build.find_toolchain())}.so"
+    path = build.find_cache_folder() / f"topk-{build.hash_inputs('topk', build.find_toolchain())}.so"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"\x7fELF")
     assert_off(str(path))
@@ -146,8 +146,8 @@ def test_one_of_several_processes_builds_and_a_library_is_built_once(compiler: M
 def test_what_a_library_was_built_with_is_in_its_name(
     change: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    before = build._hash_inputs("topk", build.find_toolchain())
-    assert before == build._hash_inputs("topk", build.find_toolchain())
+    before = build.hash_inputs("topk", build.find_toolchain())
+    assert before == build.hash_inputs("topk", build.find_toolchain())
     if change == "flags":
         monkeypatch.setenv("THRESHER_CXXFLAGS", "-O1")
     elif change == "compiler":
@@ -162,7 +162,7 @@ def test_what_a_library_was_built_with_is_in_its_name(
         monkeypatch.setattr(build, "HEADERS", tmp_path / "csrc")
     else:
         monkeypatch.setattr(build, "_describe_processor", lambda: "model name: another")
-    assert build._hash_inputs("topk", build.find_toolchain()) != before
+    assert build.hash_inputs("topk", build.find_toolchain()) != before
 
 
 @COMPILER

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.kernels.threads import check_threads
 from thresher.attention import Call, Pattern
 from thresher.attention.yoso import kernel
-from thresher.attention.yoso.gradients import Tables, _compute_bound, _sum_keys, _sum_queries
+from thresher.attention.yoso.gradients import Tables, compute_bound, sum_keys, sum_queries
 from thresher.attention.yoso.hashing import pack_signs
 from thresher.attention.yoso.mechanism import Yoso
 from thresher.kernels.build import can_use
@@ -61,8 +61,8 @@ def test_rounding_is_within_twice_that_of_pytorch(pattern: Pattern, bits: int, h
     slots, shift = 2**bits, x.causal_shift
     way = Tables(slots, "bound", shift, False)
     wide = [x.double() for x in (q, k, v, grad)]
-    exact = _sum_keys(wide[2], *codes, way), _sum_queries(wide[3], *codes, way), *_compute_bound(*wide, *codes, way)
-    usual = _sum_keys(v, *codes, way), _sum_queries(grad, *codes, way), *_compute_bound(q, k, v, grad, *codes, way)
+    exact = sum_keys(wide[2], *codes, way), sum_queries(wide[3], *codes, way), *compute_bound(*wide, *codes, way)
+    usual = sum_keys(v, *codes, way), sum_queries(grad, *codes, way), *compute_bound(q, k, v, grad, *codes, way)
     got = (
         kernel.sum_keys(v, *codes, None, slots, shift)[0],
         kernel.sum_queries(grad, *codes, slots, shift),

@@ -289,18 +289,23 @@ class CorpusData(TrainingOrder, pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Load shuffled batches of one size; drop a smaller last batch unless it is the only one."""
-        train = Seeded(self._get_part("train"), self.order_seed)
+        train = Seeded(self.get_part("train"), self.order_seed)
         return build_training_loader(train, self.trainer, seed=self.order_seed, **self._options)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Load all validation windows, in order."""
-        return build_evaluation_loader(self._get_part("val"), self.trainer, **self._options)
+        return build_evaluation_loader(self.get_part("val"), self.trainer, **self._options)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Load all test windows, in order."""
-        return build_evaluation_loader(self._get_part("test"), self.trainer, **self._options)
+        return build_evaluation_loader(self.get_part("test"), self.trainer, **self._options)
 
-    def _get_part(self, name: str) -> Windows:
+    def get_part(self, name: str) -> Windows:
+        """Return the examples of a part: "train", "val" or "test".
+
+        Raises:
+            ValueError: Nothing is read yet.
+        """
         if not self._parts:
             raise ValueError(f"{type(self).__name__} has read nothing yet; call prepare_data() and setup('fit')")
         return self._parts[name]

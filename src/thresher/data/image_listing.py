@@ -52,7 +52,7 @@ def list_folders(folder: Path) -> FolderContents:
         return FolderContents([], Counter())
     here = folder.resolve()
     names, left_out = [], Counter[str]()
-    for entry in _list_entries(folder):
+    for entry in list_entries(folder):
         if entry.name.startswith("."):
             left_out[_describe_hidden(entry)] += 1
         elif not (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()):  # a link may point to itself
@@ -146,7 +146,7 @@ class _Walk:
         while waiting:
             folder = waiting.pop()
             device, listed = folder.stat().st_dev, None
-            for entry in _list_entries(folder):
+            for entry in list_entries(folder):
                 path = folder / entry.name
                 if entry.name.startswith("."):
                     self.left_out[_describe_hidden(entry)] += 1
@@ -191,7 +191,12 @@ class _Walk:
         return False
 
 
-def _list_entries(folder: Path) -> list[os.DirEntry[str]]:
+def list_entries(folder: Path) -> list[os.DirEntry[str]]:
+    """List the entries of a folder by name.
+
+    Raises:
+        ValueError: It cannot be listed.
+    """
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)

@@ -195,17 +195,22 @@ class SequenceData(TrainingOrder, pl.LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Load shuffled batches of one size; drop a smaller last batch unless it is the only one."""
-        return build_training_loader(self._get_part("train"), self.trainer, seed=self.order_seed, **self._options)
+        return build_training_loader(self.get_part("train"), self.trainer, seed=self.order_seed, **self._options)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Load all validation sequences, in a fixed order."""
-        return build_evaluation_loader(self._get_part("val"), self.trainer, **self._options)
+        return build_evaluation_loader(self.get_part("val"), self.trainer, **self._options)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Load all test sequences, in a fixed order."""
-        return build_evaluation_loader(self._get_part("test"), self.trainer, **self._options)
+        return build_evaluation_loader(self.get_part("test"), self.trainer, **self._options)
 
-    def _get_part(self, name: str) -> Sequences:
+    def get_part(self, name: str) -> Sequences:
+        """Return the examples of a part: "train", "val" or "test".
+
+        Raises:
+            ValueError: Nothing is read yet.
+        """
         if not self._parts:
             raise ValueError(f"{type(self).__name__} has read nothing yet; call prepare_data() and setup('fit')")
         return self._parts[name]

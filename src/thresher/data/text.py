@@ -152,7 +152,7 @@ class TextClassificationData(SequenceData):
     @property
     def task_arguments(self) -> Mapping[str, Any]:
         """Arguments of a task that depend on the data, with the number of training texts of each class."""
-        counts = Counter(self._get_part("train").labels.tolist())
+        counts = Counter(self.get_part("train").labels.tolist())
         return {
             "num_classes": len(self.class_names),
             "class_counts": [counts[i] for i in range(len(self.class_names))],

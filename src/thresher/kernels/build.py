@@ -119,7 +119,7 @@ def can_use(name: str) -> bool:
 
 def _load(name: str) -> ctypes.CDLL:
     tools = find_toolchain()
-    path = find_cache_folder() / f"{name}-{_hash_inputs(name, tools)}.so"
+    path = find_cache_folder() / f"{name}-{hash_inputs(name, tools)}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_suffix(".lock")):
@@ -128,7 +128,8 @@ def _load(name: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def _hash_inputs(name: str, tools: Toolchain) -> str:
+def hash_inputs(name: str, tools: Toolchain) -> str:
+    """Hash all that a build of a kernel depends on: compiler, flags and sources."""
     text = [
         *tools.compiler,
         tools.version,

@@ -107,7 +107,7 @@ def test_kernels_are_compared_where_pairs_are_dropped() -> None:
     rows = {row["mechanism"]: row for row in backends.try_backends()}
     assert rows["dense"]["kernel"] == "none"
     assert all(rows[name]["kernel"] in ("on", "off") for name in ("latte", "smyrf", "topk", "yoso")), rows
-    latte = backends._build_seeded(backends.find("latte"), Pattern.NONCAUSAL_SELF, "reference")
+    latte = backends.build_seeded(backends.find("latte"), Pattern.NONCAUSAL_SELF, "reference")
     cost = attend(latte, draw(latte, lengths=(128, 128), dtype=torch.float32)).cost
     assert float(cost.kept.detach().sum() / cost.visible.sum()) < 0.5
 

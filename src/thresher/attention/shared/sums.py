@@ -36,7 +36,7 @@ class RunningSums:
         """
         start = self.tokens if self._continues(seen, k.shape[2]) else 0
         shown = None if seen is None else seen[:, None, start:, None]
-        new = TokenSums(*(_sum_tokens(tokens[:, :, start:], shown) for tokens in (k, v)))
+        new = TokenSums(*(sum_tokens(tokens[:, :, start:], shown) for tokens in (k, v)))
         old = self.sums if start else None
         self.sums = new if old is None else TokenSums(*(a + b for a, b in zip(old, new, strict=True)))
         self.tokens, self.seen = k.shape[2], seen
@@ -57,6 +57,7 @@ class RunningSums:
         return torch.equal(seen[:, : self.tokens], self.seen)
 
 
-def _sum_tokens(tokens: Tensor, shown: Tensor | None) -> Tensor:
+def sum_tokens(tokens: Tensor, shown: Tensor | None) -> Tensor:
+    """Sum tokens [b, h, m, d] over those that are shown; None shows all."""
     tokens = promote_to_fp32(tokens)
     return (tokens if shown is None else tokens.masked_fill(~shown, 0)).sum(2)

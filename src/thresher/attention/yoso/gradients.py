@@ -69,7 +69,7 @@ class TableAttention(torch.autograd.Function):
             sums.div_(len(codes_q))
         else:
             real = v.new_ones(v.shape[:2]) if seen is None else seen.to(v.dtype)
-            sums = _sum_keys(torch.cat([v, real[..., None]], -1), codes_q, codes_k, tables)
+            sums = sum_keys(torch.cat([v, real[..., None]], -1), codes_q, codes_k, tables)
             sums, collisions = sums[..., :-1] / len(codes_q), sums[..., -1]
         ctx.mark_non_differentiable(collisions)
         return sums, collisions
@@ -82,7 +82,7 @@ class TableAttention(torch.autograd.Function):
         if tables.by_kernel:
             grad_v = kernel.sum_queries(grad, codes_q, codes_k, tables.slots, tables.shift) * share
         else:
-            grad_v = _sum_queries(grad, codes_q, codes_k, tables) * share
+            grad_v = sum_queries(grad, codes_q, codes_k, tables) * share
         if tables.grad == "exact":
             grad_q, grad_k = _compute_exact(q, k, v, grad, tables.slots.bit_length() - 1, tables.shift)
         elif tables.by_kernel:
@@ -100,33 +100,34 @@ class TableAttention(torch.autograd.Function):
                 scale=slope,
             )
         else:
-            grad_q, grad_k = _compute_bound(q, k, v, grad, codes_q, codes_k, tables)
+            grad_q, grad_k = compute_bound(q, k, v, grad, codes_q, codes_k, tables)
         grad_q, grad_k = normalize_vectors_backward(long_q, q, grad_q), normalize_vectors_backward(long_k, k, grad_k)
         return grad_q, grad_k, grad_v, None, None, None, None
 
 
-def _compute_bound(
+def compute_bound(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, codes_q: Tensor, codes_k: Tensor, tables: Tables
 ) -> tuple[Float[Tensor, "g n d"], Float[Tensor, "g m d"]]:
     """Compute the gradients to queries and keys, a few features of the values at a time."""
     grad_q, grad_k = torch.zeros_like(q), torch.zeros_like(k)
     for part in torch.arange(v.shape[-1], device=v.device).split(max(COLUMNS // q.shape[-1], 1)):
         g, u = grad[..., part, None], v[..., part, None]
-        from_keys = _sum_keys((u * k[..., None, :]).flatten(2), codes_q, codes_k, tables).unflatten(-1, (len(part), -1))
+        from_keys = sum_keys((u * k[..., None, :]).flatten(2), codes_q, codes_k, tables).unflatten(-1, (len(part), -1))
         grad_q += (g * from_keys).sum(-2)
-        from_queries = _sum_queries((g * q[..., None, :]).flatten(2), codes_q, codes_k, tables)
+        from_queries = sum_queries((g * q[..., None, :]).flatten(2), codes_q, codes_k, tables)
         grad_k += (u * from_queries.unflatten(-1, (len(part), -1))).sum(-2)
     slope = (tables.slots.bit_length() - 1) / (2 * len(codes_q))
     return grad_q * slope, grad_k * slope
 
 
-def _sum_keys(x: Tensor, codes_q: Tensor, codes_k: Tensor, tables: Tables) -> Tensor:
+def sum_keys(x: Tensor, codes_q: Tensor, codes_k: Tensor, tables: Tables) -> Tensor:
+    """Sum over the keys that collide with a query."""
     if tables.shift is None:
         return sum_collisions(codes_q, codes_k, x, tables.slots)
     return sum_causal_collisions(codes_q, codes_k, x, tables.slots, tables.shift, BLOCK)
 
 
-def _sum_queries(x: Tensor, codes_q: Tensor, codes_k: Tensor, tables: Tables) -> Tensor:
+def sum_queries(x: Tensor, codes_q: Tensor, codes_k: Tensor, tables: Tables) -> Tensor:
     """Sum over the queries that read a key; in causal attention these come later, so order is reversed."""
     if tables.shift is None:
         return sum_collisions(codes_k, codes_q, x, tables.slots)

@@ -26,10 +26,10 @@ def _try_kernel(cls: type[Mechanism]) -> dict[str, str]:
     pattern = next(pattern for pattern in Pattern if pattern in cls.supports)
     start = time.monotonic()
     try:
-        fast = _build_seeded(cls, pattern, "cpu")
+        fast = build_seeded(cls, pattern, "cpu")
     except ValueError as error:
         return {"kernel": "off", "why": str(error)}
-    reference = _build_seeded(cls, pattern, "reference")
+    reference = build_seeded(cls, pattern, "reference")
     inputs = draw(fast, batch=1, lengths=(TOKENS, TOKENS), dtype=torch.float32)
     try:
         differences = compare_with_reference(fast, reference, inputs, TOLERANCE, name="its kernel")
@@ -40,7 +40,8 @@ def _try_kernel(cls: type[Mechanism]) -> dict[str, str]:
     return {"kernel": "on", "why": why}
 
 
-def _build_seeded(cls: type[Mechanism], pattern: Pattern, backend: str) -> Mechanism:
+def build_seeded(cls: type[Mechanism], pattern: Pattern, backend: str) -> Mechanism:
+    """Build a mechanism for one backend, with the same random numbers as for any other."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         mechanism = cls(HEADS, HEAD_DIM, pattern, backend=backend).eval()  # type: ignore[arg-type]
