@@ -152,7 +152,8 @@ def test_a_run_that_cannot_tune_says_why(overrides: list[str], message: str, tmp
 
 def test_settings_of_a_training_are_refused(dense: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", *SHORT)
-    for given, instead in (("optimizer.lr=1", "task.lr"), ("callbacks=ema", ""), ("task.clip=2", "nothing")):
+    idle = {"optimizer.lr=1": "task.lr", "trainer.max_epochs=2": "task.steps", "callbacks=ema": "", "task.clip=2": ""}
+    for given, instead in idle.items():
         with pytest.raises(ValueError, match=f"{given.partition('=')[0]}.* has no effect with task=tuning.*{instead}"):
             training.train(config, overrides=["task=tuning", given])
 

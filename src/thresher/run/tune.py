@@ -23,25 +23,25 @@ from thresher.run.run import Run
 from thresher.tasks.tuning import Tuning
 
 ADAPTER = "adapter"
-# Settings that belong to a training, and what stands in for them.
+# Settings that belong to a training, and what a tuning has in their place.
 IDLE = {
     "optimizer": "task.lr and task.steps",
     "scheduler": "task.steps",
     "callbacks.calibrate": "task.batches",
     "callbacks.temperature": "attention.gate.tau",
-    "callbacks.ema": "nothing",
-    "callbacks.checkpoint": "nothing: the tuning chooses",
-    "task.clip": "nothing",
-    "task.nonfinite": "nothing",
+    "callbacks.ema": "",
+    "callbacks.checkpoint": "",
+    "task.clip": "",
+    "task.nonfinite": "",
     "trainer.limit_train_batches": "task.batches",
     "trainer.limit_val_batches": "task.held_out",
     "trainer.max_epochs": "task.steps",
     "trainer.max_steps": "task.steps",
     "trainer.accumulate_grad_batches": "data.batch_size",
-    "compute.start": "task.steps",
-    "compute.end": "task.steps",
-    "compute.margin": "nothing: the target holds exactly",
-    "compute.weight": "nothing",
+    "compute.start": "",
+    "compute.end": "",
+    "compute.margin": "",
+    "compute.weight": "",
 }
 
 
@@ -55,8 +55,10 @@ def check_tuning(run: Run, trainer: pl.Trainer, task: Tuning) -> None:
         key = override.partition("=")[0].lstrip("+~")
         if override == "callbacks=ema":
             raise ValueError("callbacks=ema has no effect with task=tuning, which trains no weights")
-        if instead := next((value for name, value in IDLE.items() if f"{key}.".startswith(f"{name}.")), None):
-            raise ValueError(f"{key} has no effect with task=tuning; what does its work is {instead}")
+        for name, instead in IDLE.items():
+            if f"{key}.".startswith(f"{name}."):
+                hint = f": use {instead}" if instead else ""
+                raise ValueError(f"{key} has no effect with task=tuning{hint}")
     if run.start.path is not None or run.config.resume not in ("auto", "never"):
         raise ValueError(f"a tuning resumes by itself, from {TUNING} of its folder: leave resume as it is")
     if run.config.compile:
