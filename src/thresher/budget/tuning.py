@@ -167,8 +167,9 @@ def tune(
         else:
             optimizer.load_state_dict(now.optimizer)
             schedule.load_state_dict(now.schedule)
-            for step, measured in enumerate(now.history if on_step is not None else [], start=1):
-                on_step(step, measured)  # type: ignore[misc]
+            if on_step is not None:
+                for step, measured in enumerate(now.history, start=1):
+                    on_step(step, measured)
         _load_state(trained, now.values)
         batches = itertools.islice(itertools.cycle(train), now.step, steps)
         for batch in _show(batches, now.step, steps, progress):
@@ -280,15 +281,19 @@ def _split(batches: Iterable[Any], held_out: Iterable[Any] | None) -> tuple[list
 
 def _sum_weights(model: nn.Module) -> str:
     """Sum the sizes of all weights, so that a state does not continue on another network."""
+    return f"{sum(float(p.detach().double().abs().sum()) for p in _list_weights(model)):.6e}"
+
+
+def _list_weights(model: nn.Module) -> list[nn.Parameter]:
+    """List every parameter that is no threshold, no factor of keys and no tail factor."""
     own = {id(p) for m in model.modules() if isinstance(m, HeadOffsets | Tail) for p in m.parameters()}
-    return f"{sum(float(p.detach().double().abs().sum()) for p in model.parameters() if id(p) not in own):.6e}"
+    return [p for p in model.parameters() if id(p) not in own]
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Take the gradient from every parameter that is no threshold and no tail factor."""
-    own = {id(p) for m in model.modules() if isinstance(m, HeadOffsets | Tail) for p in m.parameters()}
-    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    """Take the gradient from every weight."""
+    frozen = [p for p in _list_weights(model) if p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
     try:

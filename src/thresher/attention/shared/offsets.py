@@ -1,5 +1,6 @@
 """Trained offsets, one for each head, that move how many keys the head keeps."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -7,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class HeadOffsets(nn.Module):
+class HeadOffsets(nn.Module, ABC):
     """One offset for each head: the larger, the more keys the head keeps. A subclass says what the offset is added to.
 
     Args:
@@ -21,9 +22,9 @@ class HeadOffsets(nn.Module):
         self.offset = nn.Parameter(torch.zeros(num_heads), requires_grad=trainable)
         self.unit = unit
 
+    @abstractmethod
     def values(self) -> Float[Tensor, " h"]:
         """Return what the offsets make of each head, differentiable."""
-        raise NotImplementedError
 
 
 class KeyFactors(HeadOffsets):

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from thresher.attention.contract import Call, Pattern
 from thresher.attention.options import check_number
 from thresher.attention.shared.functional import attach_slope, clamp_from_below, fill_hidden
-from thresher.attention.shared.offsets import HeadOffsets
+from thresher.attention.shared.offsets import HeadOffsets, named_offsets
 
 Surrogate = Literal["sigmoid", "compact", "inside"]
 
@@ -195,6 +195,6 @@ class Thresholds(HeadOffsets):
 
 def named_thresholds(model: nn.Module) -> Iterator[tuple[str, Thresholds]]:
     """Iterate over mechanisms with thresholds: dotted name and thresholds."""
-    for name, module in model.named_modules():
-        if isinstance(module, Thresholds):
-            yield name.rpartition(".")[0], module
+    for name, offsets in named_offsets(model):
+        if isinstance(offsets, Thresholds):
+            yield name, offsets
