@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.running import CONF, TINY
 
 ROOT = CONF.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 
 
-def call(script: str, *arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300)
+def call(script: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return warm.run([str(ROOT / script), *arguments], cwd, ENVIRONMENT)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,9 @@ def test_a_mistake_is_one_message(script: str, arguments: list[str], message: st
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
 def test_help_answers_before_torch_is_imported(script: str) -> None:
-    result = call(script, "--help", PYTHONPROFILEIMPORTTIME="1")
+    command = [sys.executable, str(ROOT / script), "--help"]
+    environment = ENVIRONMENT | {"PYTHONPROFILEIMPORTTIME": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0
     assert "attention" in result.stdout
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}

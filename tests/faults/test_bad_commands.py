@@ -12,21 +12,25 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.faults.processes import ENVIRONMENT, ROOT
 from tests.faults.test_bad_input import LISTOPS
 from tests.running import TINY
 from thresher.checkpoints import files
 from thresher.config import overrides
+from thresher.kernels.build import find_cache_folder
 
 
 def call(
-    script: str, *arguments: str, cwd: Path, home: str | None = None, **environment: str
+    script: str, *arguments: str, cwd: Path, home: str | None = None, imports: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script as a user does; HOME is missing, or what is given."""
+    """Run a script as a user does; HOME is missing, or what is given. With `imports` a new interpreter runs it."""
     inherited = {k: v for k, v in ENVIRONMENT.items() if k not in ("HOME", "WANDB_API_KEY")}
     env = inherited | ({} if home is None else {"HOME": home}) | environment
-    command = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
+    command = [str(ROOT / script), *arguments]
+    if not imports:
+        return warm.run(command, cwd, env)
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
 
 
 def message(result: subprocess.CompletedProcess[str]) -> str:
@@ -99,12 +103,14 @@ def test_a_write_that_finds_the_disk_full_keeps_what_was_there(tmp_path: Path) -
 
 @pytest.mark.parametrize("home", [None, "/nonexistent"])
 def test_a_missing_home_is_no_obstacle(home: str | None, tmp_path: Path) -> None:
-    result = call("train.py", *TINY, f"run.dir='{tmp_path}/run'", "debug=fdr", cwd=tmp_path, home=home)
+    result = call("train.py", *TINY, f"run.dir='{tmp_path}/run'", "debug=fdr", cwd=tmp_path, home=home, imports=True)
     assert result.returncode == 0, result.stderr
 
 
 def test_a_cache_in_a_home_that_cannot_be_made_is_told(tmp_path: Path) -> None:
-    said = message(call("train.py", *LISTOPS, f"run.dir='{tmp_path}/run'", cwd=tmp_path, home="/proc/none"))
+    said = message(
+        call("train.py", *LISTOPS, f"run.dir='{tmp_path}/run'", cwd=tmp_path, home="/proc/none", imports=True)
+    )
     assert "/proc/none" in said
 
 
@@ -165,7 +171,7 @@ def test_what_is_known_before_the_imports_is_told_at_once(
 
 def message_before_torch(script: str, *arguments: str, cwd: Path) -> str:
     """Return the message of a command that failed before it imported torch."""
-    result = call(script, *arguments, cwd=cwd, PYTHONPROFILEIMPORTTIME="1")
+    result = call(script, *arguments, cwd=cwd, imports=True, PYTHONPROFILEIMPORTTIME="1")
     imported = {
         line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
     }
@@ -182,7 +188,9 @@ def test_the_traceback_is_there_for_who_asks(tmp_path: Path) -> None:
 
 def test_without_a_key_wandb_logs_offline_and_says_how_to_give_one(tmp_path: Path) -> None:
     asked = (*TINY, "logger=wandb", "trainer.max_epochs=1", "test=false", f"run.dir='{tmp_path}/run'")
-    result = call("train.py", *asked, "callbacks.watch.moved=0", cwd=tmp_path, home=str(tmp_path))
+    kernels = str(find_cache_folder().parents[1])  # built ones: that home has none
+    home = {"home": str(tmp_path), "XDG_CACHE_HOME": kernels}
+    result = call("train.py", *asked, "callbacks.watch.moved=0", cwd=tmp_path, imports=True, **home)
     assert result.returncode == 0, result.stderr
     assert "wandb: No API key configured" in result.stderr
     assert "This run is logged offline" in result.stderr

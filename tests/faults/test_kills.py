@@ -3,8 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 
 from tests.checkpoints.test_resume import assert_same
 from tests.faults.processes import ENVIRONMENT, begin, finish, until
+from tests.warm import Command
 from thresher.checkpoints import files
 from thresher.checkpoints.load import load_checkpoint
 
@@ -29,7 +28,7 @@ while True:
 """
 
 
-def kill(process: subprocess.Popen[str]) -> str:
+def kill(process: Command) -> str:
     """Kill a training and whatever it started; return what it printed."""
     os.killpg(process.pid, signal.SIGKILL)
     return process.communicate()[0]
@@ -68,17 +67,12 @@ def test_a_training_that_was_killed_ends_as_one_that_was_not(kills: int, tmp_pat
 def test_a_kill_while_a_checkpoint_is_written_leaves_a_good_one(kills: int, tmp_path: Path) -> None:
     chance = random.Random(kills)
     halfway = 0
+    writer = tmp_path / "writer.py"
+    writer.write_text(WRITER)
     for _ in range(kills):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)],
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        assert process.stdout is not None
-        for _ in range(2):
-            process.stdout.readline()
+        process = Command([str(writer), str(tmp_path)], env=ENVIRONMENT)
+        while len(process.read().splitlines()) < 2:
+            time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.15))
         assert process.poll() is None
         promised = int((kill(process).split() or ["1"])[-1])

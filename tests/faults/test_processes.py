@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests import warm
 from tests.checkpoints.test_resume import assert_same
 from tests.faults.processes import ENVIRONMENT, ROOT, SHORT, begin, finish, until
+from tests.warm import Command
 from thresher.checkpoints.load import load_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -42,7 +44,7 @@ def column(folder: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
-def others_of(process: subprocess.Popen[str]) -> list[int]:
+def others_of(process: Command) -> list[int]:
     """Return the processes of a training's group that still run, other than the first."""
     found = []
     for entry in Path("/proc").iterdir():
@@ -56,7 +58,7 @@ def others_of(process: subprocess.Popen[str]) -> list[int]:
     return found
 
 
-def assert_all_end(process: subprocess.Popen[str]) -> str:
+def assert_all_end(process: Command) -> str:
     began = time.monotonic()
     code, output = finish(process, TIMEOUT)
     assert code != 0
@@ -84,8 +86,8 @@ def test_two_processes_evaluate_as_one(tmp_path: Path) -> None:
     run(tmp_path / "run", "trainer.max_epochs=1", "test=false")
     evaluate = (f"ckpt='{tmp_path}/run/checkpoints/best.ckpt'", "trainer.limit_test_batches=1.0")
     for name, more in (("one", ()), ("two", (*TWO, "data.batch_size=63"))):
-        command = [sys.executable, str(ROOT / "eval.py"), *evaluate, *more, f"run.dir='{tmp_path}/{name}'"]
-        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
+        command = [str(ROOT / "eval.py"), *evaluate, *more, f"run.dir='{tmp_path}/{name}'"]
+        done = warm.run(command, env=ENVIRONMENT)
         assert done.returncode == 0, done.stdout + done.stderr
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert {name for name in one if name.startswith("test/")} == {

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from tests import warm
 from tests.running import CONF
 from tests.tools.bench.small import with_mechanism
 from thresher.tools.bench import memory
@@ -52,9 +52,8 @@ def test_what_fails_its_check_is_told_and_not_timed(tmp_path: Path, capsys: pyte
         bench(conf, [*SMALL, f"run.dir='{tmp_path}/out'"])
 
 
-def call(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "thresher.bench", *arguments]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return warm.run(["-m", "thresher.bench", *arguments], env=ENVIRONMENT)
 
 
 def test_a_mistake_is_one_message(tmp_path: Path) -> None:
@@ -73,16 +72,9 @@ def test_help_names_what_there_is() -> None:
 
 def test_an_interrupt_keeps_the_rows_that_are_there(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    command = [sys.executable, "-m", "thresher.bench", *SMALL, "mechanisms=topk", "memory=false"]
+    command = ["-m", "thresher.bench", *SMALL, "mechanisms=topk", "memory=false"]
     lengths = f"n=[{','.join(map(str, range(16, 80)))}]"  # more than can be done before it is interrupted
-    process = subprocess.Popen(
-        [*command, lengths, f"run.dir='{folder}'"],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = warm.Command([*command, lengths, f"run.dir='{folder}'"], env=ENVIRONMENT)
     try:
         end = time.monotonic() + 240
         while not (folder / "bench.json").exists() and time.monotonic() < end:

@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests import warm
 from tests.running import CONF
 from thresher.attention import Attended, Call, Mechanism, Pattern, available
 from thresher.attention.topk.mechanism import TopK
@@ -161,8 +161,7 @@ def test_a_mistake_is_told(arguments: list[str], message: str, monkeypatch: pyte
 
 def test_a_shell_sees_one_message_and_an_exit_code(tmp_path: Path) -> None:
     def call(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "thresher.doctor", *arguments]
-        return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        return warm.run(["-m", "thresher.doctor", *arguments], cwd, ENVIRONMENT)
 
     assert "python -m thresher.doctor network=" in call("--help", cwd=tmp_path).stdout
     mistake = call("requires=[cpu]")

@@ -7,13 +7,12 @@ import os
 import shlex
 import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from tests import warm
 from tests.running import CONF, TINY
 from tests.tools.report.conftest import HOSTILE
 from thresher.config.overrides import compose_config
@@ -139,8 +138,7 @@ def test_a_run_that_was_refused_at_its_data_does_not_still_run(tmp_path: Path) -
     folder = tmp_path / "refused"
 
     def start(override: str) -> int:
-        command = [sys.executable, "train.py", *TINY, f"run.dir='{folder}'", override]
-        return subprocess.run(command, cwd=CONF.parent, capture_output=True, check=False).returncode
+        return warm.run([str(warm.ROOT / "train.py"), *TINY, f"run.dir='{folder}'", override]).returncode
 
     assert start("data.limit_train=1000000") == 1
     run = read_run(folder, "refused")
@@ -370,8 +368,7 @@ def test_files_hold_every_front_and_every_run(report: Path) -> None:
 
 
 def test_the_table_names_settings_commands_and_failures(runs: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "thresher.report", f"runs='{runs}'", f"run.dir='{tmp_path}'"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=CONF.parent, timeout=120)
+    done = warm.run(["-m", "thresher.report", f"runs='{runs}'", f"run.dir='{tmp_path}'"])
     assert done.returncode == 0, done.stderr
     for part in ("test/acc, higher is better", "dense", "±", "python train.py", "out of memory", "report.html"):
         assert part in done.stdout
