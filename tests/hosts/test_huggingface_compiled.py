@@ -1,5 +1,6 @@
 """Models of transformers with mechanisms compile into one graph, padding included."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +26,16 @@ def compile_in_one_graph(name: str, attention: str) -> None:
     assert all(p.grad is not None for n, p in model.named_parameters() if "thresholds" in n)
 
 
-@pytest.mark.parametrize("name", ["BERT", "Llama"])
-def test_a_model_compiles_into_one_graph(name: str) -> None:
+ALL = tuple(itertools.product(("BERT", "Llama"), ("dense", "latte", "topk")))
+
+
+@pytest.mark.parametrize(
+    "cases", [(("Llama", "latte"),), pytest.param(ALL, marks=pytest.mark.slow)], ids=["Llama with latte", "all"]
+)
+def test_a_model_compiles_into_one_graph(cases: tuple[tuple[str, str], ...]) -> None:
     """In a process of its own: shape checks, which cannot be traced, are woven into this one."""
     code = (
         "from tests.hosts.test_huggingface_compiled import compile_in_one_graph; "
-        f"[compile_in_one_graph({name!r}, attention) for attention in ('dense', 'latte', 'topk')]"
+        f"[compile_in_one_graph(*case) for case in {cases}]"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=Path(__file__).parents[2])
