@@ -84,7 +84,7 @@ ONLY_IN = {
     },
     "peft": {"hosts/peft.py"},
     "datasets": {"data/hub.py"},
-    "hydra": {"config/overrides.py", "cli/main.py", "run/build.py", "checkpoints/rebuild.py"},
+    "hydra": {"config/overrides.py", "cli/main.py", "run/build.py", "run/early.py", "checkpoints/rebuild.py"},
     "pytorch_lightning": {
         *("tasks", "callbacks", "data", "run", "tools/bench/overhead.py", "checkpoints/resume.py"),
     },

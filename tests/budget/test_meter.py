@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from thresher.attention import Call, Cost, Pattern, find
-from thresher.budget.meter import ComputeMeter, ComputeRatio, check_quantity
+from thresher.budget.meter import ComputeMeter, check_quantity
+from thresher.budget.ratio import ComputeRatio
 
 
 class Twice(nn.Module):

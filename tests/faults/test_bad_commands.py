@@ -169,14 +169,34 @@ def test_what_is_known_before_the_imports_is_told_at_once(
     assert said in message_before_torch(script, *arguments, cwd=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("attention.gate.mode=banana", "gate.mode must be one of ste, soft, hard; got 'banana'"),
+        ("compute.target=2", "compute.target is a share of dense kept in (0, 1], got 2"),
+        ("optimizer.lr=-1", "optimizer.lr must be a finite number, at least 0; got -1"),
+    ],
+)
+def test_a_wrong_value_is_told_before_data_are_read_and_lightning_is_imported(
+    override: str, said: str, tmp_path: Path
+) -> None:
+    assert said in message_before("pytorch_lightning", "train.py", override, f"run.dir='{tmp_path}/run'", cwd=tmp_path)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def message_before_torch(script: str, *arguments: str, cwd: Path) -> str:
     """Return the message of a command that failed before it imported torch."""
+    return message_before("torch", script, *arguments, cwd=cwd)
+
+
+def message_before(heavy: str, script: str, *arguments: str, cwd: Path) -> str:
+    """Return the message of a command that failed before it imported a library."""
     result = call(script, *arguments, cwd=cwd, imports=True, PYTHONPROFILEIMPORTTIME="1")
     imported = {
         line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
     }
     assert "thresher" in imported
-    assert "torch" not in imported
+    assert heavy not in imported
     return message(result)
 
 

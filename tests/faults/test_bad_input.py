@@ -14,7 +14,8 @@ from PIL import Image
 
 from tests.running import CONF, TINY, run_eval
 from thresher.attention import Call, Pattern, available, find
-from thresher.budget.meter import ComputeMeter, ComputeRatio
+from thresher.budget.meter import ComputeMeter
+from thresher.budget.ratio import ComputeRatio
 from thresher.cli import main as commands
 from thresher.config import overrides
 from thresher.run import train as training

@@ -1,7 +1,7 @@
-"""Measure compute: a meter of forward passes, and a metric of evaluations.
+"""Measure compute: a meter of forward passes.
 
 `ComputeMeter` collects the cost of every mechanism during a forward pass, `budgets.py` turns the ratio of sparse to
-dense compute into a loss, and `ComputeRatio` averages it over an evaluation. All speak of one of two quantities:
+dense compute into a loss, and `ratio.py` averages it over an evaluation. All speak of one of two quantities:
 
     kept   pairs that received a weight / visible pairs
     macs   multiply-accumulates spent (selection included) / those of exact attention on the visible pairs
@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from thresher.attention.contract import Attended, Cost
 from thresher.attention.mechanism import Metered
@@ -138,32 +137,3 @@ class _WithoutGradient(torch.autograd.Function):
             "use_reentrant=False in gradient checkpointing (True runs the forward under torch.no_grad()), or measure "
             "outside of torch.no_grad()"
         )
-
-
-class ComputeRatio(Metric):
-    """Average of spent / dense over an evaluation, by pairs or MACs (not by batches).
-
-    Args:
-        quantity: "kept" or "macs".
-    """
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    spent: Tensor
-    dense: Tensor
-
-    def __init__(self, quantity: Quantity = "macs", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.quantity: Quantity = check_quantity(quantity)
-        self.add_state("spent", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("dense", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, costs: Iterable[Cost]) -> None:
-        """Add the costs of one forward pass, for example `meter.costs()`."""
-        spent, dense = sum_compute(costs, self.quantity)
-        self.spent += spent.detach()
-        self.dense += dense.detach()
-
-    def compute(self) -> Tensor:
-        return (self.spent / self.dense.clamp_min(1)).float()

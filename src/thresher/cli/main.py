@@ -106,6 +106,9 @@ def train(cfg: DictConfig, conf: Path) -> float | None:
 
     def run() -> float | None:
         check_config(cfg)
+        from thresher.run.early import check_settings
+
+        check_settings(cfg)
         from thresher.run import train as training
 
         hydra = HydraConfig.get()

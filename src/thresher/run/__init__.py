@@ -1,6 +1,7 @@
 """Runs: train a network, evaluate a checkpoint, drop mechanisms into a trained network.
 
 run         the Run object: folder, config, start, signals
+early       check settings before Lightning is imported
 train       the training, from top to bottom
 evaluate    the evaluation, from top to bottom
 build       build data, task, loggers, callbacks and trainer of a run

@@ -10,8 +10,8 @@ from torchmetrics import CosineSimilarity, MeanMetric, Metric
 
 from thresher.attention.mechanism import dense_attention
 from thresher.attention.options import check_choice, check_flags, check_integer, check_number
-from thresher.budget.meter import ComputeRatio
 from thresher.budget.objectives import measure_error
+from thresher.budget.ratio import ComputeRatio
 from thresher.budget.tuning_state import STARTS, Start
 from thresher.tasks.base import Step, Task
 from thresher.tasks.classification import Classification
@@ -82,15 +82,16 @@ class Tuning(Task):
         bytes_per_token: Mapping[str, float] | None = None,
         **task: Any,
     ) -> None:
-        check_flags(**{"task.labels": labels})
-        check_choice("task.objective", objective, ("auto", "error", "kl"))
-        check_integer("task.steps", steps, 0)
-        for name, value in (("evaluate_every", evaluate_every), ("batches", batches), ("held_out", held_out)):
-            check_integer(f"task.{name}", value, 1)
-        for start in starts:
-            check_choice("task.starts", start, STARTS)
-        if lr is not None:  # None chooses by the unit of thresholds
-            check_number("task.lr", lr, above=0.0)
+        Tuning.check_options(
+            labels=labels,
+            objective=objective,
+            steps=steps,
+            lr=lr,
+            evaluate_every=evaluate_every,
+            starts=starts,
+            batches=batches,
+            held_out=held_out,
+        )
         if output is not None and output not in dict(net.named_modules()):
             close = ", ".join(name for name, _ in net.named_children())
             raise ValueError(f"task.output={output}: the network has no such module; it has {close}, ...")
@@ -105,6 +106,31 @@ class Tuning(Task):
         judge = _build_judge(net, given, task) if labels else None
         self._judges = () if judge is None else (judge,)  # in a tuple, so that its network is not registered twice
         super().__init__(net, **task)
+
+    @classmethod
+    def check_options(
+        cls,
+        *,
+        labels: bool = True,
+        objective: str = "auto",
+        steps: int = 90,
+        lr: float | None = None,
+        evaluate_every: int = 30,
+        starts: Sequence[str] = STARTS,
+        batches: int = 32,
+        held_out: int = 6,
+        **task: Any,
+    ) -> None:
+        check_flags(**{"task.labels": labels})
+        check_choice("task.objective", objective, ("auto", "error", "kl"))
+        check_integer("task.steps", steps, 0)
+        for name, value in (("evaluate_every", evaluate_every), ("batches", batches), ("held_out", held_out)):
+            check_integer(f"task.{name}", value, 1)
+        for start in starts:
+            check_choice("task.starts", start, STARTS)
+        if lr is not None:  # None chooses by the unit of thresholds
+            check_number("task.lr", lr, above=0.0)
+        super().check_options(**task)
 
     def step(self, batch: Any) -> Step:
         for judge in self._judges:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional import spearman_corrcoef
 
-from thresher.budget.meter import ComputeMeter, ComputeRatio
+from thresher.budget.meter import ComputeMeter
+from thresher.budget.ratio import ComputeRatio
 from thresher.data.sequences import SequenceData
 
 

@@ -1,0 +1,43 @@
+"""Check settings by building what needs neither data nor network, before Lightning takes its seconds to import."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from thresher.attention.contract import Pattern
+from thresher.attention.mechanism import Mechanism
+
+HEADS, HEAD_DIM = 4, 1024  # wide enough for every option; the sizes of the network are checked when it is built
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Build the mechanisms, the budget, the optimiser and the schedule of a config, and drop them.
+
+    Parts of other packages are left alone, except mechanisms: theirs may need the real network.
+
+    Raises:
+        ValueError: A mechanism, the optimiser or the schedule refuses a value; the message names it.
+        InstantiationException: The budget refuses one, which is the cause.
+    """
+    for node in _list_mechanisms(cfg):
+        make = instantiate(node, _convert_="all")
+        kind = getattr(make, "func", None)
+        if isinstance(kind, type) and issubclass(kind, Mechanism):
+            make(HEADS, HEAD_DIM, min(kind.supports, key=list(Pattern).index))
+    instantiate(cfg.compute, _convert_="all")
+    if _is_own(cfg.optimizer) and _is_own(cfg.scheduler):
+        optimizer = instantiate(cfg.optimizer, _convert_="all")(nn.Linear(1, 1))
+        instantiate(cfg.scheduler, _convert_="all")(optimizer, total_steps=1)
+
+
+def _list_mechanisms(cfg: DictConfig) -> Iterator[Any]:
+    """Yield the nodes of the mechanisms: that of the network, and those of its places."""
+    yield cfg.attention
+    yield from (node for node in cfg.model.values() if isinstance(node, DictConfig) and "_partial_" in node)
+
+
+def _is_own(node: DictConfig) -> bool:
+    return str(node.get("_target_")).startswith("thresher.")

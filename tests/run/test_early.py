@@ -1,0 +1,66 @@
+"""Settings are checked before the data are read, and what the configs choose passes."""
+
+from pathlib import Path
+
+import pytest
+from hydra.errors import InstantiationException
+
+from tests.running import CONF, tiny_config
+from thresher.config.overrides import compose_config
+from thresher.run.build import check_task
+from thresher.run.early import check_settings
+
+OURS = ("model=transformer", "data=shakespeare", "task=language_modeling")
+CHOICES = [
+    f"{group}={path.stem}"
+    for group in ("attention", "compute", "optimizer", "scheduler", "task")
+    for path in sorted((CONF / group).glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_passes(choice: str, tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, choice)
+    check_settings(cfg)
+    check_task(cfg)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["attention.threshold=-1.0"], "at least 0"),
+        (["attention=mca", "attention.alpha=-1.0"], "alpha must be"),
+        (["compute.target=2"], "compute.target is a share"),
+        (["compute=lagrangian", "compute.rate=0"], "compute.rate must be"),
+        (["optimizer.lr=-1"], "optimizer.lr must be"),
+        (["optimizer=sgd", "optimizer.momentum=1"], "optimizer.momentum must be"),
+        (["scheduler.warmup=2"], "scheduler.warmup is a share"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_refused_without_data(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, InstantiationException), match=message):
+        check_settings(tiny_config(tmp_path, *overrides))
+
+
+def test_the_mechanism_of_a_place_is_checked(tmp_path: Path) -> None:
+    place = ("attention@model.cross=topk", "model.cross.keys=0", "run.name=x", f"run.dir='{tmp_path}'")
+    with pytest.raises(ValueError, match="keys"):
+        check_settings(compose_config(CONF, "train", [*OURS, *place]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task.clip=0"], r"task\.clip must be"),
+        (["task.nonfinite=ignore"], r"task\.nonfinite must be one of"),
+        (["task.label_smoothing=1"], r"task\.label_smoothing must be"),
+        (["task=text_classification", "task.class_weights=equal"], r"task\.class_weights must be one of"),
+        (["task=tuning", "task.steps=-1"], r"task\.steps must be"),
+        (["task=tuning", "task.starts=[first]"], r"task\.starts must be"),
+    ],
+    ids=str,
+)
+def test_options_of_a_task_are_checked_without_data(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_task(tiny_config(tmp_path, *overrides))
