@@ -27,8 +27,9 @@ ENCODER = {"attention": Dense, "num_classes": 10, "vocabulary": 20, "length": 16
             for name in ("patch_size", "embed_dim", "depth", "num_heads")
             for value in (0, -1, 1.5, "4", True, None)
         ],
-        ({"name": "vit_tinny"}, r"timm has no model 'vit_tinny'; similar: .*vit_tiny_"),
-        ({"name": "swinn_tiny"}, r"timm has no model 'swinn_tiny'; similar: swin_"),
+        ({"name": "vit_tinny"}, r"timm has no model 'vit_tinny'; did you mean .*vit_tiny_"),
+        ({"name": "swinn_tiny"}, r"timm has no model 'swinn_tiny'; did you mean swin_"),
+        ({"name": "deit9"}, r"timm has no model 'deit9'; did you mean deit\w*( or deit\w*)+\?"),
         ({"depht": 2}, r"timm's vit_tiny_patch16_224 refuses an option of model\.\* \(patch_size=4, .*\): .*depht"),
         ({"global_pool": "nope"}, r"refuses an option of model\.\* \(.*global_pool=nope\): Only avg"),
         ({"weight_init": "nope"}, r"refuses an option of model\.\* \(.*weight_init=nope\): Assert"),

@@ -52,9 +52,7 @@ def timm_classifier(
         )
     _check_architecture(architecture, image_size)
     if not timm.is_model(name):
-        family = timm.list_models(f"{name.partition('_')[0]}_*") or timm.list_models()
-        close = ", ".join(difflib.get_close_matches(name, family, n=5, cutoff=0.3)) or "see timm.list_models()"
-        raise ValueError(f"timm has no model {name!r}; similar: {close}")
+        raise ValueError(f"timm has no model {name!r}; did you mean {' or '.join(_find_similar(name))}?")
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
     build = partial(timm.create_model, name, pretrained=pretrained, num_classes=num_classes, in_chans=channels)
     net = _build_for_size(name, build, size, architecture)
@@ -63,6 +61,15 @@ def timm_classifier(
     examples = None if known_by_class else _build_examples(name, net, channels, size)
     inject(net, attention, where=where, example_inputs=examples)
     return net
+
+
+def _find_similar(name: str) -> list[str]:
+    """Find the models of timm with the nearest names, in the family of the name if timm has it."""
+    import timm
+
+    first = name.partition("_")[0]
+    family = timm.list_models(f"{first}_*") or timm.list_models(f"{first.rstrip('0123456789')}*") or timm.list_models()
+    return difflib.get_close_matches(name, family, n=5, cutoff=0.3) or family[:5]
 
 
 def _build_for_size(
