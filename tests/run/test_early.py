@@ -43,6 +43,14 @@ def test_a_wrong_value_is_refused_without_data(overrides: list[str], message: st
         check_settings(tiny_config(tmp_path, *overrides))
 
 
+@pytest.mark.parametrize("trainer", ["trainer=gpu", "trainer.accelerator=cuda"])
+def test_a_missing_gpu_is_told(trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"torch finds no GPU on this machine\. trainer=cpu runs on the processor"):
+        check_settings(tiny_config(tmp_path, trainer))
+
+
 def test_the_mechanism_of_a_place_is_checked(tmp_path: Path) -> None:
     place = ("attention@model.cross=topk", "model.cross.keys=0", "run.name=x", f"run.dir='{tmp_path}'")
     with pytest.raises(ValueError, match="keys"):

@@ -21,6 +21,7 @@ from thresher.attention.options import check_choice, check_integer
 from thresher.callbacks.csv_log import CsvLog
 from thresher.callbacks.snapshots import Snapshots
 from thresher.checkpoints.save import CheckpointFiles
+from thresher.run.early import check_accelerator
 from thresher.run.loggers import build_logger
 from thresher.run.run import Run
 from thresher.run.spawned import use_launcher
@@ -214,6 +215,7 @@ def build_trainer(cfg: DictConfig, **arguments: Any) -> pl.Trainer:
     Raises:
         ValueError: A value is wrong; the message names it.
     """
+    check_accelerator(str(cfg.trainer.accelerator))
     make: partial[pl.Trainer] = build(cfg.trainer)
     for name, least in (("accumulate_grad_batches", 1), ("log_every_n_steps", 0)):
         check_integer(f"trainer.{name}", make.keywords.get(name, 1), least)

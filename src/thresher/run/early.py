@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
@@ -22,6 +23,7 @@ def check_settings(cfg: DictConfig) -> None:
         ValueError: A mechanism, the optimiser or the schedule refuses a value; the message names it.
         InstantiationException: The budget refuses one, which is the cause.
     """
+    check_accelerator(str(cfg.trainer.accelerator))
     for node in _list_mechanisms(cfg):
         make = instantiate(node, _convert_="all")
         kind = getattr(make, "func", None)
@@ -31,6 +33,20 @@ def check_settings(cfg: DictConfig) -> None:
     if _is_own(cfg.optimizer) and _is_own(cfg.scheduler):
         optimizer = instantiate(cfg.optimizer, _convert_="all")(nn.Linear(1, 1))
         instantiate(cfg.scheduler, _convert_="all")(optimizer, total_steps=1)
+
+
+def check_accelerator(name: str) -> None:
+    """Check that this machine has what a trainer is to run on.
+
+    Raises:
+        ValueError: It has no GPU.
+    """
+    found = torch.cuda.is_available() or (name == "gpu" and torch.backends.mps.is_available())
+    if name in ("gpu", "cuda") and not found:
+        raise ValueError(
+            f"trainer.accelerator={name}: torch finds no GPU on this machine. trainer=cpu runs on the processor; "
+            "python -m thresher.doctor require=cuda says what a GPU lacks"
+        )
 
 
 def _list_mechanisms(cfg: DictConfig) -> Iterator[Any]:
