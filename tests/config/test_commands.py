@@ -46,6 +46,8 @@ def test_an_argument_that_is_no_option_is_answered_with_one(name: str, argument:
 def test_a_value_without_a_key_is_answered_with_the_key_of_the_input() -> None:
     with pytest.raises(ValueError, match="write runs=runs/mine"):
         compose_options(CONF, "report", ["runs/mine"], input_key="runs")
+    with pytest.raises(ValueError, match=r"writes to is run\.dir=runs/mine; what it reads is runs=runs/mine"):
+        compose_options(CONF, "report", ["run=runs/mine"], input_key="runs")
     with pytest.raises(ValueError, match="write key=value"):
         compose_options(CONF, "bench", ["headline"])
 

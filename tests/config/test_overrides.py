@@ -68,7 +68,7 @@ def refused(name: str, *arguments: str) -> str:
         ("trainer.max_epochs=", "trainer.max_epochs must be a whole number, like 8, not ''"),
         ("++seed=abc", "seed must be a whole number, like 0, not 'abc'"),
         ("optimizer.betas=0.9", "optimizer.betas must be a list, like [0.9, 0.999], not 0.9"),
-        ("run=mine", "run holds entries by name, and cannot be 'mine'; set one of name, dir"),
+        ("run=mine", "run holds entries by name, and cannot be 'mine'; set one of run.name, run.dir"),
     ],
 )
 def test_another_type_than_the_configs_is_refused(override: str, message: str) -> None:
@@ -191,6 +191,13 @@ def test_every_place_of_the_configs_can_be_chosen_for() -> None:
         ),
         ([*OURS, "attention@model.cross=topk", "model.cross.key=8"], "model.cross has no key 'key'; did you mean keys"),
         (["attention.bits=4"], "attention has no key 'bits'; did you mean attention.estimate.bits?"),
+        (["max_epochs=3"], "the config has no key 'max_epochs'; did you mean trainer.max_epochs?"),
+        (["trainer.gpu=1"], "trainer.gpu is not a key; gpu is a choice: write trainer=gpu"),
+        (
+            ["attention=local"],
+            "no attention=local. Available: dense, latte, mca, mean, none, smyrf, topk, yoso. A choice",
+        ),
+        (["attention=local"], "A choice of your own is a file conf/attention/local.yaml, see docs/adding.md"),
         (["attention.gate.surogate=inside"], "attention.gate has no key 'surogate'; did you mean surrogate?"),
     ],
     ids=str,

@@ -97,7 +97,7 @@ def build_not_found_error(path: Path) -> FileNotFoundError:
     folder = next((p for p in (path, *path.parents) if p.is_dir()), Path())
     found = [p for base, _, names in islice(os.walk(folder), MAX_FOLDERS) for p in map(Path(base).joinpath, names)]
     found = sorted((p for p in found if p.suffix == ".ckpt"), key=lambda p: p.stat().st_mtime, reverse=True)[:5]
-    near = f"; near it: {', '.join(map(str, found))}" if found else ", and none below the nearest folder that exists"
+    near = f"; near it: {', '.join(map(str, found))}" if found else f", and none in or below {folder.resolve()}"
     return FileNotFoundError(f"there is no checkpoint {path}{near}")
 
 

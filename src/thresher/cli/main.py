@@ -44,6 +44,8 @@ def check_arguments(conf: Path, name: str, arguments: Sequence[str]) -> None:
         check_secrets(parsed)
         if MULTIRUN & set(arguments):
             check_multirun(conf, name, parsed)
+        elif swept := [str(o.input_line) for o in parsed if o.is_sweep_override()]:
+            check_single(swept, parsed)
 
     report_errors(check)
 
@@ -87,6 +89,20 @@ def check_multirun(conf: Path, name: str, parsed: Sequence[Override]) -> None:
                 "command, and each would run the whole sweep. Use python -m thresher.sweep, which gives each trial a "
                 "process of its own, or trainer.devices=1"
             )
+
+
+def check_single(swept: Sequence[str], parsed: Sequence[Override]) -> None:
+    """Refuse several values for a key without -m.
+
+    Raises:
+        ValueError: Hydra's own settings do not ask for a multirun either.
+    """
+    if not any(o.key_or_group == "hydra.mode" for o in parsed):
+        key, _, values = swept[0].partition("=")
+        raise ValueError(
+            f"{swept[0]} names several values, and this command trains one: python train.py -m {' '.join(swept)} "
+            f"trains with each. A list is '{key}=[{values}]', a text with a comma \"{key}='{values}'\""
+        )
 
 
 def run_hydra(main: Callable[[], Any]) -> None:
@@ -143,8 +159,12 @@ def check_config(cfg: DictConfig) -> None:
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
         raise ValueError(f"seed must be a whole number, 0 .. {2**32 - 1}; got {cfg.seed!r}")
     for key in ("init_from", "ckpt_path"):
+        if cfg[key] is not None and not str(cfg[key]).strip():
+            raise ValueError(
+                f"{key} is empty: name a checkpoint, {key}=runs/.../checkpoints/best.ckpt, or leave it out"
+            )
         if cfg[key] is not None and not Path(str(cfg[key])).exists():
-            raise files.build_not_found_error(Path(str(cfg[key])))
+            raise FileNotFoundError(f"{key}={cfg[key]}: {files.build_not_found_error(Path(str(cfg[key])))}")
     if cfg.resume not in ("auto", "never") and not Path(str(cfg.resume)).exists():
         raise FileNotFoundError(
             f"resume={cfg.resume} is neither auto nor never, and {files.build_not_found_error(Path(str(cfg.resume)))}"

@@ -69,6 +69,9 @@ def _check_grammar(conf: Path, name: str, argument: str, input_key: str) -> None
     if not equals and not argument.startswith("~"):
         meant = f"write {input_key}={overrides.quote(argument)}" if input_key else "write key=value"
         raise ValueError(f"{argument!r} is not an option; {meant}")
+    if key == "run":
+        reads = f"; what it reads is {input_key}={value}" if input_key else ""
+        raise ValueError(f"run is not an option: the folder that this command writes to is run.dir={value}{reads}")
     if key in OTHER_NAMES and key not in OmegaConf.load(conf / f"{name}.yaml"):
         raise ValueError(f"there is no option {key}: the folder that a command writes to is run.dir={value or '...'}")
 

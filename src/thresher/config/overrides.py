@@ -77,7 +77,8 @@ def parse(arguments: Iterable[str]) -> list[Override]:
                     f"{argument!r}: a value with such characters needs quotes that reach Hydra; write {quoted}"
                 ) from error
             raise ValueError(
-                f"{argument!r} is not an override; write key=value. ({str(error).splitlines()[0]})"
+                f"{argument!r} is not an override; write key=value, or group=choice such as attention=latte. "
+                f"({str(error).splitlines()[0]})"
             ) from error
     return overrides
 
@@ -134,6 +135,7 @@ def check_overrides(conf: Path, name: str, parsed: Sequence[Override]) -> None:
         known = list_places(conf)
         for override in values:
             check_place_syntax(known, override)
+            check_choice_syntax(conf, config, override)
             check_key(config, override.key_or_group)
             check_deletion(config, override)
             for value in list_values(override):
@@ -227,6 +229,13 @@ def check_place_syntax(known: Mapping[str, str], override: Override) -> None:
             raise ValueError(f"{key} is not a key; write {place}=... {node}{key.removeprefix(inside)}={value}")
 
 
+def check_choice_syntax(conf: Path, config: DictConfig, override: Override) -> None:
+    """Raise a ValueError for a key such as `trainer.gpu` if `trainer=gpu` is meant."""
+    group, _, choice = override.key_or_group.partition(".")
+    if is_group(conf, group) and choice in list_choices(conf, group) and choice not in (config.get(group) or {}):
+        raise ValueError(f"{group}.{choice} is not a key; {choice} is a choice: write {group}={choice}")
+
+
 def compose_choice(conf: Path, group: str, choice: str) -> DictConfig:
     """Compose the node of a choice of a group.
 
@@ -242,7 +251,11 @@ def check_choice(conf: Path, group: str, choice: str) -> None:
     """Raise a ValueError unless the folder `conf` has the file for a choice of a group."""
     known = list_choices(conf, group)
     if choice not in known:
-        raise ValueError(f"there is no {group}={choice}{_suggest(choice, known)} Available: {', '.join(known)}")
+        own = f"A choice of your own is a file {conf.name}/{group}/{choice}.yaml"
+        page = ", see docs/adding.md" if group == "attention" else ""
+        raise ValueError(
+            f"there is no {group}={choice}{_suggest(choice, known)} Available: {', '.join(known)}. {own}{page}"
+        )
 
 
 def list_choices(conf: Path, group: str) -> list[str]:
@@ -258,8 +271,11 @@ def check_key(config: DictConfig, key: str) -> None:
     parent, _, last = key.rpartition(".")
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent and "._" not in f".{k}"]
     if siblings:
-        deeper = [k for k in known if k.startswith(f"{parent}.") and k.rpartition(".")[2] == last]
-        hint = f"; did you mean {deeper[0]}?" if deeper else _suggest(last, siblings)
+        inside = f"{parent}." if parent else ""
+        deeper = [k for k in known if k.startswith(inside) and k.rpartition(".")[2] == last]
+        if deeper:
+            raise ValueError(f"{parent or 'the config'} has no key {last!r}; did you mean {' or '.join(deeper[:3])}?")
+        hint = _suggest(last, siblings)
         raise ValueError(
             f"{parent or 'the config'} has no key {last!r}{hint} It has: {', '.join(siblings)}. (+{key}=... adds a key)"
         )
@@ -304,7 +320,7 @@ def check_type(config: DictConfig, key: str, value: Any) -> None:
 
 def _check_value(key: str, value: Any, known: Any) -> None:
     if isinstance(known, dict) and not isinstance(value, dict):
-        has = f"; set one of {', '.join(known)}" if known else ""
+        has = f"; set one of {', '.join(f'{key}.{name}' for name in known)}" if known else ""
         raise ValueError(f"{key} holds entries by name, and cannot be {value!r}{has}")
     if isinstance(known, list) and not isinstance(value, list):
         raise ValueError(f"{key} must be a list, like {known}, not {value!r}")
@@ -327,5 +343,5 @@ def walk_keys(node: Any, prefix: str = "") -> Iterable[str]:
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(close)}?" if close else "."
