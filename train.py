@@ -17,8 +17,11 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    from thresher.cli.help import print_help
     from thresher.cli.main import check_arguments, run_hydra
     from thresher.console import end_command
 
+    if {"-h", "--help"} & set(sys.argv):
+        end_command(lambda: print_help(CONF, "train"))
     check_arguments(CONF, "train", sys.argv[1:])
     end_command(lambda: run_hydra(main))

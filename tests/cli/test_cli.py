@@ -1,15 +1,18 @@
 """The commands as a shell sees them: help at once, one clear message for each mistake, no traceback."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests import warm
 from tests.running import CONF, TINY
+from thresher.cli.help import build_help
 
 ROOT = CONF.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
@@ -58,6 +61,17 @@ def test_help_answers_before_torch_is_imported(script: str) -> None:
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "thresher" in imported
     assert "torch" not in imported
+
+
+def test_the_help_of_train_lists_its_own_groups_the_default_first() -> None:
+    text = build_help(CONF, "train")
+    listed = dict(re.findall(r"^([a-z]+): (\w+)", text, re.MULTILINE))
+    wanted = [next(iter(e.items())) for e in OmegaConf.load(CONF / "train.yaml").defaults if e != "_self_"]
+    assert list(listed) == [group for group, _ in wanted]
+    assert {group: listed[group] for group, default in wanted if default} == {g: d for g, d in wanted if d}
+    assert text.startswith("Train a network")
+    assert "python train.py -m" in text
+    assert "$" not in text
 
 
 def test_public_functions_import_lazily_and_completely() -> None:
