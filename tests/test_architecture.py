@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "thresher"
 # For each room of the package, the rooms that it may import: arrows point down, and tools do not know each other.
 MAY_IMPORT = {
     "__init__": {"budget", "checkpoints", "hosts"},
+    "__main__": {"__init__", "console"},
     "signals": set(),
     "console": set(),
     "installed": set(),
@@ -205,7 +206,7 @@ def test_modules_import_each_other_in_no_circle() -> None:
 
 
 def test_few_modules_stand_outside_of_rooms() -> None:
-    assert len(list(SOURCE.glob("*.py"))) <= 4
+    assert len(list(SOURCE.glob("*.py"))) <= 5
 
 
 def test_a_forbidden_import_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
