@@ -25,6 +25,7 @@ NO_TEST = "trained, but its test is not finished"
 UNFINISHED = (NO_CONFIG, NO_METRICS, NO_TEST)
 SKIPPED = {"checkpoints", "csv", "tensorboard", "wandb", "__pycache__"}
 _SIGNALS = {number.value: number.name for number in signal.Signals}
+_STOPS = ("SIGINT", "SIGTERM", "SIGUSR1")  # those at which a training stops in order
 TROUBLE = re.compile(r"error|exception|traceback|killed|sigterm|out of memory|cannot|no space", re.IGNORECASE)
 
 
@@ -39,6 +40,7 @@ class Run:
         metrics: Name and value; None for a value that is not finite.
         problem: Why it has no usable results; empty where it has.
         running: Whether it is not finished: it has no exit code and wrote something in the last minutes.
+        stopped: Whether a user or a scheduler stopped it by a signal; the same command resumes it.
         excerpt: The last lines that it printed or logged; of runs with a problem only.
     """
 
@@ -48,7 +50,14 @@ class Run:
     metrics: dict[str, float | None] = field(default_factory=dict)
     problem: str = ""
     running: bool = False
+    stopped: bool = False
     excerpt: str = ""
+
+    @property
+    def status(self) -> str:
+        """In one word, how far it is."""
+        ended = "stopped" if self.stopped else "failed" if self.problem else "finished"
+        return "running" if self.running else ended
 
     @property
     def evaluation(self) -> bool:
@@ -160,7 +169,9 @@ def _describe_ending(run: Run) -> None:
     """Describe whether a run without results still runs, or why it ended, with its last lines."""
     code = read_exit_code(run.folder)
     if code:
-        run.problem = f"stopped by {_SIGNALS[code - 128]}" if code - 128 in _SIGNALS else f"exit code {code}"
+        name = _SIGNALS.get(code - 128)
+        run.stopped = name in _STOPS
+        run.problem = f"exit code {code}" if name is None else f"stopped by {name}"
     tails = (read_last_lines(run.folder / log, EXCERPT) for log in LOGS)
     lines = [line[:400] for line in next(filter(None, tails), [])]
     run.excerpt = "\n".join(lines)

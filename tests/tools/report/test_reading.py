@@ -121,6 +121,24 @@ def test_a_run_that_goes_on_is_not_one_that_failed(runs: Path, tmp_path: Path) -
     assert 'id="failed"' in page
 
 
+@pytest.mark.parametrize(
+    ("code", "status"), [(130, "stopped"), (143, "stopped"), (138, "stopped"), (137, "failed"), (1, "failed")]
+)
+def test_a_run_that_a_signal_stopped_is_not_one_that_failed(
+    code: int, status: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.log").write_text("[now][x][INFO] - begun\n")
+    (tmp_path / "mine" / "exit_code").write_text(f"{code}\n")
+    (run,) = summarise([tmp_path], None, lambda sequence, title: sequence).runs
+    assert run.status == status
+    assert main([f"runs='{tmp_path}'"]) == 0
+    assert f"1 {status}" in capsys.readouterr().out
+    counts = json.loads((tmp_path / "front.json").read_text())["counts"]
+    assert (counts["stopped"], counts["failed"]) == ((1, 0) if status == "stopped" else (0, 1))
+    assert f'<section id="{status}"' in (tmp_path / "report.html").read_text()
+
+
 def test_a_folder_is_read_once_whatever_links_lead_to_it(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     shutil.copytree(runs / "dense", tmp_path / "here" / "run")

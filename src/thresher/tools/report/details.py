@@ -21,7 +21,7 @@ def choose_runs(summary: Summary, limit: int) -> list[int]:
         key=lambda i: (i not in on_front, summary.settings[i].mechanism != "dense", i),
     )
     runs = [place[id(run)] for i in ranked for run in summary.settings[i].runs]
-    runs += [place[id(run)] for run in (*summary.running, *summary.failed)]
+    runs += [place[id(run)] for run in (*summary.running, *summary.stopped, *summary.failed)]
     return sorted(runs[:limit])
 
 

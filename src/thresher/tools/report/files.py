@@ -25,7 +25,7 @@ def write_front(summary: Summary, path: Path) -> None:
             }
         )
     counts = {"runs": len(summary.runs), "settings": len(summary.settings), "failed": len(summary.failed)}
-    counts["running"] = len(summary.running)
+    counts |= {"running": len(summary.running), "stopped": len(summary.stopped)}
     path.write_text(json.dumps({"counts": counts, "fronts": fronts}, indent=1) + "\n")
 
 
@@ -62,8 +62,7 @@ def write_runs(summary: Summary, path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow([*head, *map(format_key, keys), "command"])
         for run in summary.runs:
-            status = "running" if run.running else "failed" if run.problem else "finished"
-            row: list[Any] = [run.name, status, run.problem, run.mechanism]
+            row: list[Any] = [run.name, run.status, run.problem, run.mechanism]
             row += [run.evaluation, run.config.get("seed")]
             row += [run.metrics.get(name) for name in ("train/seconds", *metrics)]
             row += [format_value(key, run.config[key]) if key in run.config else None for key in keys]

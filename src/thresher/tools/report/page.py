@@ -23,7 +23,7 @@ from thresher.tools.report.summary import (
 )
 
 SCRIPTS = ("shared.js", "front.js", "run.js", "maps.js", "table.js", "main.js")
-LISTED = 100  # failed or running runs that the page shows
+LISTED = 100  # failed, stopped or running runs that the page shows
 
 
 def render_page(summary: Summary, roots: Sequence[str], details: Mapping[str, Any]) -> str:

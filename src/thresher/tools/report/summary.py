@@ -1,4 +1,4 @@
-"""The content of a report, whatever its form: settings by task, their fronts, and the runs that failed."""
+"""The content of a report, whatever its form: settings by task, their fronts, and the runs without results."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Summary:
     """The results of some runs.
 
     Attributes:
-        runs: All runs, failed and running ones included.
+        runs: All runs, failed, stopped and running ones included.
         commands: The command that repeats each run, in their order; empty where it is not known.
     """
 
@@ -54,13 +54,18 @@ class Summary:
 
     @cached_property
     def failed(self) -> list[Run]:
-        """Runs that ended without usable results."""
-        return [run for run in self.runs if run.problem and not run.running]
+        """Runs that ended without usable results, of themselves."""
+        return [run for run in self.runs if run.status == "failed"]
+
+    @cached_property
+    def stopped(self) -> list[Run]:
+        """Runs that a signal stopped before they had results."""
+        return [run for run in self.runs if run.status == "stopped"]
 
     @cached_property
     def running(self) -> list[Run]:
         """Runs that are not finished, and still write."""
-        return [run for run in self.runs if run.running]
+        return [run for run in self.runs if run.status == "running"]
 
     @cached_property
     def columns(self) -> dict[str, dict[str, Any]]:

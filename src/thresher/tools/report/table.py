@@ -1,4 +1,4 @@
-"""The report in the terminal: fronts, dense twins, and what failed."""
+"""The report in the terminal: fronts, dense twins, and what has no results."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -8,17 +8,18 @@ from thresher.tools.report.settings import Setting, Spread, lower_is_better, nam
 from thresher.tools.report.summary import Summary, describe_setting, describe_training_differences
 
 ROWS = 20  # of settings off the front, by task
-LISTED = 10  # failed or running runs
+LISTED = 10  # failed, stopped or running runs
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """Print a table for each task, the commands behind its front, the running runs, and why others failed."""
+    """Print a table for each task, the commands behind its front, and the runs that still run, stopped or failed."""
     if not summary.settings:
         console.print("no finished runs")
     for task, metrics in summary.tasks.items():
         if metrics:
             _print_task(summary, task, metrics[0], console)
-    for title, runs in (("still running", summary.running), ("failed", summary.failed)):
+    unfinished = (("still running", summary.running), ("stopped", summary.stopped), ("failed", summary.failed))
+    for title, runs in unfinished:
         if runs:
             console.print(f"\n[bold]{len(runs)} {title}[/]")
         for run in runs[:LISTED]:
