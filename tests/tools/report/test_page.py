@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from tests.running import tiny_config
 from tests.tools.report.browsing import Opened
 from tests.tools.report.conftest import HOSTILE
 from thresher.tools.report.__main__ import main
@@ -165,6 +167,24 @@ def test_pages_of_no_run_and_of_one_open(browser: Any, runs: Path, tmp_path: Pat
         opened = Opened(browser, tmp_path / folder / "report.html")
         assert opened.complaints == []
         opened.page.close()
+
+
+def test_axes_around_a_single_point_begin_at_zero(browser: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "one"
+    (folder / "csv" / "version_0").mkdir(parents=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(tiny_config(folder)))
+    values = {"test/acc": 0.62, "test/kept": 0.3, "test/compute": 0.4, "train/seconds": 12.0}
+    (folder / "metrics.json").write_text(json.dumps(values))
+    (folder / "csv" / "version_0" / "metrics.csv").write_text("step,epoch,train/kept,val/acc\n3,0,0.8,0.61\n")
+    assert main([f"runs='{tmp_path}/runs'"]) == 0
+    opened = Opened(browser, tmp_path / "runs" / "report.html")
+    for plot, largest in (("#front-plot", 0.62), ("#curve-metric", 0.61), ("#curve-kept", 0.8)):
+        opened.seen(plot)
+        low, high = opened.page.evaluate(f"document.querySelector('{plot}')._fullLayout.yaxis.range")
+        assert low == 0
+        assert largest < high < 1.5 * largest
+    assert opened.complaints == []
+    opened.page.close()
 
 
 @pytest.mark.slow

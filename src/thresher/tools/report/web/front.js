@@ -32,7 +32,7 @@ function drawFront() {
   const lines = denseLines(known, y);
   draw('front-plot', traces, {
     xaxis: { title: { text: chosen.axis === 'kept' ? 'kept ÷ visible pairs' : 'compute: attention MACs ÷ dense' }, rangemode: 'tozero' },
-    yaxis: { title: { text: short(y) } }, shapes: lines.shapes, annotations: lines.annotations,
+    yaxis: { title: { text: short(y) }, ...spanOf(traces) }, shapes: lines.shapes, annotations: lines.annotations,
   });
   const thinned = drawn.length < off.length ? ` ${drawn.length.toLocaleString('en')} of ${off.length.toLocaleString('en')} points off the front are drawn.` : '';
   const seeds = known.length <= 400 && known.some((i) => data.settings[i].runs.length > 1) ? ' Bars are one standard deviation over seeds.' : '';

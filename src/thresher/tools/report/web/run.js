@@ -94,7 +94,7 @@ function drawCurves(curves) {
   const own = curves[`train/${named}`] || curves[`val/${named}`] ? named : 'error'; // what a tuning lowers
   const quality = listed([[`train/${own}`, `${own}, training batches`, 5, 'solid'], [`val/${own}`, `${own}, validation`, 0, 'solid']]);
   byId('curve-metric-title').textContent = `${own} over training`;
-  draw('curve-metric', quality, { xaxis: time, yaxis: {} });
+  draw('curve-metric', quality, { xaxis: time, yaxis: spanOf(quality) });
 }
 
 function drawThresholds(names, curves, time) {

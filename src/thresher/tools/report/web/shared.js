@@ -66,6 +66,8 @@ function layout(extra) {
 const strip = () => (config.displayModeBar ? 32 : 10);
 const config = { displaylogo: false, showSendToCloud: false, responsive: true, displayModeBar: wide.matches ? 'hover' : false, modeBarButtonsToRemove: ['select2d', 'lasso2d', 'autoScale2d'] };
 const draw = (id, traces, extra) => Plotly.react(byId(id), traces, layout(extra), config);
+// Around a single value Plotly draws two units of axis, below zero too: it then begins at zero.
+const spanOf = (traces) => (new Set(traces.flatMap((trace) => trace.y)).size === 1 ? { rangemode: 'tozero' } : {});
 const show = (id, on) => { byId(id).hidden = !on; };
 
 // Plots further down are drawn when they come near the window: the first screen does not wait for them.
