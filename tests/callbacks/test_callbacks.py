@@ -71,7 +71,7 @@ def test_without_calibration_thresholds_keep_their_base(tmp_path: Path) -> None:
 def test_lines_of_progress_show_what_a_step_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     training.train(tiny_config(tmp_path / "run", "trainer.max_epochs=1", "test=false", "callbacks.watch.moved=0"))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("100%"))
-    for name in ("loss", "acc", "kept", "gap", "val_acc", "left"):
+    for name in ("loss", "acc", "kept", "above aim", "val_acc", "left"):
         assert f"  {name} " in line
 
 
@@ -143,6 +143,6 @@ def test_plain_lines_say_how_it_goes(tmp_path: Path, capsys: pytest.CaptureFixtu
     training.train(tiny_config(tmp_path / "run", "test=false"))
     lines = [line for line in capsys.readouterr().out.splitlines() if "epoch" in line]
     assert len(lines) >= 2
-    for word in ("loss", "acc", "kept", "gap", "left"):
+    for word in ("loss", "acc", "kept", "above aim", "left"):
         assert word in lines[-1]
     assert lines[-1].startswith("100%")

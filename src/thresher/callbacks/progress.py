@@ -1,4 +1,4 @@
-"""Progress: a Rich bar on a terminal, plain lines elsewhere; both show compute, budget gap and time left."""
+"""Progress: a Rich bar on a terminal, plain lines elsewhere; both show compute, distance to its aim, time left."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
 
 from thresher.console import format_time
 
-SHOWN = {"train/loss": "loss", "train/acc": "acc", "train/kept": "kept", "train/gap": "gap", "val/acc": "val_acc"}
+SHOWN = {"train/loss": "loss", "train/acc": "acc", "train/kept": "kept", "train/gap": "above aim", "val/acc": "val_acc"}
 
 
 def build_progress() -> ProgressBar:
