@@ -1,6 +1,7 @@
 """Every file of conf/ composes, and says what the code says."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from pytorch_lightning import Trainer
 
+from results import tables
+from tests.docs.commands import check_command, find_commands
 from tests.running import CONF, tiny_config
 from thresher.attention import hyperparameters
 from thresher.config.overrides import compose_config
@@ -26,6 +29,13 @@ REQUIRED = {
 }
 OF_DATA = ("num_classes", "class_counts", "vocabulary", "bytes_per_token")  # arguments of tasks
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
+MEASURED = [  # experiments with the rows of results/ that their own command gave
+    (path, row)
+    for path in EXPERIMENTS
+    for table in sorted(tables.FOLDER.glob("*.csv"))
+    for row in tables.load_rows(table.name)
+    if re.fullmatch(rf"python (train|eval)\.py experiment={path.stem}( seed=\d)?", row["command"])
+]
 
 
 def choice_id(path: Path) -> str:
@@ -80,16 +90,31 @@ def test_trainers_name_real_options(path: Path, tmp_path: Path) -> None:
         make(logger=False, enable_checkpointing=False)
 
 
+def read_header(path: Path) -> str:
+    return "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=choice_id)
-def test_experiments_say_what_to_expect(path: Path, tmp_path: Path) -> None:
-    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    if "\ndropin:" in path.read_text():
-        words = (f"python eval.py experiment={path.stem}", "minutes", "dense", "kept")
-    else:
-        measure = "dense" if path.stem.startswith("tune_") else "accuracy"
-        words = (f"python train.py experiment={path.stem}", "minutes", measure, "kept")
-    for word in words:
-        assert word in header, f"the header of {path.name} lacks {word!r}"
+def test_the_commands_of_an_experiment_compose(path: Path) -> None:
+    commands = find_commands(read_header(path))
+    assert [c for c in commands if choice_id(path) in c.split()]
+    for command in commands:
+        check_command(command)
+
+
+@pytest.mark.parametrize(("path", "row"), MEASURED, ids=lambda value: getattr(value, "stem", ""))
+def test_an_experiment_expects_what_was_measured(path: Path, row: dict[str, str]) -> None:
+    """The header holds what the row of results/ holds, to two places or more."""
+    expected = re.findall(r"\d+(?:\.\d+)?", read_header(path))
+    quality = [row[column] for column in ("accuracy", "perplexity", "cosine") if column in row]
+    assert len(quality) == 1
+    for cell in (*quality, *([row["kept"]] if "train.py" in row["command"] else [])):
+        assert any(agrees(number, cell) for number in expected), f"the header of {path.name} lacks {cell}"
+
+
+def agrees(number: str, cell: str) -> bool:
+    places = len(number.partition(".")[2])
+    return places >= min(2, len(cell.partition(".")[2])) and abs(float(number) - float(cell)) <= 0.501 * 10**-places
 
 
 def test_no_config_has_a_place_for_a_key(tmp_path: Path) -> None:
