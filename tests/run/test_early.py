@@ -30,6 +30,8 @@ def test_every_choice_passes(choice: str, tmp_path: Path) -> None:
     [
         (["attention.threshold=-1.0"], "at least 0"),
         (["attention=mca", "attention.alpha=-1.0"], "alpha must be"),
+        (["+attention.unknown=1"], "attention: .*unknown"),
+        (["+optimizer.unknown=1"], "optimizer: .*unknown"),
         (["compute.target=2"], "compute.target is a share"),
         (["compute=lagrangian", "compute.rate=0"], "compute.rate must be"),
         (["optimizer.lr=-1"], "optimizer.lr must be"),

@@ -1,6 +1,6 @@
 """Check settings by building what needs neither data nor network, before Lightning takes its seconds to import."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,11 +28,11 @@ def check_settings(cfg: DictConfig) -> None:
         make = instantiate(node, _convert_="all")
         kind = getattr(make, "func", None)
         if isinstance(kind, type) and issubclass(kind, Mechanism):
-            make(HEADS, HEAD_DIM, min(kind.supports, key=list(Pattern).index))
+            _call("attention", make, HEADS, HEAD_DIM, min(kind.supports, key=list(Pattern).index))
     instantiate(cfg.compute, _convert_="all")
     if _is_own(cfg.optimizer) and _is_own(cfg.scheduler):
-        optimizer = instantiate(cfg.optimizer, _convert_="all")(nn.Linear(1, 1))
-        instantiate(cfg.scheduler, _convert_="all")(optimizer, total_steps=1)
+        optimizer = _call("optimizer", instantiate(cfg.optimizer, _convert_="all"), nn.Linear(1, 1))
+        _call("scheduler", instantiate(cfg.scheduler, _convert_="all"), optimizer, total_steps=1)
 
 
 def check_accelerator(name: str) -> None:
@@ -47,6 +47,14 @@ def check_accelerator(name: str) -> None:
             f"trainer.accelerator={name}: torch finds no GPU on this machine. trainer=cpu runs on the processor; "
             "python -m thresher.doctor require=cuda says what a GPU lacks"
         )
+
+
+def _call(part: str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Build a part; an option that it lacks is a wrong value, too."""
+    try:
+        return make(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"{part}: {error}") from error
 
 
 def _list_mechanisms(cfg: DictConfig) -> Iterator[Any]:
