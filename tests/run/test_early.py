@@ -6,23 +6,22 @@ import pytest
 from hydra.errors import InstantiationException
 
 from tests.running import CONF, tiny_config
+from thresher.attention import Pattern
+from thresher.attention.mean import Mean
 from thresher.config.overrides import compose_config
-from thresher.run.build import check_task
 from thresher.run.early import check_settings
 
 OURS = ("model=transformer", "data=shakespeare", "task=language_modeling")
 CHOICES = [
     f"{group}={path.stem}"
-    for group in ("attention", "compute", "optimizer", "scheduler", "task")
+    for group in ("attention", "compute", "optimizer", "scheduler")
     for path in sorted((CONF / group).glob("*.yaml"))
 ]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_passes(choice: str, tmp_path: Path) -> None:
-    cfg = tiny_config(tmp_path, choice)
-    check_settings(cfg)
-    check_task(cfg)
+    check_settings(tiny_config(tmp_path, choice))
 
 
 @pytest.mark.parametrize(
@@ -59,18 +58,15 @@ def test_the_mechanism_of_a_place_is_checked(tmp_path: Path) -> None:
         check_settings(compose_config(CONF, "train", [*OURS, *place]))
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["task.clip=0"], r"task\.clip must be"),
-        (["task.nonfinite=ignore"], r"task\.nonfinite must be one of"),
-        (["task.label_smoothing=1"], r"task\.label_smoothing must be"),
-        (["task=text_classification", "task.class_weights=equal"], r"task\.class_weights must be one of"),
-        (["task=tuning", "task.steps=-1"], r"task\.steps must be"),
-        (["task=tuning", "task.starts=[first]"], r"task\.starts must be"),
-    ],
-    ids=str,
-)
-def test_options_of_a_task_are_checked_without_data(overrides: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_task(tiny_config(tmp_path, *overrides))
+def test_a_mechanism_of_somebody_else_may_refuse_the_sizes_of_the_check(tmp_path: Path) -> None:
+    target = "tests.run.test_early.Narrow"
+    check_settings(tiny_config(tmp_path, "attention=mean", f"attention._target_={target}"))
+
+
+class Narrow(Mean):
+    """A mechanism for few dimensions."""
+
+    def __init__(self, num_heads: int, head_dim: int, pattern: Pattern) -> None:
+        if head_dim > 64:
+            raise ValueError("at most 64 dimensions")
+        super().__init__(num_heads, head_dim, pattern)

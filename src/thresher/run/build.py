@@ -107,17 +107,6 @@ def wrap_network(cfg: DictConfig, data: Any, net: nn.Module) -> Task:
     return task
 
 
-def check_task(cfg: DictConfig) -> None:
-    """Check the options of the task of a config before its data are read.
-
-    Raises:
-        ValueError: A value out of range.
-    """
-    make: partial[Task] = build(cfg.task)
-    if inspect.isclass(make.func) and issubclass(make.func, Task):
-        make.func.check_options(**make.keywords)
-
-
 def get_model(net: nn.Module) -> nn.Module:
     """Get the model that users build without this package: what a network of this project wraps, or itself."""
     model: nn.Module = getattr(net, "model", net)

@@ -17,16 +17,16 @@ HEADS, HEAD_DIM = 4, 1024  # wide enough for every option; the sizes of the netw
 def check_settings(cfg: DictConfig) -> None:
     """Build the mechanisms, the budget, the optimiser and the schedule of a config, and drop them.
 
-    Parts of other packages are left alone, except mechanisms: theirs may need the real network.
+    Parts of other packages are left alone: they may need the sizes of the real network.
 
     Raises:
         ValueError: A mechanism, the optimiser or the schedule refuses a value; the message names it.
         InstantiationException: The budget refuses one, which is the cause.
     """
     check_accelerator(str(cfg.trainer.accelerator))
-    for node in _list_mechanisms(cfg):
+    for node in filter(_is_own, _list_mechanisms(cfg)):
         make = instantiate(node, _convert_="all")
-        kind = getattr(make, "func", None)
+        kind = make.func
         if isinstance(kind, type) and issubclass(kind, Mechanism):
             _call("attention", make, HEADS, HEAD_DIM, min(kind.supports, key=list(Pattern).index))
     instantiate(cfg.compute, _convert_="all")

@@ -23,7 +23,6 @@ from thresher.run.build import (
     build_task,
     build_training_trainer,
     check_monitors,
-    check_task,
     choose_model_arguments,
     compile_network,
     describe_task,
@@ -60,7 +59,6 @@ def train(
     run = open_run(cfg, conf, folder, overrides)
     rank_zero_info(f"run folder: {run.folder}")
     pl.seed_everything(run.seed, workers=True, verbose=False)
-    check_task(run.config)
     data = build_data(run.config)
     if cfg.test:  # report what is wrong with the test data before the training
         data.setup("test")

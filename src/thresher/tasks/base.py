@@ -76,7 +76,10 @@ class Task(pl.LightningModule, ABC):
         nonfinite: NonFinite | None = "stop",
     ) -> None:
         super().__init__()
-        Task.check_options(clip=clip, nonfinite=nonfinite)
+        if nonfinite not in (None, *get_args(NonFinite)):
+            raise ValueError(f"task.nonfinite must be one of {', '.join(get_args(NonFinite))}, null, got {nonfinite!r}")
+        if clip is not None:  # None does not clip
+            check_number("task.clip", clip, above=0.0)
         self.net = net
         self.meter = ComputeMeter(net)
         self.budget = budget
@@ -94,18 +97,6 @@ class Task(pl.LightningModule, ABC):
         self._pulls: dict[str, float | Tensor] = {}
         self._values: dict[str, float | Tensor] = {}  # values of the last step, to log
         self.evaluation = nn.ModuleDict({stage: self._build_all_metrics(stage) for stage in ("val", "test")})
-
-    @classmethod
-    def check_options(cls, *, clip: float | None = 1.0, nonfinite: NonFinite | None = "stop", **others: Any) -> None:
-        """Check the options of a config, which needs neither data nor network.
-
-        Raises:
-            ValueError: A value out of range.
-        """
-        if nonfinite not in (None, *get_args(NonFinite)):
-            raise ValueError(f"task.nonfinite must be one of {', '.join(get_args(NonFinite))}, null, got {nonfinite!r}")
-        if clip is not None:  # None does not clip
-            check_number("task.clip", clip, above=0.0)
 
     @abstractmethod
     def step(self, batch: Any) -> Step:

@@ -30,15 +30,10 @@ class Classification(Task):
     def __init__(self, *args: Any, num_classes: int, label_smoothing: float = 0.0, **task: Any) -> None:
         if num_classes < 2:
             raise ValueError(f"classification needs at least two classes, got {num_classes}")
-        Classification.check_options(label_smoothing=label_smoothing)
+        check_number("task.label_smoothing", label_smoothing, least=0.0, below=1.0)
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         super().__init__(*args, **task)
-
-    @classmethod
-    def check_options(cls, *, label_smoothing: float = 0.0, **task: Any) -> None:
-        check_number("task.label_smoothing", label_smoothing, least=0.0, below=1.0)
-        super().check_options(**task)
 
     def step(self, batch: tuple[Tensor, Tensor]) -> Step:
         inputs, labels = batch

@@ -40,19 +40,14 @@ class TextClassification(Classification):
         label_smoothing: float = 0.0,
         **task: Any,
     ) -> None:
-        TextClassification.check_options(class_weights=class_weights)
         super().__init__(*args, num_classes=num_classes, label_smoothing=label_smoothing, **task)
-        counts = torch.tensor([float(count) for count in class_counts]).clamp_min(1)
-        balanced = counts.sum() / (num_classes * counts)
-        self.register_buffer("weights", balanced if class_weights == "balanced" else None, persistent=False)
-
-    @classmethod
-    def check_options(cls, *, class_weights: ClassWeights = "none", **task: Any) -> None:
         if class_weights not in get_args(ClassWeights):
             raise ValueError(
                 f"task.class_weights must be one of {', '.join(get_args(ClassWeights))}; got {class_weights!r}"
             )
-        super().check_options(**task)
+        counts = torch.tensor([float(count) for count in class_counts]).clamp_min(1)
+        balanced = counts.sum() / (num_classes * counts)
+        self.register_buffer("weights", balanced if class_weights == "balanced" else None, persistent=False)
 
     def step(self, batch: tuple[Tensor, Tensor]) -> Step:
         step = super().step(batch)

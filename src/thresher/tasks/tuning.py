@@ -82,16 +82,15 @@ class Tuning(Task):
         bytes_per_token: Mapping[str, float] | None = None,
         **task: Any,
     ) -> None:
-        Tuning.check_options(
-            labels=labels,
-            objective=objective,
-            steps=steps,
-            lr=lr,
-            evaluate_every=evaluate_every,
-            starts=starts,
-            batches=batches,
-            held_out=held_out,
-        )
+        check_flags(**{"task.labels": labels})
+        check_choice("task.objective", objective, ("auto", "error", "kl"))
+        check_integer("task.steps", steps, 0)
+        for name, value in (("evaluate_every", evaluate_every), ("batches", batches), ("held_out", held_out)):
+            check_integer(f"task.{name}", value, 1)
+        for start in starts:
+            check_choice("task.starts", start, STARTS)
+        if lr is not None:  # None chooses by the unit of thresholds
+            check_number("task.lr", lr, above=0.0)
         if output is not None and output not in dict(net.named_modules()):
             close = ", ".join(name for name, _ in net.named_children())
             raise ValueError(f"task.output={output}: the network has no such module; it has {close}, ...")
@@ -106,31 +105,6 @@ class Tuning(Task):
         judge = _build_judge(net, given, task) if labels else None
         self._judges = () if judge is None else (judge,)  # in a tuple, so that its network is not registered twice
         super().__init__(net, **task)
-
-    @classmethod
-    def check_options(
-        cls,
-        *,
-        labels: bool = True,
-        objective: str = "auto",
-        steps: int = 90,
-        lr: float | None = None,
-        evaluate_every: int = 30,
-        starts: Sequence[str] = STARTS,
-        batches: int = 32,
-        held_out: int = 6,
-        **task: Any,
-    ) -> None:
-        check_flags(**{"task.labels": labels})
-        check_choice("task.objective", objective, ("auto", "error", "kl"))
-        check_integer("task.steps", steps, 0)
-        for name, value in (("evaluate_every", evaluate_every), ("batches", batches), ("held_out", held_out)):
-            check_integer(f"task.{name}", value, 1)
-        for start in starts:
-            check_choice("task.starts", start, STARTS)
-        if lr is not None:  # None chooses by the unit of thresholds
-            check_number("task.lr", lr, above=0.0)
-        super().check_options(**task)
 
     def step(self, batch: Any) -> Step:
         for judge in self._judges:
