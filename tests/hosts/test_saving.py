@@ -135,6 +135,11 @@ def damage(folder: Path, how: str) -> None:
         (folder / DESCRIPTION).write_text("{")
     elif how == "another format":
         (folder / DESCRIPTION).write_text(json.dumps(description | {"format": 99}))
+    elif how == "no mechanisms":
+        (folder / DESCRIPTION).write_text(json.dumps(description | {"mechanisms": {}}))
+    elif how == "no fingerprint":
+        description["base"].pop("weights")
+        (folder / DESCRIPTION).write_text(json.dumps(description))
     elif how == "a layer less":
         description["mechanisms"].pop(next(iter(description["mechanisms"])))
         (folder / DESCRIPTION).write_text(json.dumps(description))
@@ -155,6 +160,8 @@ def damage(folder: Path, how: str) -> None:
         ("no parameters", r"thresher\.safetensors is missing or damaged"),
         ("not json", r"thresher\.json is damaged"),
         ("another format", r"has format 99, and this version of Thresher reads 1"),
+        ("no mechanisms", r"is damaged: it lacks a base model or mechanisms"),
+        ("no fingerprint", r"is damaged: it lacks a base model or mechanisms"),
         ("a layer less", r"has values that no mechanism takes: .*thresholds"),
         ("no tail", r"has values that no mechanism takes: .*tail\.factor"),
         ("names code", r"cannot be mounted again.*no attention mechanism|cannot be mounted again.*os\.system"),

@@ -25,6 +25,7 @@ from thresher.hosts.restoring import Recipes, list_recipes, restore_hosts
 
 DESCRIPTION, PARAMETERS, CARD = "thresher.json", "thresher.safetensors", "README.md"
 FORMAT = 1
+OF_BASE = {"class", "name", "architecture", "weights"}
 OF_MECHANISMS = re.compile(r"(^|\.)mechanism\.")
 CARD_BEGIN = "---\nlibrary_name: thresher\n"
 
@@ -161,13 +162,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         version = description["format"]
-        complete = {"base", "mechanisms"} <= description.keys()
+        base, recipes = description.get("base"), description.get("mechanisms")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / DESCRIPTION} is damaged: {error}") from error
     if version != FORMAT:
         raise ValueError(f"{folder / DESCRIPTION} has format {version}, and this version of Thresher reads {FORMAT}")
-    if not complete:
-        raise ValueError(f"{folder / DESCRIPTION} is damaged: it names no base model or no mechanisms")
+    complete = isinstance(base, dict) and base.keys() >= OF_BASE
+    if not complete or not isinstance(recipes, dict) or not recipes:
+        raise ValueError(f"{folder / DESCRIPTION} is damaged: it lacks a base model or mechanisms")
     try:
         return description, load_file(folder / PARAMETERS)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
@@ -185,7 +187,7 @@ def _check_base(model: nn.Module, wanted: Mapping[str, str], folder: Path, same_
     if same_weights and found["weights"] != wanted["weights"]:
         raise ValueError(
             f"{folder} belongs to a {wanted['class']}{named} with other weights than those of this model; "
-            "same_weights=False loads it all the same"
+            "load_adapter(..., same_weights=False) loads it all the same"
         )
 
 
