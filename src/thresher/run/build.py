@@ -107,12 +107,6 @@ def wrap_network(cfg: DictConfig, data: Any, net: nn.Module) -> Task:
     return task
 
 
-def get_model(net: nn.Module) -> nn.Module:
-    """Get the model that users build without this package: what a network of this project wraps, or itself."""
-    model: nn.Module = getattr(net, "model", net)
-    return model
-
-
 def choose_model_arguments(cfg: DictConfig, data: Any) -> Mapping[str, Any]:
     """Choose what a model must know of the data: without labels nothing of classes and of what is predicted."""
     if cfg.task.get("labels", True):

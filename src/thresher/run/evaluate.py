@@ -1,12 +1,8 @@
 """Evaluate a checkpoint on its test data, rebuilt from its own config."""
 
-import copy
 import shlex
-from collections.abc import Mapping
-from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import OmegaConf
 
 from thresher.callbacks.heads import HeadStatistics
 from thresher.callbacks.progress import build_progress
@@ -14,22 +10,18 @@ from thresher.checkpoints.format import CLASSES, RECORD, STATE
 from thresher.checkpoints.load import find_checkpoint
 from thresher.checkpoints.weights import load_weights
 from thresher.config.evaluation import EvaluationRequest
-from thresher.config.overrides import compose_choice
 from thresher.explain.example import explain
-from thresher.hosts import densify
-from thresher.hosts.saving import load_adapter
+from thresher.hosts.wrapped import exchange_for_adapter
 from thresher.run import results
 from thresher.run.build import (
     build_data,
     build_task,
     build_trainer,
-    get_model,
     quiet_lightning,
     wrap_network,
 )
 from thresher.run.overrides import load_with_overrides
 from thresher.run.run import Run, place_config
-from thresher.tasks.base import Task
 
 
 def evaluate(request: EvaluationRequest) -> dict[str, float]:
@@ -49,11 +41,11 @@ def evaluate(request: EvaluationRequest) -> dict[str, float]:
     data = build_data(run.config, checkpoint[RECORD][CLASSES])
     data.setup("test")
     results.print_data(data)
-    if request.adapter is None:
-        task = build_task(run.config, data)
-        load_weights(task, checkpoint[STATE], other_attention)
-    else:
-        task = _build_with_adapter(run, data, checkpoint, request.adapter)
+    task = build_task(run.config, data)
+    load_weights(task, checkpoint[STATE], other_attention)
+    if request.adapter is not None:
+        exchange_for_adapter(task.net, request.adapter)
+        task = wrap_network(run.config, data, task.net)  # a task meters the mechanisms that it finds
     trainer = build_trainer(
         run.config,
         logger=False,
@@ -74,15 +66,3 @@ def evaluate(request: EvaluationRequest) -> dict[str, float]:
         commands = {"show its attention maps": report} if request.examples else {}
         results.print_results(f"{path}  →  {folder}", metrics, folder / results.HEADS, commands)
     return metrics
-
-
-def _build_with_adapter(run: Run, data: Any, checkpoint: Mapping[str, Any], adapter: str) -> Task:
-    """Build the network of a checkpoint with the mechanisms of an adapter in place of its own."""
-    config = copy.deepcopy(run.config)
-    OmegaConf.update(config, "attention", compose_choice(run.conf, "attention", "dense"), merge=False)
-    dense = build_task(config, data)
-    load_weights(dense, checkpoint[STATE], other_attention=True)
-    model = get_model(dense.net)
-    densify(model)
-    load_adapter(model, adapter)
-    return wrap_network(run.config, data, dense.net)

@@ -17,8 +17,8 @@ from thresher.budget.tuning_state import Measurement
 from thresher.checkpoints.format import BEST, FOLDER, TUNING
 from thresher.hosts.restoring import list_recipes
 from thresher.hosts.saving import save_adapter
+from thresher.hosts.wrapped import get_model
 from thresher.run import results
-from thresher.run.build import get_model
 from thresher.run.run import Run
 from thresher.tasks.tuning import Tuning
 
