@@ -58,7 +58,7 @@ MAY_IMPORT = {
         "models",
         "testing",
     },
-    "tools.export": {"attention", "checkpoints", "config", "console", "results"},
+    "tools.export": {"attention", "checkpoints", "config", "console", "hosts", "results"},
     "tools.report": {"config", "console", "results"},
     "tools.sweep": {"cli", "config", "console", "results"},
     **{name: set() for name in ("bench", "doctor", "export", "report", "sweep", "tools")},  # for `python -m` only

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         cfg = read_options(arguments)
         from thresher.tools.export.run import export
 
-        folder = export(Path(cfg.ckpt), cfg.run.dir, cfg.format)
+        folder = export(Path(cfg.ckpt), cfg.run.dir, cfg.format, cfg.adapter)
     except BrokenPipeError:
         raise
     except ImportError as error:
@@ -47,7 +47,7 @@ def read_options(arguments: Sequence[str]) -> DictConfig:
     """
     cfg = compose_options(find_conf("export"), "export", arguments, input_key="ckpt")
     if OmegaConf.is_missing(cfg, "ckpt"):
-        raise ValueError("which run? python -m thresher.export ckpt=RUN [run.dir=DIR] [format=onnx]")
+        raise ValueError("which run? python -m thresher.export ckpt=RUN [adapter=FOLDER] [run.dir=DIR] [format=onnx]")
     if cfg.format not in FORMATS:
         raise ValueError(f"there is no format={cfg.format}. Available: {', '.join(FORMATS)}")
     return cfg

@@ -23,6 +23,7 @@ def write_card(
     metrics: Mapping[str, float | None] | None,
     command: str,
     programs: Mapping[str, str],
+    has_adapter: bool = False,
 ) -> str:
     """Write a model card in Markdown.
 
@@ -32,8 +33,12 @@ def write_card(
         metrics: Of the run, by their names in metrics.json; None if there are none.
         command: That trained it; empty if it is not known.
         programs: Further files, with a description of each.
+        has_adapter: Whether its mechanisms come from an adapter; the command trained the weights alone.
     """
     config, classes = record["config"], record["classes"]
+    mechanisms = {"budget": _describe_node(config["compute"])}
+    if has_adapter:
+        mechanisms = {"thresholds": "of an adapter, tuned for these weights"}
     sections = [
         f"# {_escape(name)}",
         f"Written by thresher {record['version']}: a network with sparse attention.",
@@ -42,7 +47,7 @@ def write_card(
             {
                 "model": _describe_node(config["model"]),
                 "attention": _describe_node(config["attention"]),
-                "budget": _describe_node(config["compute"]),
+                **mechanisms,
                 "built for": _write_settings(record["model_arguments"]),
             }
         ),
@@ -51,7 +56,7 @@ def write_card(
             {"data": _describe_node(config["data"])} | ({"classes": _write_classes(classes)} if classes else {})
         ),
         "## Measured",
-        _write_metrics(metrics),
+        _write_metrics(metrics, "the run that tuned the adapter" if has_adapter else "the checkpoint"),
         "## Load",
         '```python\nimport thresher\n\nnet = thresher.load_model("FOLDER")  # thresholds included\n```',
         "Prepare inputs as the data above do. `python eval.py ckpt=FOLDER` tests it on these data.",
@@ -59,13 +64,13 @@ def write_card(
     if programs:
         sections.append(_write_list({f"`{file}`": text for file, text in programs.items()}))
     if command:
-        sections += ["## Trained by", f"```sh\n{command}\n```"]
+        sections += ["## Weights trained by" if has_adapter else "## Trained by", f"```sh\n{command}\n```"]
     return "\n\n".join(sections) + "\n"
 
 
-def _write_metrics(metrics: Mapping[str, float | None] | None) -> str:
+def _write_metrics(metrics: Mapping[str, float | None] | None, source: str) -> str:
     if not metrics:
-        return "Not known: there is no metrics.json beside the checkpoint."
+        return f"Not known: there is no metrics.json beside {source}."
     shown = {label: metrics[key] for key, label in MEASURES.items() if key in metrics}
     rows = [f"| {label} | {'-' if v is None or not math.isfinite(v) else f'{v:.4f}'} |" for label, v in shown.items()]
     return "\n".join(["| what | value |", "| --- | --- |", *rows])

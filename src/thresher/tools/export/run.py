@@ -13,23 +13,27 @@ from thresher.checkpoints.groups import restore_config
 from thresher.checkpoints.load import find_checkpoint, load_checkpoint
 from thresher.checkpoints.rebuild import PROJECT_CONF, rebuild_network
 from thresher.config.redact import redact
+from thresher.tools.export.adapted import rebuild_with_adapter
 from thresher.tools.export.card import write_card
 
+TUNED = "tune/error"  # a metric that only a tuning has
 KEPT = (*GROUPS, "seed")  # what rebuilding and testing read of a config
 
 
-def export(run: Path, into: str | None, kind: str, conf: Path = PROJECT_CONF) -> Path:
+def export(run: Path, into: str | None, kind: str, adapter: str | None = None, conf: Path = PROJECT_CONF) -> Path:
     """Write the network of a run into a folder; return that folder.
 
     Args:
         run: Folder of a run, or a checkpoint.
         into: Where to write, a folder that is empty or does not exist; None for `export` in the folder of the run.
         kind: "safetensors"; "torch" adds the program of torch.export, "onnx" adds ONNX.
+        adapter: The folder of an adapter whose mechanisms the network has, or its name on the hub.
         conf: Folder of configs.
 
     Raises:
-        FileNotFoundError: There is no such run.
-        ValueError: The checkpoint is damaged or not trusted, the folder is not empty, or the exporter fails.
+        FileNotFoundError: There is no such run or adapter.
+        ValueError: The checkpoint is damaged or not trusted, the adapter does not belong to it, the folder is not
+            empty, or the exporter fails.
     """
     source = find_checkpoint(run)
     home = source.parent.parent if source.parent.name == "checkpoints" else source.parent
@@ -37,7 +41,11 @@ def export(run: Path, into: str | None, kind: str, conf: Path = PROJECT_CONF) ->
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: name another by run.dir=DIR, or remove it")
     checkpoint = load_checkpoint(source)
-    net = rebuild_network(checkpoint, conf, source)
+    command = _write_command(checkpoint[RECORD]["config"], conf, source)
+    if adapter is None:
+        net = rebuild_network(checkpoint, conf, source)
+    else:
+        net, checkpoint = rebuild_with_adapter(checkpoint, adapter, conf, source)
     whole = checkpoint[RECORD]
     name = str((whole["config"].get("run") or {}).get("name") or home.name)
     config = {key: value for key, value in whole["config"].items() if key in KEPT} | {"run": {"name": name}}
@@ -54,7 +62,8 @@ def export(run: Path, into: str | None, kind: str, conf: Path = PROJECT_CONF) ->
 
         programs = write_program(net, record["model_arguments"], folder, kind)
     write_export(folder, net.state_dict(), record)
-    text = write_card(name, record, _read_metrics(home), _write_command(whole["config"], conf, source), programs)
+    metrics = _read_metrics(home) if adapter is None else _read_tuned_metrics(Path(adapter))
+    text = write_card(name, record, metrics, command, programs, has_adapter=adapter is not None)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return folder
 
@@ -68,6 +77,12 @@ def _read_metrics(home: Path) -> dict[str, float | None] | None:
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     return metrics
+
+
+def _read_tuned_metrics(adapter: Path) -> dict[str, float | None] | None:
+    """Read the metrics of the run that tuned an adapter; None where it lies elsewhere."""
+    metrics = _read_metrics(adapter.parent)
+    return metrics if metrics is not None and TUNED in metrics else None
 
 
 def _write_command(config: Mapping[str, Any], conf: Path, source: Path) -> str:
