@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "testing",
     },
     "tools.export": {"attention", "checkpoints", "config", "console", "hosts", "results"},
+    "tools.hosts": {"attention", "checkpoints", "cli", "config", "console", "hosts", "installed", "models"},
     "tools.report": {"config", "console", "results"},
     "tools.sweep": {"cli", "config", "console", "results"},
     **{name: set() for name in ("bench", "doctor", "export", "report", "sweep", "tools")},  # for `python -m` only
@@ -68,6 +69,7 @@ ONLY_IN = {
     "timm": {
         "tools/bench/plain.py",
         "tools/doctor/subjects.py",
+        "tools/hosts/networks.py",
         "hosts/timm.py",
         "hosts/__main__.py",
         "models/build.py",

@@ -9,7 +9,7 @@ from tests.running import CONF
 from thresher.config.commands import compose_options, find_conf, read_help
 from thresher.config.overrides import walk_keys
 
-COMMANDS = ("bench", "doctor", "export", "report", "sweep")
+COMMANDS = ("bench", "doctor", "export", "hosts", "report", "sweep")
 # What several commands have, and what nobody may call it.
 WORDS = {"run.dir": {"dir", "out", "folder"}, "seed": {"seeds"}, "threads": {"num_threads"}, "device": {"devices"}}
 

@@ -17,7 +17,7 @@ from thresher.tools.sweep.space import read_spaces
 
 COMMAND = re.compile(r"python (?:(?:train|eval)\.py|-m thresher\.\w+)[^\n#|`]*")
 INTERVAL = re.compile(r"(?:tag\(log,)?interval\(([^,]+),[^)]*\)+")
-TOOLS = ("sweep", "bench", "report", "export", "doctor")  # commands with a primary config of their own
+TOOLS = ("sweep", "bench", "report", "export", "doctor", "hosts")  # commands with a primary config of their own
 NAMES_MECHANISMS = ("testing",)  # commands that take names of mechanisms
 OF_THE_BENCHMARK = {"kept", "n"}  # settings of a mechanism that are none of its own
 

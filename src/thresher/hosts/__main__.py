@@ -1,6 +1,11 @@
-"""Print the table of docs/hosts.md: `python -m thresher.hosts` tries every mechanism in every host."""
+"""Print the table of docs/hosts.md: `python -m thresher.hosts` tries every mechanism in every host.
+
+With arguments the command shows the mechanisms of one model; its code is in `thresher.tools.hosts`.
+"""
 
 import copy
+import runpy
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -194,4 +199,7 @@ def build_table() -> str:
 if __name__ == "__main__":
     accept_any_text()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if sys.argv[1:]:
+        runpy.run_module("thresher.tools.hosts", run_name="__main__")
     end_command(lambda: print(build_table()))

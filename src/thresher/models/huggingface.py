@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import transformers
 from jaxtyping import Float, Int64
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -23,6 +25,8 @@ from transformers import (
 
 from thresher.attention.mechanism import MakeMechanism
 from thresher.hosts import inject
+from thresher.hosts.huggingface.saving import from_pretrained
+from thresher.hosts.huggingface.switch import NAME
 from thresher.installed import locate_model
 from thresher.models.heads import load_classifier
 from thresher.models.transformer import find_after_first
@@ -219,6 +223,26 @@ def build_bare_model(name: str) -> Any:
         ValueError: The configuration names code to load.
     """
     return AutoModel.from_config(_load_config(*locate_model(name), False, {}), trust_remote_code=False)
+
+
+def load_local_model(folder: Path) -> Any:
+    """Load a model of transformers from a folder as it was saved, with the mechanisms in it; nothing is downloaded.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it lacks the weights.
+        ValueError: It names code to load, or no class of transformers, or its weights are damaged.
+    """
+    config = _load_config(str(folder), {}, True, {})
+    if hasattr(config, NAME):
+        return from_pretrained(str(folder), local_files_only=True).eval()
+    (architecture,) = config.architectures or [""]
+    build = getattr(transformers, architecture, None)
+    if not (isinstance(build, type) and issubclass(build, transformers.PreTrainedModel)):
+        raise ValueError(f"{folder} names {architecture or 'nothing'} as its architecture, not a model of transformers")
+    try:
+        return build.from_pretrained(folder, config=config, local_files_only=True, use_safetensors=True).eval()
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"the weights in {folder} cannot be loaded: {error}") from error
 
 
 def _load_model(

@@ -1,0 +1,1 @@
+"""What stands in a model, or would: `python -m thresher.hosts network=MODEL`."""
