@@ -6,14 +6,17 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 
+from tests.run.test_tune import SHORT
 from tests.running import tiny_config
 from thresher.checkpoints.load import load_checkpoint
 from thresher.run import train as training
+from thresher.run import tune as tuning
 
 QUICK = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "test=false")
 
@@ -54,11 +57,11 @@ def records(folder: Path, which: int = 0) -> Iterator[object]:
             payload = b""
 
 
-def exit_codes(folder: Path) -> list[int]:
+def exit_codes(folder: Path, which: int = 0) -> list[int]:
     """Return the exit codes that a run was closed with; wandb's service may write them after `finish` has returned."""
     deadline = time.monotonic() + 20
     while True:
-        codes = [r.exit.exit_code for r in records(folder) if r.HasField("exit")]  # type: ignore[attr-defined]
+        codes = [r.exit.exit_code for r in records(folder, which) if r.HasField("exit")]  # type: ignore[attr-defined]
         if codes or time.monotonic() > deadline:
             return codes
         time.sleep(0.1)
@@ -94,8 +97,53 @@ def test_wandb_run_id_is_stored_and_continued(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="with other settings"):
         training.train(tiny_config(folder, *overrides, "trainer.max_epochs=2", f"resume='{ckpt}'"))
     assert load_checkpoint(ckpt)["thresher"]["loggers"]["wandb"] == first
-    # offline-run-TIME-ID, and -1 where both began within a second
-    assert len({p.name.split("-")[3] for p in folder.glob("wandb/offline-run-*")}) == 1
+    assert len(find_ids(folder)) == 1
+
+
+def find_ids(folder: Path) -> set[str]:
+    """Return the ids of the offline runs, whose folders are offline-run-TIME-ID, and -1 where two began in a second."""
+    return {path.name.split("-")[3] for path in folder.glob("wandb/offline-run-*")}
+
+
+def find_steps(folder: Path, which: int) -> list[int]:
+    """Return the steps of a tuning that an offline run logged."""
+    rows = [
+        {item.nested_key[0] if item.nested_key else item.key: item.value_json for item in record.history.item}  # type: ignore[attr-defined]
+        for record in records(folder, which)
+        if record.HasField("history")  # type: ignore[attr-defined]
+    ]
+    return [int(float(row["trainer/global_step"])) for row in rows if "train/error" in row]
+
+
+def test_a_tuning_that_was_stopped_continues_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    config = tiny_config(folder, "logger=wandb", "logger.wandb.mode=offline", *SHORT, "test=false")
+    run: Any = tuning.tune
+
+    def stop(*args: Any, on_step: Any, **options: Any) -> Any:
+        def stopped(step: int, measured: Any) -> None:
+            on_step(step, measured)
+            if step == 3:
+                raise KeyboardInterrupt
+
+        return run(*args, on_step=stopped, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning, "tune", stop)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(config)
+    (first,) = find_ids(folder)
+    assert find_steps(folder, 0) == [1, 2, 3]
+    time.sleep(1.1)  # names of offline runs are sorted by the second
+    training.train(config)
+    assert find_ids(folder) == {first}
+    assert exit_codes(folder, 1) == [0]
+    assert find_steps(folder, 1) == [3, 4]
+    assert load_checkpoint(folder / "checkpoints" / "best.ckpt")["thresher"]["loggers"]["wandb"] == first
+    (folder / "tuning.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"tuning\.json is damaged .*: wandb begins another run"):
+        training.train(config)
+    assert len(find_ids(folder)) == 2
 
 
 def test_wandb_run_is_marked_failed_when_training_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ NAME, ARGUMENTS = "name", "arguments"
 FOLDER = "checkpoints"
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 TUNING = "tuning.pt"  # where a tuning stands
+TUNING_LOGGERS = "tuning.json"  # ids of the runs of loggers that it continues
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 
 

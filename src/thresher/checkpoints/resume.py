@@ -1,5 +1,6 @@
 """Find where a training starts: anew, or from the newest good snapshot of its folder."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,17 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from thresher.checkpoints import files
-from thresher.checkpoints.format import CONFIG, FOLDER, LAST, LOGGERS, POSITION, PREVIOUS, RECORD, TUNING
+from thresher.checkpoints.format import (
+    CONFIG,
+    FOLDER,
+    LAST,
+    LOGGERS,
+    POSITION,
+    PREVIOUS,
+    RECORD,
+    TUNING,
+    TUNING_LOGGERS,
+)
 from thresher.checkpoints.groups import restore_config
 from thresher.checkpoints.load import load_checkpoint
 
@@ -70,7 +81,7 @@ def find_start(config: Mapping[str, Any], folder: Path, conf: Path) -> Start:
     _refuse_another(folder, OmegaConf.to_container(OmegaConf.load(stored)), config)
     if (folder / TUNING).exists():
         rank_zero_info(f"resumes from {folder / TUNING}")
-        return Start()
+        return Start(wandb=_read_wandb_id(folder / TUNING_LOGGERS))
     return _find_newest(folder / FOLDER)
 
 
@@ -98,6 +109,17 @@ def _refuse_another(folder: Path, before: Any, now: Mapping[str, Any]) -> None:
         rank_zero_warn(
             f"the training continues, but not as it would have without the interruption: {', '.join(changes)}"
         )
+
+
+def _read_wandb_id(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("wandb")
+    except (ValueError, AttributeError, RecursionError) as error:
+        rank_zero_warn(f"{path} is damaged ({error}): wandb begins another run")
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _find_newest(folder: Path) -> Start:

@@ -1,24 +1,28 @@
 """Tune the thresholds of a frozen network, in a run of `train.py task=tuning`."""
 
 import itertools
+import json
 import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from thresher.budget.tuning import Tuning as Result
 from thresher.budget.tuning import tune
-from thresher.budget.tuning_state import Measurement
-from thresher.checkpoints.format import BEST, FOLDER, TUNING
+from thresher.budget.tuning_state import Measurement, StateFile
+from thresher.checkpoints import files
+from thresher.checkpoints.format import BEST, FOLDER, TUNING, TUNING_LOGGERS
 from thresher.hosts.restoring import list_recipes
 from thresher.hosts.saving import save_adapter
 from thresher.hosts.wrapped import get_model
 from thresher.run import results
+from thresher.run.loggers import list_logger_ids
 from thresher.run.run import Run
 from thresher.tasks.tuning import Tuning
 
@@ -93,10 +97,16 @@ def tune_network(run: Run, trainer: pl.Trainer, task: Tuning, data: Any) -> tupl
         with trainer.precision_plugin.forward_context():
             return task.compare(batch).output
 
+    before = None if run.start.wandb is None else StateFile(run.folder / TUNING, {}).read()
+    logged = 0 if before is None else before.step
+
     def log(step: int, measured: Measurement) -> None:
         for logger in trainer.loggers:
+            if step <= logged and isinstance(logger, WandbLogger):  # its run continues; other logs are written again
+                continue
             logger.log_metrics({"train/error": measured.error, "train/kept": measured.kept}, step=step)
 
+    files.write_text(run.folder / TUNING_LOGGERS, json.dumps(list_logger_ids(trainer.loggers)) + "\n")
     found = tune(
         task.net,
         move(itertools.islice(data.train_dataloader(), task.batches)),
