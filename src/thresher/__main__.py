@@ -15,7 +15,7 @@ MODULES = {
     "doctor": "inspect this machine, and test the masks of a model for leaks",
     "testing": "check mechanisms, your own included: outputs, gradients, costs, leaks",
     "attention": "print the table of mechanisms",
-    "hosts": "print which attention of timm, transformers and torch a mechanism can replace",
+    "hosts": "show the mechanisms of a model or an adapter, or which attention can be replaced",
     "models": "print which families of timm train with sparse attention",
 }
 

@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
+from thresher.config.packages import find_file
 from thresher.data.tables import Row, normalise_label, read_records
 from thresher.data.text import TextClassificationData, Texts
-from thresher.installed import find_file
 
 HEADER_ROWS = 3
 

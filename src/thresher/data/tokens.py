@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from thresher.installed import locate_model
+from thresher.config.packages import locate_model
 
 FILLS = -1  # padding if every id of a tokenizer may occur in a text; models recognise it as negative
 AS_TEXT = {"split_special_tokens": True}  # special tokens written inside a text are text

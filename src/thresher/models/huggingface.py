@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from thresher.attention.mechanism import MakeMechanism
+from thresher.config.packages import locate_model
 from thresher.hosts import inject
 from thresher.hosts.huggingface.saving import from_pretrained
 from thresher.hosts.huggingface.switch import NAME
-from thresher.installed import locate_model
 from thresher.models.heads import load_classifier
 from thresher.models.transformer import find_after_first
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from thresher.checkpoints.format import DESCRIPTION, is_export
 from thresher.checkpoints.rebuild import load_model
+from thresher.config.packages import SCHEME, resolve_path
 from thresher.hosts.wrapped import get_model
-from thresher.installed import SCHEME, resolve_path
 
 
 class Network(NamedTuple):

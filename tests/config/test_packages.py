@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.assets import VARIABLE, demand
-from thresher import installed
-from thresher.installed import find_file, locate_model, resolve_path
+from thresher.config import packages
+from thresher.config.packages import find_file, locate_model, resolve_path
 
 
 def test_a_file_of_an_installed_package_is_found_by_path() -> None:
@@ -31,7 +31,7 @@ def test_a_gguf_file_is_named_beside_its_folder(tmp_path: Path, monkeypatch: pyt
     assert locate_model("package:pytest/pytest") == (str(Path(pytest.__file__).parent), {})
     with pytest.raises(FileNotFoundError, match=r"there is no GGUF file .*other\.gguf"):
         locate_model(str(tmp_path / "other.gguf"))
-    monkeypatch.setattr(installed, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'thresher\[gguf\]'"):
         locate_model(str(file))
 
