@@ -180,38 +180,43 @@ class Smyrf(Mechanism):
         self, q: Tensor, k: Tensor, v: Tensor, x: Prepared, parts: Sequence[Clusters]
     ) -> tuple[Float[Tensor, "g n dv"], Float[Tensor, " g"], Float[Tensor, " g"]]:
         """Attend inside clusters and merge parts and rounds; return outputs, meetings and distinct pairs."""
-        call, dropout = x.call, x.dropout
+        pairs, bias = x.call.pairs, x.call.bias
         tiles, extras = [], []
         meetings = repeats = torch.zeros(len(q), dtype=torch.long, device=q.device)
         for part in parts:
-            times = self.rounds if part.causal and self.dedup == "none" else 1
-            tile = Tiles(part.queries, part.keys, part.tile_cluster, None, None, part.number, times)
+            tile, shown = self.build_tiles(part, x)
             token_q, token_k = find_tile_queries(tile), find_tile_keys(tile)
-            real_q, real_k = token_q < q.shape[1], token_k < k.shape[1]
-            shown = real_k[:, :, None]
-            if part.causal:
-                shown = shown & (token_k[:, :, None] <= token_q[..., None] + (k.shape[1] - q.shape[1]))
-            if call.pairs is not None:
-                shown = shown & real_q[..., None] & self.gather_pairs(call.pairs, token_q, token_k)
-            if call.pairs is not None or not part.filled:
-                tile = tile._replace(shown=shown)
-            every, twice = self.count_repeats(part, token_q, token_k, None if call.pairs is None else shown)
-            extra = None
-            if call.bias is not None:
-                extra = self.gather_pairs(call.bias, token_q, token_k).to(q.dtype)
+            every, twice = self.count_repeats(part, token_q, token_k, None if pairs is None else shown)
+            extra = None if bias is None else self.gather_pairs(bias, token_q, token_k).to(q.dtype)
             if every is not None:
                 less = every.clamp_min(1).to(q.dtype).log().neg()
                 extra = less if extra is None else extra + less
-            if dropout:
-                # Drawn by query; a draw by slot would depend on other queries. Rounds share it.
-                drawn = torch.rand(*q.shape[:2], token_k.shape[2], device=q.device)
-                tile = tile._replace(drop=gather_slots(drawn, token_q.flatten(1)).view(*token_q.shape, -1) >= dropout)
             tiles.append(tile)
             extras.append(extra)
-            meetings = meetings + (real_q * shown.sum(-1)).sum((1, 2))
+            meetings = meetings + ((token_q < x.n) * shown.sum(-1)).sum((1, 2))
             repeats = repeats + twice
-        out = attend_in_tiles(q, k, v, tiles, extras, dropout=dropout, fused=call.pairs is None)
+        out = attend_in_tiles(q, k, v, tiles, extras, dropout=x.dropout, fused=pairs is None)
         return out, meetings.float(), (meetings - repeats).float()
+
+    def build_tiles(self, part: Clusters, x: Prepared) -> tuple[Tiles, Bool[Tensor, "g tiles #s c"]]:
+        """Build the tiles of a part; return them with the pairs that are visible in each."""
+        times = self.rounds if part.causal and self.dedup == "none" else 1
+        tile = Tiles(part.queries, part.keys, part.tile_cluster, None, None, part.number, times)
+        token_q, token_k = find_tile_queries(tile), find_tile_keys(tile)
+        shown = (token_k < x.m)[:, :, None]
+        if part.causal:
+            shown = shown & (token_k[:, :, None] <= token_q[..., None] + (x.m - x.n))
+        if x.call.pairs is not None:
+            real = (token_q < x.n)[..., None]
+            shown = shown & real & self.gather_pairs(x.call.pairs, token_q, token_k)
+        if x.call.pairs is not None or not part.filled:
+            tile = tile._replace(shown=shown)
+        if x.dropout:
+            # Drawn by query; a draw by slot would depend on other queries. Rounds share it.
+            drawn = torch.rand(x.batch * x.heads, x.n, token_k.shape[2], device=x.device)
+            kept = gather_slots(drawn, token_q.flatten(1)).view(*token_q.shape, -1) >= x.dropout
+            tile = tile._replace(drop=kept)
+        return tile, shown
 
     def gather_pairs(
         self, x: Tensor, token_q: Int[Tensor, "g tiles s"], token_k: Int[Tensor, "g tiles c"]
