@@ -53,6 +53,7 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "cluster": st.integers(1, 12),
         "rounds": st.integers(1, 4),
         "dedup": st.sampled_from(["none", "count"]),
+        "tail": TAILS,
         "quantise": FLAGS,
         "width": st.floats(0.01, 100),
         "resample": RESAMPLE,

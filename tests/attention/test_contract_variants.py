@@ -22,6 +22,7 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("latte", {"threshold": 0.4, "tail": "mean", "unit": "nats", "gate": {"surrogate": "sigmoid", "mode": "soft"}}),
     ("smyrf", {"cluster": 3, "rounds": 3, "dedup": "count"}),
     ("smyrf", {"cluster": 3, "quantise": True, "width": 1.0}),
+    ("smyrf", {"cluster": 3, "rounds": 2, "tail": "mean"}),
     ("yoso", {"dense_below": 0, "hash": {"bits": 3}}),
     ("yoso", {"dense_below": 0, "hash": {"bits": 3, "kind": "hadamard"}, "grad": "exact"}),
     ("yoso", {"expectation": True, "grad": "exact"}),

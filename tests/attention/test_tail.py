@@ -19,6 +19,8 @@ TAILED: list[tuple[str, dict[str, Any]]] = [
     ("topk", {"keys": 2, "chunk": 3}),
     ("latte", {"threshold": 0.5}),
     ("latte", {"threshold": 1.0, "unit": "nats", "always_keep": 1}),
+    ("smyrf", {"cluster": 3}),
+    ("smyrf", {"cluster": 4, "rounds": 3, "dedup": "count"}),
 ]
 BACKENDS = ("reference", "auto")
 
@@ -94,7 +96,9 @@ def test_a_factor_of_zero_is_no_tail_and_can_come_back(name: str, changes: dict[
 
 
 @pytest.mark.parametrize("pattern", Pattern)
-@pytest.mark.parametrize(("name", "changes"), [("topk", {"keys": 1.0}), ("latte", {"threshold": float("inf")})])
+@pytest.mark.parametrize(
+    ("name", "changes"), [("topk", {"keys": 1.0}), ("latte", {"threshold": float("inf")}), ("smyrf", {"cluster": 14})]
+)
 def test_nothing_dropped_is_softmax_attention(name: str, changes: dict[str, Any], pattern: Pattern) -> None:
     for backend in BACKENDS:
         mechanism = build(name, pattern, tail="mean", backend=backend, **changes)
@@ -182,7 +186,7 @@ def test_its_cost_is_a_few_vectors_a_token() -> None:
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-@pytest.mark.parametrize("name", ["topk", "latte"])
+@pytest.mark.parametrize("name", ["topk", "latte", "smyrf"])
 def test_a_kind_that_does_not_exist_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="tail must be one of none, mean; got 'exact'"):
         build_tail("exact", 2)  # type: ignore[arg-type]

@@ -177,6 +177,8 @@ def test_what_the_kernel_cannot_do_is_refused_or_left_to_pytorch(dedup: str) -> 
         assert torch.equal(attend(ours, inputs, call).out, attend(plain, inputs, call).out)
     with pytest.raises(ValueError, match="dedup=count"):
         attend(pair(dedup="count", cluster=3)[0], inputs)
+    with pytest.raises(ValueError, match=r"it has no tail \(tail=mean\)"):
+        attend(pair(dedup=dedup, cluster=3, tail="mean")[0], inputs)
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ class SmyrfOnCpu(Implementation[Smyrf]):
             return "it has no masks of pairs and no biases"
         if x.dropout:
             return "it has no dropout of attention weights"
+        if mechanism.tail is not None:
+            return "it has no tail (tail=mean)"
         if mechanism.dedup == "count" and mechanism.rounds > 1:
             return "it does not divide by the number of meetings (dedup=count)"
         return None

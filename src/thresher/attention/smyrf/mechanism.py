@@ -7,13 +7,14 @@ Costs      rounds (n + m) (D + 2) MACs for the hashes and D + Dv for each meetin
            With m keys that is at most rounds * cluster / m of dense attention. A pair that meets twice counts as two
            meetings and one kept pair. Sorting is not counted. Causal self attention has about
            cluster (1 + rounds * log2(m / cluster) / 2) / 2 meetings a query; the block of a query is computed and
-           counted once, not in every round.
+           counted once, not in every round. A tail adds D + Dv for each token and each query.
 Trains     nothing of its own; gradients are exact with the clusters held constant. The cost has no gradient, so no
-           budget can train it: you set `cluster` and `rounds`.
-Estimates  nothing without bias: dropped keys have no weight. In the published rule (`dedup=none`) a key that meets a
-           query in two rounds counts twice. `dedup=count` divides by the number of meetings, which gives the softmax
-           over the union and tends to dense attention with more rounds. Clusters need the structure of trained
-           networks; on random q and k they capture hardly more mass than random clusters.
+           budget can train it: you set `cluster` and `rounds`. With `tail=mean` the factor of each head's tail.
+Estimates  nothing without bias: dropped keys have no weight, or with `tail=mean` that of their mean score, as one more
+           key in the merge. Dropout acts on meetings and leaves the tail as it is. In the published rule
+           (`dedup=none`) a key that meets a query in two rounds counts twice. `dedup=count` divides by the number of
+           meetings, which gives the softmax over the union and tends to dense attention with more rounds. Clusters need
+           the structure of trained networks; on random q and k they capture hardly more mass than random clusters.
 Patterns   all four. Noncausal self and cross attention are as published. They rank queries together, so hide padding
            among the queries too. In causal cross attention ranks would reveal later queries; keys alone set the
            boundaries, and each query is placed by its own hash value. Causal self attention is ours: dense in blocks of
@@ -40,10 +41,12 @@ from thresher.attention.dense import compute_dense_attention
 from thresher.attention.mechanism import Mechanism
 from thresher.attention.options import check_choice, check_flags, check_integer, check_number
 from thresher.attention.prepared import Prepared
+from thresher.attention.shared.tail import TailKind, build_tail, count_tail_cost
 from thresher.attention.shared.visibility import refuse_unknown_order
 from thresher.attention.smyrf.causal import cluster_causal_tokens
 from thresher.attention.smyrf.clusters import Clusters, Directions, Rank, cluster_tokens, hash_tokens
 from thresher.attention.smyrf.layout import compute_ranks, find_unplaced, gather_slots
+from thresher.attention.smyrf.tail import find_dropped_keys, sum_met_keys
 from thresher.attention.smyrf.tiles import Tiles, attend_in_tiles, find_tile_keys, find_tile_queries
 
 Dedup = Literal["none", "count"]
@@ -58,6 +61,7 @@ class Smyrf(Mechanism):
             attention, tokens in a block; clusters of earlier tokens hold half as many keys.
         rounds: Number of independent clusterings, merged by log-sum-exp.
         dedup: "none" counts a key once for each round in which a query meets it, as published; "count" once in all.
+        tail: "mean" gives dropped keys the weight of their mean score, "none" no weight; see `shared/tail.py`.
         quantise: Round hash values down to multiples of `width`, as in textbooks; equal values sort by position.
         width: Width of the hash buckets of `quantise`.
         resample: Draw new hashes at each "forward" in training, or "never". Evaluation uses those in the state dict.
@@ -88,6 +92,7 @@ class Smyrf(Mechanism):
         cluster: int = 4,
         rounds: int = 2,
         dedup: Dedup = "none",
+        tail: TailKind = "none",
         quantise: bool = False,
         width: float = 4.0,
         resample: Resample = "forward",
@@ -100,7 +105,7 @@ class Smyrf(Mechanism):
         check_flags(quantise=quantise)
         for name, got, choices in (("dedup", dedup, Dedup), ("resample", resample, Resample)):
             check_choice(name, got, get_args(choices))
-        self.cluster, self.rounds, self.dedup = cluster, rounds, dedup
+        self.cluster, self.rounds, self.dedup, self.tail = cluster, rounds, dedup, build_tail(tail, num_heads)
         self.quantise, self.width, self.resample = quantise, width, resample
         self.register_buffer("directions", torch.randn(rounds, head_dim + 2))
         self.register_buffer("shifts", torch.rand(rounds))
@@ -119,10 +124,13 @@ class Smyrf(Mechanism):
     def finish(self, x: Prepared, parts: Sequence[Clusters], out: Tensor, meetings: Tensor, kept: Tensor) -> Attended:
         """Add the cost to outputs [g, n, dv], given the meetings and kept pairs of each group, [g]."""
         b, h, d = x.batch, x.heads, x.head_dim
+        select = self.count_hashing(parts, d).view(b, h)
+        if self.tail is not None:
+            select = select + count_tail_cost(x, kept.view(b, h))
         cost = Cost(
             score=meetings.view(b, h) * d,
             value=meetings.view(b, h) * x.value_dim,
-            select=self.count_hashing(parts, d).view(b, h),
+            select=select,
             dense=x.pairs * (d + x.value_dim),
             kept=kept.view(b, h),
             visible=x.pairs,
@@ -181,21 +189,27 @@ class Smyrf(Mechanism):
     ) -> tuple[Float[Tensor, "g n dv"], Float[Tensor, " g"], Float[Tensor, " g"]]:
         """Attend inside clusters and merge parts and rounds; return outputs, meetings and distinct pairs."""
         pairs, bias = x.call.pairs, x.call.bias
-        tiles, extras = [], []
+        tiles, extras, met = [], [], []
         meetings = repeats = torch.zeros(len(q), dtype=torch.long, device=q.device)
         for part in parts:
             tile, shown = self.build_tiles(part, x)
             token_q, token_k = find_tile_queries(tile), find_tile_keys(tile)
             every, twice = self.count_repeats(part, token_q, token_k, None if pairs is None else shown)
             extra = None if bias is None else self.gather_pairs(bias, token_q, token_k).to(q.dtype)
-            if every is not None:
+            if self.tail is not None:
+                share = shown.to(q.dtype) if every is None else shown / every.clamp_min(1).to(q.dtype)
+                met.append(sum_met_keys(x, tile, share, extra))
+            if every is not None and self.dedup == "count":
                 less = every.clamp_min(1).to(q.dtype).log().neg()
                 extra = less if extra is None else extra + less
             tiles.append(tile)
             extras.append(extra)
             meetings = meetings + ((token_q < x.n) * shown.sum(-1)).sum((1, 2))
             repeats = repeats + twice
-        out = attend_in_tiles(q, k, v, tiles, extras, dropout=x.dropout, fused=pairs is None)
+        dropped = None
+        if self.tail is not None:
+            dropped = find_dropped_keys(x, reduce(torch.add, met), self.tail.values().to(q.dtype))
+        out = attend_in_tiles(q, k, v, tiles, extras, dropped, dropout=x.dropout, fused=pairs is None)
         return out, meetings.float(), (meetings - repeats).float()
 
     def build_tiles(self, part: Clusters, x: Prepared) -> tuple[Tiles, Bool[Tensor, "g tiles #s c"]]:
@@ -234,9 +248,9 @@ class Smyrf(Mechanism):
         token_k: Int[Tensor, "g tiles c"],
         shown: Bool[Tensor, "g tiles #s c"] | None,
     ) -> tuple[Int[Tensor, "g tiles s c"] | None, Int[Tensor, " g"]]:
-        """Count the meetings of each pair of a tile, if `dedup=count`, and all meetings after the first."""
+        """Count the meetings of each pair of a tile, if something divides by them, and all after the first."""
         rounds = len(clusters.query_cluster)
-        counted = self.dedup == "count" and rounds > 1
+        counted = (self.dedup == "count" or self.tail is not None) and rounds > 1
         repeats = token_q.new_zeros(len(token_q))
         every: list[Tensor] = []
         # Empty slots have clusters of their own, so they meet nothing.

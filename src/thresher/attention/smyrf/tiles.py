@@ -4,6 +4,8 @@ Let lse_i be the log-sum-exp of a query's scores in its i-th tile. The share of 
 exp(lse_j), and the merged output is out = sum_i s_i out_i. If weights_i are the weights inside the tile, the weights
 over all keys are s_i weights_i, and dL/dscore = s_i weights_i (g.v - g.out). A backward pass of the tile, PyTorch's
 fused one included, therefore computes the merged gradient if it receives out in place of out_i and s_i g in place of g.
+
+The keys that a row drops may take part in the merge: they act as a tile with weights of their own, the tail.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from thresher.attention.shared.functional import drop_weights
+from thresher.attention.shared.functional import MAX_EXCESS, drop_weights
 from thresher.attention.smyrf.layout import Layout, find_unplaced, gather_slots, sum_slots
 
 TensorTriple = tuple[Tensor, Tensor, Tensor]
@@ -44,6 +46,20 @@ class Tiles(NamedTuple):
     times: int
 
 
+class Dropped(NamedTuple):
+    """The keys that each row drops, all of equal weight.
+
+    Attributes:
+        score: Their mean score, which all of them get.
+        mass: Their number times the factor of the tail; 0 where a row drops nothing.
+        value: The mean of their values.
+    """
+
+    score: Float[Tensor, "g n"]
+    mass: Float[Tensor, "g n"]
+    value: Float[Tensor, "g n dv"]
+
+
 def find_tile_queries(tiles: Tiles) -> Int[Tensor, "g tiles s"]:
     """Find the query in each slot of each tile."""
     number = tiles.clusters if tiles.tile_cluster is None else tiles.tile_cluster.shape[1]
@@ -64,6 +80,7 @@ def attend_in_tiles(
     v: Float[Tensor, "g m dv"],
     parts: Sequence[Tiles],
     extras: Sequence[Tensor | None],
+    dropped: Dropped | None = None,
     *,
     dropout: float = 0.0,
     fused: bool = True,
@@ -76,12 +93,13 @@ def attend_in_tiles(
         v: Values.
         parts: Tiles; those of one part have equal size.
         extras: Addends to the scores of each part.
+        dropped: The keys that each row drops; None gives them no weight. Dropout leaves their weight as it is.
         dropout: Probability of dropping a weight, with which `Tiles.drop` was drawn.
         fused: Use PyTorch's fused attention, where it exists; every query in a tile must see one of its keys.
     """
     fused = fused and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
     fused = fused and all(extra is None and part.drop is None for part, extra in zip(parts, extras, strict=True))
-    return _MergedAttention.apply(q, k, v, parts, dropout, fused, *extras)
+    return _MergedAttention.apply(q, k, v, parts, dropout, fused, *extras, *(dropped or ()))
 
 
 class _MergedAttention(torch.autograd.Function):
@@ -94,8 +112,10 @@ class _MergedAttention(torch.autograd.Function):
         parts: Sequence[Tiles],
         dropout: float,
         fused: bool,
-        *extras: Tensor | None,
+        *extras_and_dropped: Tensor | None,
     ) -> Tensor:
+        extras, given = extras_and_dropped[: len(parts)], extras_and_dropped[len(parts) :]
+        dropped = Dropped(*given) if given else None  # type: ignore[arg-type]
         outs, tops, masses, levels = [], [], [], []
         for part, extra in zip(parts, extras, strict=True):
             tiles = _gather_tiles(q, k, v, part)
@@ -107,14 +127,18 @@ class _MergedAttention(torch.autograd.Function):
             tops.append(top.masked_fill(none, float("-inf")))
             masses.append(mass * part.times)
             outs.append(out.flatten(1, 2))
-        shares = _compute_shares(tops, masses)
+        shares, unit = _compute_shares(tops, masses, dropped)
         out = _sum_in_place(
             sum_slots(out, part.queries, share) for out, part, share in zip(outs, parts, shares, strict=True)
         )
+        of_dropped: tuple[Tensor, ...] = ()
+        if dropped is not None and unit is not None:
+            out += (unit * dropped.mass)[..., None] * dropped.value
+            of_dropped = unit, dropped.mass, dropped.value
         ctx.clusters_and_times = [(part.clusters, part.times) for part in parts]
         ctx.dropout, ctx.fused = dropout, fused
         tensors = (x for part in parts for x in _list_tensors(part))
-        ctx.save_for_backward(q, k, v, out, *shares, *levels, *extras, *tensors)
+        ctx.save_for_backward(q, k, v, out, *shares, *levels, *extras, *tensors, *of_dropped)
         return out
 
     @staticmethod
@@ -141,16 +165,32 @@ class _MergedAttention(torch.autograd.Function):
             grads = _sum_tiles(*found, part)
             total = [_sum_in_place(pair) for pair in zip(total, grads, strict=True)] if total else list(grads)
             into_extras.append(through if ctx.needs_input_grad[6 + i] else None)
-        return *total, None, None, None, *into_extras
+        into_dropped: tuple[Tensor, ...] = ()
+        if of_dropped := rest[10 * number :]:
+            unit, mass, value = of_dropped
+            into_mass = unit * (grad * (value - out)).sum(-1)
+            into_dropped = into_mass * mass, into_mass, (unit * mass)[..., None] * grad
+        return *total, None, None, None, *into_extras, *into_dropped
 
 
-def _compute_shares(tops: Sequence[Tensor], masses: Sequence[Tensor]) -> list[Tensor]:
-    """Compute the share of each round in the merged output, [r, g, n] a part, from log-sum-exp = top + log(mass)."""
+def _compute_shares(
+    tops: Sequence[Tensor], masses: Sequence[Tensor], dropped: Dropped | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Compute the share of each round in the merged output, [r, g, n] a part, from log-sum-exp = top + log(mass).
+
+    Return them with the share of one unit of the dropped keys' mass. `weigh_with_tail` clamps their score likewise.
+    """
     top = torch.cat(list(tops)).amax(0)
+    if dropped is not None:
+        top = torch.where(top == float("-inf"), dropped.score, top)
     top = top.masked_fill(top == float("-inf"), 0)
     shares = [mass * (each - top).exp() for each, mass in zip(tops, masses, strict=True)]
-    total = torch.cat(shares).sum(0)
-    return [share / total.masked_fill(total == 0, 1) for share in shares]
+    total, unit = torch.cat(shares).sum(0), None
+    if dropped is not None:
+        unit = (dropped.score - top).clamp_max(MAX_EXCESS).exp()
+        total = total + unit * dropped.mass
+    total = total.masked_fill(total == 0, 1)
+    return [share / total for share in shares], None if unit is None else unit / total
 
 
 def _gather_shares(share: Float[Tensor, "r g n"], token: Int[Tensor, "g tiles s"]) -> Float[Tensor, "g tiles s"]:
