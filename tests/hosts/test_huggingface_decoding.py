@@ -175,9 +175,9 @@ def test_codes_of_another_mechanism_are_not_used() -> None:
 
 
 def test_a_cache_without_any_codes_is_refused() -> None:
-    for attention in ("topk", "dense"):
+    for attention, options in (("topk", {}), ("dense", {}), ("smyrf", {"tail": "mean"})):
         model = build("Llama")
-        sparsify(model, attention)
+        sparsify(model, attention, **options)
         with pytest.raises(ValueError, match=r"no attention of this LlamaForCausalLM keeps codes or sums.*own cache"):
             coded_cache(model)
     with pytest.raises(ValueError, match="no attention of this BertForMaskedLM"):

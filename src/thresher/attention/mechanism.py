@@ -66,6 +66,7 @@ class Mechanism(Metered, ABC):
         pools_tokens: Whether a row of a noncausal pattern depends on tokens that `Call.pairs` hide from it but show to
             other rows; a causal mask of pairs then does not hide the future.
         slides: Whether causal rows stay the same when a cache drops keys that no query sees any more.
+        reads_sums: Whether a tail reads `Call.sums`, so that a cache may keep them.
         keeps_types: Whether `reference` takes tokens in their own type and leaves autocast on. Otherwise tokens are at
             least fp32 and autocast is off.
         traces_itself: Whether `reference` itself writes NaN into the rows that read a non-finite number. Otherwise
@@ -86,6 +87,7 @@ class Mechanism(Metered, ABC):
     selective: ClassVar[Mapping[str, Any]] = {}
     precise: ClassVar[Mapping[str, Any] | None] = None
     redrawn: ClassVar[frozenset[str]] = frozenset()
+    reads_sums: ClassVar[bool] = False
     keeps_types: ClassVar[bool] = False
     traces_itself: ClassVar[bool] = False
     backend: Backend

@@ -73,6 +73,7 @@ class Latte(Mechanism):
         ValueError: A hyper-parameter outside its range.
     """
 
+    reads_sums = True
     keeps_types = True
     traces_itself = True
     selective = {"threshold": 0.3}

@@ -67,6 +67,7 @@ class TopK(Mechanism):
         ValueError: A hyper-parameter outside its range.
     """
 
+    reads_sums = True
     keeps_types = True
     traces_itself = True
     dense_limit = {"keys": 1.0}

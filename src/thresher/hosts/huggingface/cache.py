@@ -89,7 +89,8 @@ def _attach_codes(keys: Tensor, mechanism: Mechanism, codes: KeyCodes) -> None:
 def _keeps_more(mechanism: Any) -> bool:
     if not isinstance(mechanism, Mechanism):
         return False
-    if getattr(mechanism, "tail", None) is not None and mechanism.pattern is Pattern.CAUSAL_SELF:
+    has_tail = getattr(mechanism, "tail", None) is not None
+    if mechanism.reads_sums and has_tail and mechanism.pattern is Pattern.CAUSAL_SELF:
         return True
     device = next((p.device for p in mechanism.parameters()), None)
     return mechanism.encode_keys(torch.zeros(1, 1, 1, mechanism.head_dim, device=device)) is not None
