@@ -111,6 +111,24 @@ def test_other_weights_are_refused_unless_they_are_wanted(tmp_path: Path) -> Non
         load_adapter(build("Llama"), tmp_path, same_weights=False)
 
 
+def test_what_comes_after_the_last_mechanism_may_be_another(tmp_path: Path) -> None:
+    save_adapter(build_sparse("BERT"), tmp_path / "BERT")
+    headless = BertModel(BertConfig(**SIZES), add_pooling_layer=False).eval()
+    state = build("BERT").state_dict()
+    headless.load_state_dict({name: state[name] for name in headless.state_dict()})
+    load_adapter(headless, tmp_path / "BERT")
+    assert torch.equal(run(headless, "BERT"), run(build_sparse("BERT"), "BERT"))
+    save_adapter(build_sparse("timm"), tmp_path / "timm")
+    retrained = build("timm")
+    retrained.reset_classifier(7)
+    assert load_adapter(retrained, tmp_path / "timm")
+    for changed in ("blocks.1.mlp.fc2.bias", "pos_embed"):  # the last block counts whole, and what is before it
+        other = build("timm")
+        other.get_parameter(changed).data += 1
+        with pytest.raises(ValueError, match="with other weights"):
+            load_adapter(other, tmp_path / "timm")
+
+
 def test_a_model_with_mechanisms_is_refused(tmp_path: Path) -> None:
     model = build_sparse("BERT")
     save_adapter(model, tmp_path)

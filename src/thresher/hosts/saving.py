@@ -1,6 +1,7 @@
 """Adapters: the mechanisms of a model and their parameters as a folder of kilobytes, for the dense model to load.
 
-An adapter belongs to one base model, by the names and shapes of its weights and by their values. Its folder holds
+An adapter belongs to one base model, by the names, shapes and values of its weights. What comes after the last
+mechanism, such as a pooling or a classifier, does not count: the same encoder may have another head. Its folder holds
 
     thresher.json         recipe of each mechanism, and the fingerprint of the base model
     thresher.safetensors  parameters and buffers of the mechanisms, such as thresholds and tail factors
@@ -10,7 +11,7 @@ An adapter belongs to one base model, by the names and shapes of its weights and
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         raise ValueError(f"{type(model).__name__} holds no mechanism to save; sparsify() gives it one")
     if unknown := [f"{name} ({r['attention']})" for name, r in recipes.items() if "hyperparameters" not in r]:
         raise ValueError(f"an adapter stores mechanisms of Thresher only, and cannot describe {', '.join(unknown)}")
-    description = {"format": FORMAT, "base": describe_base(model), "mechanisms": recipes}
+    description = {"format": FORMAT, "base": describe_base(model, recipes), "mechanisms": recipes}
     state = {
         f"{name}.{key}": value.detach().cpu().contiguous().clone()
         for name in recipes
@@ -81,8 +82,8 @@ def load_adapter(model: nn.Module, place: str | Path, *, same_weights: bool = Tr
     description, state = _read(folder)
     if held := find_holders(model):
         raise ValueError(f"{type(model).__name__} already holds mechanisms, in {held[0]} first: call densify() before")
-    _check_base(model, description["base"], folder, same_weights)
     recipes: Recipes = description["mechanisms"]
+    _check_base(model, recipes, description["base"], folder, same_weights)
     try:
         restore_hosts(model, recipes)
     except AttributeError as error:
@@ -117,12 +118,19 @@ def push_adapter(folder: str | Path, repository: str, **options: Any) -> str:
     return str(api.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=files, **options))
 
 
-def describe_base(model: nn.Module) -> dict[str, Any]:
+def describe_base(model: nn.Module, mechanisms: Iterable[str]) -> dict[str, Any]:
     """Describe a model without its mechanisms: class, architecture and weights, the last two as fingerprints.
 
     Weights are rounded to bf16 first, so that a model loaded in bf16 is the one that was saved in fp32.
+
+    Args:
+        model: The model.
+        mechanisms: Names of the modules that hold mechanisms; modules after them do not count.
     """
-    state = {name: x for name, x in model.state_dict().items() if not OF_MECHANISMS.search(name)}
+    after = tuple(_list_modules_after(model, mechanisms))
+    state = {
+        name: x for name, x in model.state_dict().items() if not (OF_MECHANISMS.search(name) or name.startswith(after))
+    }
     shapes = sorted((name, list(x.shape)) for name, x in state.items())
     values = hashlib.blake2b(digest_size=16)
     for name in sorted(state):
@@ -135,6 +143,17 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
         "architecture": hashlib.blake2b(json.dumps(shapes).encode(), digest_size=16).hexdigest(),
         "weights": values.hexdigest(),
     }
+
+
+def _list_modules_after(model: nn.Module, mechanisms: Iterable[str]) -> Iterator[str]:
+    """Yield the prefixes of the modules that are registered after the layers that hold mechanisms."""
+    parent, prefix = model, ""
+    for parts in zip(*(name.split(".") for name in mechanisms), strict=False):
+        children = [name for name, _ in parent.named_children()]
+        if len(set(parts)) > 1 or parts[0].isdecimal() or parts[0] not in children:
+            return  # these are the layers, or the names are those of another model
+        yield from (f"{prefix}{name}." for name in children[children.index(parts[0]) + 1 :])
+        parent, prefix = parent.get_submodule(parts[0]), f"{prefix}{parts[0]}."
 
 
 def _get_mechanism(model: nn.Module, name: str) -> nn.Module:
@@ -176,8 +195,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{folder / PARAMETERS} is missing or damaged: {error}") from error
 
 
-def _check_base(model: nn.Module, wanted: Mapping[str, str], folder: Path, same_weights: bool) -> None:
-    found = describe_base(model)
+def _check_base(
+    model: nn.Module, recipes: Recipes, wanted: Mapping[str, str], folder: Path, same_weights: bool
+) -> None:
+    found = describe_base(model, recipes)
     named = wanted["name"] and f" ({wanted['name']})"
     if found["architecture"] != wanted["architecture"]:
         raise ValueError(
@@ -215,7 +236,7 @@ def _write_card(model: nn.Module, description: Mapping[str, Any]) -> str:
         f"{CARD_BEGIN}{metadata}tags:\n- sparse-attention\n---",
         f"# Sparse attention for {base['name'] or base['class']}",
         f"Mechanism: {', '.join(kinds)}, in {len(recipes)} modules; {size:,} numbers in `{PARAMETERS}`. The weights of "
-        f"the model are not in this folder. It belongs to one model of the class `{base['class']}`; loading it into "
+        f"the model are not in this folder. It belongs to the layers of one model of the class `{base['class']}`; loading it into "
         "another one is refused.",
         "```python\nimport thresher\n\nthresher.load_adapter(model, FOLDER)  # model: the dense one\n```",
     ]

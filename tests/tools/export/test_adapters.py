@@ -173,7 +173,7 @@ def test_the_adapter_of_another_network_is_one_sentence_and_leaves_nothing(
     dense: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = load_checkpoint(dense / "checkpoints" / "best.ckpt")
-    checkpoint["state_dict"]["net.head.weight"] += 1
+    checkpoint["state_dict"]["net.patch_embed.proj.weight"] += 1
     torch.save(checkpoint, tmp_path / "other.ckpt")
     assert export(tmp_path / "other.ckpt", tmp_path / "out", f"adapter='{tuned}/adapter'") == 1
     assert "with other weights than those of this model" in capsys.readouterr().err
