@@ -236,8 +236,8 @@ def _write_card(model: nn.Module, description: Mapping[str, Any]) -> str:
         f"{CARD_BEGIN}{metadata}tags:\n- sparse-attention\n---",
         f"# Sparse attention for {base['name'] or base['class']}",
         f"Mechanism: {', '.join(kinds)}, in {len(recipes)} modules; {size:,} numbers in `{PARAMETERS}`. The weights of "
-        f"the model are not in this folder. It belongs to the layers of one model of the class `{base['class']}`; loading it into "
-        "another one is refused.",
+        f"the model are not in this folder. It belongs to the layers of one model of the class `{base['class']}`; "
+        "loading it into another one is refused.",
         "```python\nimport thresher\n\nthresher.load_adapter(model, FOLDER)  # model: the dense one\n```",
     ]
     return "\n\n".join(lines) + "\n"
