@@ -1,5 +1,6 @@
 """The format of a checkpoint and of an export: every key, every file name, and the version."""
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -71,3 +72,18 @@ def check_version(record: Mapping[str, Any], source: Path) -> None:
         raise ValueError(
             f"{source} was written by thresher {written}, and this is {version('thresher')}: install the later one"
         )
+
+
+def is_saved_by_transformers(path: Path) -> bool:
+    """Tell whether a path is a folder that transformers wrote, and not an export of this project.
+
+    Raises:
+        ValueError: Its description cannot be read.
+    """
+    if not (path / DESCRIPTION).is_file():
+        return False
+    try:
+        told = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / DESCRIPTION} cannot be read: {error}") from error
+    return isinstance(told, Mapping) and "model_type" in told and not (is_export(path) and "classes" in told)

@@ -6,7 +6,6 @@ called.
 
 import difflib
 import inspect
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from thresher.attention import Mechanism
-from thresher.checkpoints.format import DESCRIPTION, is_export
+from thresher.checkpoints.format import is_saved_by_transformers
 from thresher.checkpoints.rebuild import load_model
 from thresher.hosts.recording import call_model
 from thresher.models.transformer import Classifier, EncoderDecoder, LanguageModel, Stack
@@ -48,7 +47,7 @@ def load_subject(name: str, tokens: int, conf: Path) -> Subject:
         return load_timm(rest)
     if kind == "hf" and colon:
         return load_transformers(rest, tokens)
-    if path.exists() and not _is_saved_by_transformers(path):
+    if path.exists() and not is_saved_by_transformers(path):
         return load_checkpoint(path, tokens, conf)
     if path.exists():
         return load_transformers(name, tokens)
@@ -66,16 +65,6 @@ def load_subject(name: str, tokens: int, conf: Path) -> Subject:
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise ValueError(f"timm has no model {name!r}{hint} And {error}") from error
     return load_transformers(name, tokens)
-
-
-def _is_saved_by_transformers(path: Path) -> bool:
-    if not (path / DESCRIPTION).is_file():
-        return False
-    try:
-        told = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path / DESCRIPTION} cannot be read: {error}") from error
-    return isinstance(told, Mapping) and "model_type" in told and not (is_export(path) and "classes" in told)
 
 
 def load_timm(name: str) -> Subject:

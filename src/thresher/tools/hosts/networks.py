@@ -1,8 +1,6 @@
 """A model by its name, from files of this machine: nothing is downloaded."""
 
 import difflib
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from thresher.checkpoints.format import DESCRIPTION, is_export
+from thresher.checkpoints.format import is_saved_by_transformers
 from thresher.checkpoints.rebuild import load_model
 from thresher.config.packages import SCHEME, resolve_path
 from thresher.hosts.wrapped import get_model
@@ -48,7 +46,7 @@ def load_network(name: str, conf: Path) -> Network:
         FileNotFoundError: The package or its folder is not there.
     """
     path = Path(resolve_path(name))
-    if name.startswith(SCHEME) or (path.exists() and _is_saved_by_transformers(path)):
+    if name.startswith(SCHEME) or (path.exists() and is_saved_by_transformers(path)):
         return Network(_load_from_folder(path))
     if path.exists():
         return Network(get_model(load_model(path, conf=conf)))
@@ -71,13 +69,3 @@ def _load_from_folder(folder: Path) -> nn.Module:
         raise ValueError(f"{folder} is a model of transformers: pip install 'thresher[hf]'") from error
     model: nn.Module = load_local_model(folder)
     return model
-
-
-def _is_saved_by_transformers(path: Path) -> bool:
-    if not (path / DESCRIPTION).is_file():
-        return False
-    try:
-        told = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path / DESCRIPTION} cannot be read: {error}") from error
-    return isinstance(told, Mapping) and "model_type" in told and not (is_export(path) and "classes" in told)
