@@ -6,17 +6,15 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 
-from tests.run.test_tune import SHORT
+from tests.run.test_tune import SHORT, stopping_at
 from tests.running import tiny_config
 from thresher.checkpoints.load import load_checkpoint
 from thresher.run import train as training
-from thresher.run import tune as tuning
 
 QUICK = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "test=false")
 
@@ -115,23 +113,11 @@ def find_steps(folder: Path, which: int) -> list[int]:
     return [int(float(row["trainer/global_step"])) for row in rows if "train/error" in row]
 
 
-def test_a_tuning_that_was_stopped_continues_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tuning_that_was_stopped_continues_its_wandb_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = tiny_config(folder, "logger=wandb", "logger.wandb.mode=offline", *SHORT, "test=false")
-    run: Any = tuning.tune
-
-    def stop(*args: Any, on_step: Any, **options: Any) -> Any:
-        def stopped(step: int, measured: Any) -> None:
-            on_step(step, measured)
-            if step == 3:
-                raise KeyboardInterrupt
-
-        return run(*args, on_step=stopped, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(tuning, "tune", stop)
-        with pytest.raises(KeyboardInterrupt):
-            training.train(config)
+    with stopping_at(3), pytest.raises(KeyboardInterrupt):
+        training.train(config)
     (first,) = find_ids(folder)
     assert find_steps(folder, 0) == [1, 2, 3]
     time.sleep(1.1)  # names of offline runs are sorted by the second

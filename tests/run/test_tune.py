@@ -1,6 +1,8 @@
 """`train.py task=tuning`: thresholds of frozen networks tuned in a run, with its folder, resumption and evaluation."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,23 +72,30 @@ def test_a_trained_network_is_tuned_measured_and_evaluated_again(
     assert "train/kept" in rows[0]
 
 
-def test_a_tuning_that_was_stopped_resumes_to_the_same_end(
-    dense: tuple[Path, dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = tune(tmp_path / "whole", dense[0])
+@contextmanager
+def stopping_at(last: int) -> Iterator[None]:
+    """Interrupt every tuning after so many steps."""
     run: Any = tuning.tune
 
     def stop(*args: Any, on_step: Any, **options: Any) -> Any:
         def stopped(step: int, measured: Any) -> None:
-            if step == 3:
+            on_step(step, measured)
+            if step == last:
                 raise KeyboardInterrupt
 
         return run(*args, on_step=stopped, **options)
 
-    with monkeypatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(tuning, "tune", stop)
-        with pytest.raises(KeyboardInterrupt):
-            tune(tmp_path / "stopped", dense[0])
+        yield
+
+
+def test_a_tuning_that_was_stopped_resumes_to_the_same_end(
+    dense: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    whole = tune(tmp_path / "whole", dense[0])
+    with stopping_at(3), pytest.raises(KeyboardInterrupt):
+        tune(tmp_path / "stopped", dense[0])
     assert not (tmp_path / "stopped" / "metrics.json").exists()
     with pytest.raises(ValueError, match="of a tuning with another weights"):
         tune(tmp_path / "stopped", dense[0], "init_from=null")
