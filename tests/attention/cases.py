@@ -49,6 +49,23 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "tail": TAILS,
         "backend": BACKENDS,
     },
+    "blocks": {
+        "block.queries": st.integers(1, 12),
+        "block.share": st.sampled_from(["auto", "vote", "union"]),
+        "block.every": st.integers(1, 4),
+        "estimate.bits": st.sampled_from([2, 4, 8, "exact"]),
+        "estimate.split": st.sampled_from(["round", "truncate"]),
+        "estimate.scoring": st.sampled_from(["exact", "int8"]),
+        "gate.mode": st.sampled_from(["ste", "hard"]),
+        "gate.surrogate": st.sampled_from(["sigmoid", "compact", "inside"]),
+        "gate.tau": st.floats(0.01, 10),
+        "gate.into_scores": FLAGS,
+        "unit": st.sampled_from(["spread", "nats"]),
+        "threshold": st.one_of(st.just(float("inf")), st.floats(0, 20)),
+        "always_keep": st.integers(0, 12),
+        "tail": TAILS,
+        "backend": BACKENDS,
+    },
     "smyrf": {
         "cluster": st.integers(1, 12),
         "rounds": st.integers(1, 4),
@@ -148,6 +165,10 @@ class Case:
         empty = 0 in (self.batch, n, m)
         if o.get("conv") and (self.pattern.cross or (self.hidden[2] != "none" and not empty)):
             return "conv|as many keys as queries"
+        if o.get("block.share") == "union" and o["block.every"] > 1:
+            return "block.every is for votes"
+        if self.pattern.causal and (o.get("block.share") == "vote" or o.get("block.every", 1) > 1):
+            return "block.share=union"
         if o.get("path") == "gather" and (o["sampling.draws"], o["sampling.distribution"]) != ("shared", "multinomial"):
             return "path=gather"
         if o.get("gate.mode") == "soft" and o["gate.surrogate"] != "sigmoid":

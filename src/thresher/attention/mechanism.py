@@ -80,7 +80,7 @@ class Mechanism(Metered, ABC):
     needs_source: ClassVar[bool] = False
     content_based: ClassVar[bool] = True
     drops_weights: ClassVar[bool] = True
-    ranks_queries: ClassVar[bool] = False
+    ranks_queries: bool = False
     pools_tokens: bool = False
     slides: ClassVar[bool] = True
     dense_limit: ClassVar[Mapping[str, Any] | None] = None

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -70,6 +70,13 @@ def select_queries(
     return q[:, :, rows], seen
 
 
+def draw_rows(n: int, number: int, together: int, device: torch.device) -> Int[Tensor, " rows"]:
+    """Draw about `number` of n queries at random, ascending, in whole blocks of those that choose keys together."""
+    blocks = torch.randperm(-(-n // together), device=device)[: max(number // together, 1)].sort().values
+    rows = (blocks[:, None] * together + torch.arange(together, device=device)).flatten()
+    return rows[rows < n]
+
+
 class ThresholdProbe:
     """Reads the quantiles for calibrated thresholds from forward passes of a model.
 
@@ -113,7 +120,7 @@ class ThresholdProbe:
             q, k, call = q[some], k[some], call.examples(some)
             (b, _, n, _), m = q.shape, k.shape[2]
             if b * n * m > self.pairs:
-                rows = torch.randperm(n, device=q.device)[: max(self.pairs // (b * m), 1)].sort().values
+                rows = draw_rows(n, max(self.pairs // (b * m), 1), owner.rows_together, q.device)
                 q, call = select_queries(q, m, call, owner.pattern, rows)
             difference, visible, always_keep = owner.measure_differences(q, k, call)
             # Pairs that are always kept count towards the share.

@@ -99,7 +99,7 @@ LEAKS = (
     Check(leaks.check_masks_hide_together),
     Check(leaks.check_hidden_tokens_get_nothing),
     Check(leaks.check_examples_are_independent),
-    Check(leaks.check_queries_are_independent),
+    Check(leaks.check_queries_are_independent, changes=_get_selective),
     Check(leaks.check_rows_ignore_what_follows, lambda mechanism: mechanism.pattern.causal),
     Check(leaks.check_pooling_is_declared, _applies_in(Pattern.NONCAUSAL_SELF), _get_selective),
     Check(leaks.check_sliding_is_declared, _applies_in(Pattern.CAUSAL_SELF), _get_selective),

@@ -139,7 +139,12 @@ class Latte(Mechanism):
             else:
                 by_values = trace_kept_keys(of_v, gate.keep)
             out = add_traces(weights.to(x.v.dtype) @ zero_nonfinite(x.v, of_v), by_values)
-        return Attended(out, self.count_cost(gate.kept, x))
+        return Attended(out, self.charge(gate, x))
+
+    @property
+    def rows_together(self) -> int:
+        """The number of consecutive queries that choose keys together."""
+        return 1
 
     @property
     def is_soft(self) -> bool:
@@ -192,7 +197,7 @@ class Latte(Mechanism):
         q, k, call = promote_to_fp32(x.q), promote_to_fp32(x.k), x.call
         finite_q, finite_k = (zero_nonfinite(each, trace) for each, trace in zip((q, k), x.score_traces, strict=True))
         scores = (finite_q * x.scale) @ finite_k.transpose(-2, -1)
-        if call.pairs is not None:  # NaN in a shared scale would reach rows that do not see that key
+        if call.pairs is not None or self.ranks_queries:  # NaN would reach rows that do not see that token
             q, k = finite_q, finite_k
         estimate = scores.detach()
         if not self.estimate.is_exact:
@@ -250,10 +255,13 @@ class Latte(Mechanism):
             opened = opened + attach_slope(torch.zeros_like(opened), gate.slope / worth, scores)
         return opened
 
+    def charge(self, gate: Gate, x: Prepared) -> Cost:
+        """Count the cost of a gate's decisions."""
+        return self.count_cost(gate.kept, x)
+
     def count_cost(self, kept: Tensor, x: Prepared) -> Cost:
         """Count an estimate for every visible pair, the rest of its score and its value for every kept one."""
-        bits = self.estimate.bits
-        share = 1.0 if isinstance(bits, str) else (bits / 8) ** 2
+        share = self.estimate.share
         return Cost(
             score=kept * (self.head_dim * (1 - share)),
             value=kept * x.value_dim,

@@ -36,6 +36,11 @@ class EstimateOptions:
         """Whether scores are exact and need no codes."""
         return self.bits == "exact" and self.scoring == "exact"
 
+    @property
+    def share(self) -> float:
+        """What an estimate costs, as a share of an 8-bit score."""
+        return 1.0 if isinstance(self.bits, str) else (self.bits / 8) ** 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateOptions:

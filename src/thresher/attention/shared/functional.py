@@ -46,6 +46,19 @@ def masked_softmax(
     return scores.softmax(-1).masked_fill(~visible, 0)
 
 
+def weigh_gated(scores: Float[Tensor, "b h n m"], gate: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
+    """Compute the softmax over the keys whose gate is 1, with the gradient of the gate, to dropped keys too.
+
+    `gated_softmax` does the same for gates of thresholds on a row's own scores, in fewer passes over memory.
+    """
+    with torch.no_grad():
+        top = scores.masked_fill(gate == 0, float("-inf")).amax(-1, keepdim=True)
+        top = top.masked_fill(top == float("-inf"), 0)
+    share = gate * (scores - top).clamp_max(MAX_EXCESS).exp()
+    total = share.sum(-1, keepdim=True)
+    return share / torch.where(total.detach() > 0, total, 1)
+
+
 def drop_weights(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
     """Apply a dropout mask and rescale to keep the mean; None drops nothing."""
     return x if keep is None else x * keep / max(1 - p, torch.finfo(x.dtype).tiny)

@@ -59,6 +59,10 @@ class Thresholded(Protocol):
     thresholds: "Thresholds"
     pattern: Pattern
 
+    @property
+    def rows_together(self) -> int:
+        """The number of consecutive queries that choose keys together."""
+
     def measure_differences(self, q: Tensor, k: Tensor, call: Call) -> Differences:
         """Measure the differences of all pairs of a call."""
 

@@ -32,11 +32,11 @@ from thresher.attention.options import check_flags, check_integer
 from thresher.attention.prepared import Prepared
 from thresher.attention.shared.divergence import hides_some_pairs, trace_vectors, zero_nonfinite
 from thresher.attention.shared.functional import (
-    MAX_EXCESS,
     attach_slope,
     drop_weights,
     fill_hidden,
     promote_to_fp32,
+    weigh_gated,
 )
 from thresher.attention.shared.offsets import KeyFactors
 from thresher.attention.shared.selection import (
@@ -188,19 +188,9 @@ def _attend_to_chunk(
         slope = _compute_slope(limit, m, scores.dtype).expand(index.shape)
         slope = fill_hidden(scatter_entries(slope, index, m), visible, 0.0)
         gate = attach_slope(gate, slope, offset[:, None, None])
-    weights = _weigh(scores, gate) if factor is None else weigh_with_tail(scores, gate, visible, factor)
+    weights = weigh_gated(scores, gate) if factor is None else weigh_with_tail(scores, gate, visible, factor)
     weights = F.dropout(weights, dropout, dropout > 0)
     return weights.to(v.dtype) @ v
-
-
-def _weigh(scores: Tensor, gate: Tensor) -> Tensor:
-    """Compute the softmax over kept keys, with the gate's gradient, to dropped keys too."""
-    with torch.no_grad():
-        top = scores.masked_fill(gate == 0, float("-inf")).amax(-1, keepdim=True)
-        top = top.masked_fill(top == float("-inf"), 0)
-    share = gate * (scores - top).clamp_max(MAX_EXCESS).exp()
-    total = share.sum(-1, keepdim=True)
-    return share / torch.where(total.detach() > 0, total, 1)
 
 
 def _compute_slope(limit: Tensor, m: int, dtype: torch.dtype) -> Tensor:

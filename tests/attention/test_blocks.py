@@ -1,0 +1,236 @@
+"""Blocks against their definition: loops over blocks in fp64, and LATTE where rows choose for themselves."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from thresher.attention import Call, Pattern
+from thresher.attention.blocks import Blocks
+from thresher.attention.latte import Latte
+from thresher.attention.shared.functional import expand_heads
+from thresher.budget.calibration import calibrate, draw_rows
+from thresher.testing.inputs import Inputs, attend, disturb, draw, first, gradients, noise_like, padded
+
+SELF, CROSS = Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS
+LEAST = 1e-30
+
+
+def blocks(pattern: Pattern = SELF, heads: int = 4, queries: int = 5, **options: Any) -> Blocks:
+    options = {"threshold": 0.5, "estimate": {"bits": "exact"}, **options}
+    block = {"queries": queries, **options.pop("block", {})}
+    built = Blocks(heads, 8, pattern, block=block, **options).double()
+    with torch.no_grad():
+        built.thresholds.base.mul_(torch.linspace(0.7, 1.6, heads))
+        built.thresholds.eval_base.copy_(built.thresholds.base)
+        if built.tail is not None:
+            built.tail.factor.copy_(torch.linspace(0.6, 1.3, heads))
+    return built
+
+
+def attend_by_definition(mechanism: Blocks, inputs: Inputs, call: Call) -> dict[str, Tensor]:
+    """Compute outputs, kept pairs, MACs and gradients, block by block."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.leaves().items()}
+    leaves["thresholds.offset"] = mechanism.thresholds.offset.detach().clone().requires_grad_()
+    if mechanism.tail is not None:
+        leaves["tail.factor"] = mechanism.tail.factor.detach().clone().requires_grad_()
+    visible = mechanism.visible(inputs.q, inputs.k, call)
+    k, v = (expand_heads(leaves[name], mechanism.num_heads) for name in "kv")
+    scores = leaves["q"] @ k.mT * 8**-0.5 + (0 if call.bias is None else call.bias)
+    (b, h, n, m), size = scores.shape, mechanism.block.queries
+    out, kept = torch.zeros(b, h, n, v.shape[-1], dtype=torch.float64), torch.zeros(b, h)
+    estimated, unscored = torch.zeros(b, h), torch.zeros(b, h)
+    into_theta, through_gates = torch.zeros(h, dtype=torch.float64), []
+    rows = torch.empty_like(out)
+    for e in range(b):
+        for head in range(h):
+            theta = float(mechanism.thresholds.values()[head].detach())
+            for start in range(0, n, size):
+                part = slice(start, min(start + size, n))
+                shown, some = visible[e, head, part], scores[e, head, part]
+                seeing = shown.any(-1).nonzero().flatten()
+                if not len(seeing):
+                    continue
+                voters = seeing[:: mechanism.block.every]
+                shares = some[voters].masked_fill(~shown[voters], float("-inf")).softmax(-1)
+                logs = shares.mean(0).clamp_min(LEAST).log()
+                known = logs.detach()[shown.any(0)]
+                best = known.max()
+                unit = (best - known.mean()).clamp_min(1e-300) if mechanism.unit == "spread" else torch.tensor(1.0)
+                difference = (best - logs.detach()) / unit
+                keep = (difference <= theta) | (torch.arange(m) < mechanism.always_keep)
+                own = torch.zeros_like(shown)
+                if call.pairs is not None:
+                    own[torch.arange(len(shown)), some.masked_fill(~shown, float("-inf")).argmax(-1)] = True
+                keep = (keep | own) & shown
+                gate = keep.double().requires_grad_()
+                weights = gate * (some - some.detach().amax()).exp()
+                if mechanism.tail is not None:
+                    dropped = shown.double() - gate
+                    count = dropped.sum(-1, keepdim=True)
+                    mean = (some * dropped).sum(-1, keepdim=True) / torch.where(count > 0.5, count, 1)
+                    tail = leaves["tail.factor"][head] * (mean - some.detach().amax()).exp() * (count > 0.5)
+                    weights = weights + dropped * tail
+                total = weights.sum(-1, keepdim=True)
+                found = (weights / torch.where(total > 0, total, 1)) @ v[e, head]
+                out = out.clone()
+                out[e, head, part] = found
+                wanted = noise_like(rows)[e, head, part]
+                (of_gate,) = torch.autograd.grad((found * wanted).sum(), gate, retain_graph=True)
+                margin = theta - difference
+                slope = 1.5 * (1 - (margin / (3 * mechanism.thresholds.tau)) ** 2) / (3 * mechanism.thresholds.tau)
+                slope = slope.masked_fill((margin < 0) | (margin > 3 * mechanism.thresholds.tau), 0)
+                fixed = own | (torch.arange(m) < mechanism.always_keep) | ~shown
+                reached = (of_gate * slope).masked_fill(fixed, 0)
+                into_theta[head] += reached.sum()
+                if mechanism.gate.into_scores:
+                    through_gates.append((logs * reached.sum(0) / unit.clamp_min(1)).sum())
+                kept[e, head] += keep.sum()
+                estimated[e, head] += shown[voters].sum()
+                unscored[e, head] += keep.sum() - keep[voters].sum()
+    loss = (out * noise_like(rows)).sum() + sum(through_gates, torch.zeros((), dtype=torch.float64))
+    names = [name for name in leaves if name != "thresholds.offset"]
+    grads = dict(zip(names, torch.autograd.grad(loss, [leaves[name] for name in names]), strict=True))
+    share = mechanism.estimate.share
+    macs = estimated * 8 * share + kept * 8 * (1 - share) + unscored * 8 * share
+    return {"out": out.detach(), "kept": kept, "macs": macs, "thresholds.offset": into_theta, **grads}
+
+
+def generate_calls(pattern: Pattern, n: int, m: int, heads: int) -> dict[str, Call]:
+    bias = noise_like(torch.empty(1, heads, n, m, dtype=torch.float64))
+    pairs = noise_like(torch.empty(2, heads, n, m)) > -0.3
+    pairs[0, :, n // 2] = False
+    return {
+        "plain": Call(),
+        "bias": Call(bias=bias),
+        "padding": padded(pattern, lengths=(n, m)),
+        "left padding": padded(pattern, lengths=(n, m), left=True),
+        "hidden queries": Call(queries=noise_like(torch.empty(2, n), seed=6) > 0),
+        "pairs with an empty row": Call(pairs=pairs, bias=bias),
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"unit": "nats", "gate": {"into_scores": True}},
+        {"gate": {"into_scores": True}, "tail": "mean"},
+        {"tail": "mean", "always_keep": 2, "block": {"every": 3}},
+        {"unit": "nats", "threshold": 1.5, "block": {"every": 2}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("pattern", "n", "m"), [(SELF, 23, 23), (CROSS, 20, 13), (CROSS, 7, 31)], ids=str)
+def test_votes_are_those_of_the_definition(pattern: Pattern, n: int, m: int, options: dict[str, Any]) -> None:
+    mechanism = blocks(pattern, **options)
+    inputs = draw(mechanism, lengths=(n, m), groups=2, value_dim=5, spread=1.3)
+    for call_name, call in generate_calls(pattern, n, m, 4).items():
+        attended, found = gradients(mechanism, inputs, call, cost=0)
+        cost = attended.cost
+        got = found | {"out": attended.out, "kept": cost.kept, "macs": cost.score + cost.select}
+        if mechanism.tail is not None:
+            tokens = sum(x.sum(-1).expand(2, 4) for x in _find_seen(mechanism, inputs, call))
+            got["macs"] = got["macs"] - tokens * (8 + 5) * (cost.kept < cost.visible)
+        for name, wanted in attend_by_definition(mechanism, inputs, call).items():
+            off = (got[name].detach().double() - wanted.double()).abs().max()
+            assert off < 1e-9 * (1 + wanted.abs().max()), f"{name} is off by {off:.1e} with {call_name}"
+
+
+def _find_seen(mechanism: Blocks, inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
+    visible = mechanism.visible(inputs.q, inputs.k, call)
+    return visible.any(-1), visible.any(-2)
+
+
+@pytest.mark.parametrize("pattern", Pattern)
+def test_a_union_has_the_outputs_and_gradients_of_latte(pattern: Pattern) -> None:
+    options: dict[str, Any] = {"threshold": 0.4, "tail": "mean", "gate": {"into_scores": True, "surrogate": "compact"}}
+    union = Blocks(4, 8, pattern, block={"queries": 4, "share": "union"}, **options).double()
+    latte = Latte(4, 8, pattern, backend="reference", **options).double()
+    inputs = draw(union, lengths=(19, 19), groups=2, spread=1.3)
+    for call in (Call(), padded(pattern, lengths=(19, 19))):
+        (got, of_got), (wanted, of_wanted) = (gradients(each, inputs, call, cost=0) for each in (union, latte))
+        assert torch.equal(got.out, wanted.out)
+        assert torch.equal(got.cost.kept, wanted.cost.kept)
+        assert got.cost.score.sum() > wanted.cost.score.sum(), "a block computes more than its rows chose"
+        assert all(torch.equal(of_got[name], of_wanted[name]) for name in of_wanted)
+
+
+@pytest.mark.parametrize(("size", "pairs"), [(1, 4), (2, 5), (3, 4), (100, 5)])
+def test_a_union_is_charged_for_all_that_its_block_computes(size: int, pairs: int) -> None:
+    """Of four causal rows the first three choose key 0, the last one key 3; rows compute what they see of the union."""
+    union = Blocks(
+        1,
+        2,
+        Pattern.CAUSAL_SELF,
+        block={"queries": size},
+        unit="nats",
+        threshold=1.0,
+        estimate={"bits": "exact"},
+        gate={"mode": "hard"},
+    )
+    q = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])[None, None] * 9
+    k = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 1.0]])[None, None] * 9
+    cost = attend(union, Inputs(q, k, k.clone(), None)).cost
+    assert float(cost.kept) == 4
+    assert float(cost.value) == 2 * pairs
+
+
+@pytest.mark.parametrize("pattern", [Pattern.CAUSAL_SELF, Pattern.CAUSAL_CROSS])
+def test_a_vote_where_later_queries_would_decide_is_refused(pattern: Pattern) -> None:
+    for block in ({"share": "vote"}, {"every": 2}):
+        with pytest.raises(ValueError, match=r"later queries .* block\.share=union"):
+            Blocks(2, 8, pattern, block=block)
+    assert not Blocks(2, 8, pattern).votes, "auto is a union here"
+
+
+def test_a_vote_of_one_row_is_latte() -> None:
+    options: dict[str, Any] = {"unit": "nats", "threshold": 1.1}
+    inputs = draw(blocks(), lengths=(17, 17), spread=1.3)
+    voted = attend(Blocks(4, 8, SELF, block={"queries": 1}, **options).double(), inputs)
+    alone = attend(Latte(4, 8, SELF, backend="reference", **options).double(), inputs)
+    torch.testing.assert_close(voted.out, alone.out, rtol=1e-12, atol=1e-12)
+    assert torch.equal(voted.cost.kept, alone.cost.kept)
+
+
+def test_rows_of_one_block_keep_the_same_keys_and_other_blocks_do_not_matter() -> None:
+    mechanism = blocks(queries=4).eval()
+    inputs = draw(mechanism, lengths=(16, 16), spread=1.3)
+    before = attend(mechanism, inputs).out
+    changed = torch.arange(16) == 6
+    after = attend(mechanism, disturb(inputs, changed.expand(2, 4, 16), torch.zeros(2, 4, 16).bool(), 3.0)).out
+    moved = (before != after).any(-1).any(0).any(0)
+    assert moved[4:8].all(), "rows of the block depend on its votes"
+    assert not moved[:4].any()
+    assert not moved[8:].any()
+
+
+def test_hidden_queries_have_no_vote() -> None:
+    mechanism = blocks(queries=4).eval()
+    inputs = draw(mechanism, lengths=(16, 16), spread=1.3)
+    call = Call(queries=first([6, 9], 16), keys=None)
+    hidden = ~call.queries[:, None].expand(2, 4, 16)
+    before = attend(mechanism, inputs, call).out
+    after = attend(mechanism, disturb(inputs, hidden, torch.zeros(2, 4, 16).bool(), 30.0), call).out
+    assert torch.equal(before, after)
+
+
+def test_random_rows_of_a_calibration_are_whole_blocks() -> None:
+    for n, number, together in ((100, 40, 8), (7, 3, 64), (20, 1, 6)):
+        rows = draw_rows(n, number, together, torch.device("cpu"))
+        assert rows.tolist() == sorted(set(rows.tolist()))
+        assert all(set(range(b * together, min((b + 1) * together, n))) <= set(rows.tolist()) for b in rows // together)
+
+
+def test_calibrated_thresholds_keep_their_share() -> None:
+    mechanism = blocks(queries=8)
+    inputs = draw(mechanism, lengths=(64, 64), spread=1.3)
+    calibrate(
+        torch.nn.ModuleDict({"attention": mechanism}),
+        [inputs],
+        0.25,
+        forward=lambda batch: mechanism(batch.q, batch.k, batch.v, Call()),
+    )
+    cost = attend(mechanism.eval(), inputs).cost
+    assert abs(float((cost.kept.sum() / cost.visible.sum()).detach()) - 0.25) < 0.02
