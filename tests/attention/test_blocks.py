@@ -7,11 +7,21 @@ import torch
 from torch import Tensor
 
 from thresher.attention import Call, Pattern
-from thresher.attention.blocks import Blocks
+from thresher.attention.blocks import Blocks, gather
 from thresher.attention.latte import Latte
 from thresher.attention.shared.functional import expand_heads
 from thresher.budget.calibration import calibrate, draw_rows
-from thresher.testing.inputs import Inputs, attend, disturb, draw, first, gradients, noise_like, padded
+from thresher.testing.inputs import (
+    Inputs,
+    attend,
+    count_saved_bytes,
+    disturb,
+    draw,
+    first,
+    gradients,
+    noise_like,
+    padded,
+)
 
 SELF, CROSS = Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS
 LEAST = 1e-30
@@ -234,3 +244,71 @@ def test_calibrated_thresholds_keep_their_share() -> None:
     )
     cost = attend(mechanism.eval(), inputs).cost
     assert abs(float((cost.kept.sum() / cost.visible.sum()).detach()) - 0.25) < 0.02
+
+
+GATHERED: list[dict[str, Any]] = [
+    {},
+    {"tail": "mean"},
+    {"tail": "mean", "always_keep": 2, "unit": "nats", "threshold": 1.1},
+    {"estimate": {"bits": 4}, "gate": {"mode": "hard"}},
+    {"block": {"every": 3}},
+]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "share", "options"),
+    [
+        *((pattern, "union", options) for pattern in Pattern for options in GATHERED[:4]),
+        *((pattern, "vote", options) for pattern in (SELF, CROSS) for options in GATHERED),
+    ],
+    ids=str,
+)
+def test_gathered_keys_give_the_same(
+    pattern: Pattern, share: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks at a time: 8 groups, 10 rows of 23 keys."""
+    monkeypatch.setattr(gather, "PAIRS", 2 * 4 * 10 * 23)
+    options = options | {"block": {"share": share, **options.get("block", {})}}
+    reference, gathered = (blocks(pattern, backend=backend, **options) for backend in ("reference", "gather"))
+    for n in (23, 7) if pattern is not SELF else (23,):
+        inputs = draw(reference, lengths=(n, 23), groups=2, value_dim=5, spread=1.3)
+        calls = [Call()]
+        if n == 23:
+            calls += [padded(pattern, lengths=(n, 23), left=left) for left in (False, True)]
+        for call in calls:
+            (wanted, of_wanted), (got, of_got) = (gradients(each, inputs, call) for each in (reference, gathered))
+            torch.testing.assert_close(got.out, wanted.out, rtol=1e-9, atol=1e-12)
+            for name, one, other in zip(got.cost._fields, got.cost, wanted.cost, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+            for name, gradient in of_wanted.items():
+                torch.testing.assert_close(of_got[name], gradient, rtol=1e-8, atol=1e-9)
+
+
+def test_gathering_takes_memory_linear_in_tokens() -> None:
+    """What backward keeps doubles with the number of tokens, while a map of pairs quadruples."""
+    mechanism = Blocks(2, 16, SELF, threshold=0.2, backend="gather").train()
+    assert count_saved_bytes(mechanism, 2048) < 2.2 * count_saved_bytes(mechanism, 1024)
+    whole = Blocks(2, 16, SELF, threshold=0.2, backend="reference").train()
+    assert count_saved_bytes(whole, 1024) > 10 * count_saved_bytes(mechanism, 1024)
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "message"),
+    [
+        ({"estimate": {"scoring": "int8"}}, Call(), "exact scores"),
+        ({"gate": {"into_scores": True}}, Call(), "into_scores=false"),
+        ({"gate": {"surrogate": "compact"}}, Call(), "dropped keys; set inside"),
+        ({}, Call(bias=torch.zeros(1, 4, 9, 9, dtype=torch.float64)), "no biases"),
+    ],
+    ids=str,
+)
+def test_what_gathering_cannot_compute_is_refused(options: dict[str, Any], call: Call, message: str) -> None:
+    mechanism = blocks(backend="gather", **options)
+    inputs = draw(mechanism, lengths=(9, 9))
+    with pytest.raises(ValueError, match=f"backend=gather cannot compute this call of Blocks: .*{message}"):
+        attend(mechanism, inputs, call)
+
+
+def test_a_backend_that_a_mechanism_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu; got 'gather'"):
+        Latte(2, 8, SELF, backend="gather")

@@ -63,7 +63,7 @@ def test_the_kernel_computes_the_reference(local: type[Mechanism], pattern: Patt
 def test_what_the_kernel_lacks_is_refused(local: type[Mechanism]) -> None:
     q = torch.randn(3, 1, 2, 5, 8, requires_grad=True)
     built = local(2, 8, Pattern.NONCAUSAL_SELF, backend="cpu")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="backend=cpu cannot compute this call of local: it has no backward"):
+    with pytest.raises(ValueError, match="backend=cpu cannot compute this call of Local: it has no backward"):
         built(*q, Call())
 
 

@@ -171,7 +171,7 @@ def test_what_a_kernel_cannot_serve_is_told_where_it_was_asked_for() -> None:
     q = torch.zeros(1, 2, 4, 16)
     with pytest.raises(
         ValueError,
-        match=r"backend=cpu cannot compute this call of topk: some of its tensors are torch.float64, others are not",
+        match=r"backend=cpu cannot compute this call of TopK: some of its tensors are torch.float64, others are not",
     ):
         mechanism(q, q.double(), q, Call())
 

@@ -166,7 +166,7 @@ def test_generated_code_equals_eager(pattern: Pattern) -> None:
 def test_what_the_kernel_cannot_do_is_refused_or_left_to_pytorch(option: dict[str, object], message: str) -> None:
     ours, plain = pair(**option)
     inputs = draw(ours, lengths=(20, 20))
-    with pytest.raises(ValueError, match=f"backend=cpu cannot compute this call of mca: .*{message}"):
+    with pytest.raises(ValueError, match=f"backend=cpu cannot compute this call of Mca: .*{message}"):
         gradients(ours, inputs, Call())
     ours.backend = "auto"
     found = []

@@ -1,13 +1,13 @@
 """Choose the code that computes a call: PyTorch, which defines the mechanism, or a faster implementation.
 
-`backend=reference` is PyTorch. `backend=cpu` is the CPU kernel, and an error where it cannot compute the call.
-`backend=auto` is the first implementation that can: it supports the device and the features of the call, and its kernel
-builds on this machine. If there is none, it is PyTorch.
+`backend=reference` is PyTorch. `backend=cpu` is the CPU kernel, `backend=gather` PyTorch that gathers kept keys; both
+are an error where they cannot compute the call. `backend=auto` is the first implementation that can: it supports the
+device and the features of the call, and its kernel builds on this machine. If there is none, it is the reference.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Generic, Literal, TypeVar, get_args
+from typing import ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from thresher.attention.options import check_choice
 from thresher.attention.prepared import Prepared
 from thresher.kernels.build import KernelError, can_use, load_library
 
-Backend = Literal["auto", "reference", "cpu"]
+Backend = Literal["auto", "reference", "cpu", "gather"]
 M = TypeVar("M")
 READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,13 +27,13 @@ class Implementation(ABC, Generic[M]):
 
     Attributes:
         backend: Value of `backend=` that selects it.
-        device: Type of device that tensors must be on.
-        kernel: Name of its kernel.
+        device: Type of device that tensors must be on; None is any.
+        kernel: Name of its kernel; None needs none.
     """
 
     backend: ClassVar[Backend] = "cpu"
-    device: ClassVar[str] = "cpu"
-    kernel: ClassVar[str]
+    device: ClassVar[str | None] = "cpu"
+    kernel: ClassVar[str | None]
 
     @abstractmethod
     def explain_refusal(self, mechanism: M, x: Prepared) -> str | None:
@@ -45,14 +45,15 @@ class Implementation(ABC, Generic[M]):
 
 
 def check_backend(backend: Backend, implementations: Sequence[Implementation[M]]) -> None:
-    """Check that a backend exists and works on this machine.
+    """Check that a backend exists for a mechanism and works on this machine.
 
     Raises:
         ValueError: `backend` is none of the choices, or its kernel does not build.
     """
-    check_choice("backend", backend, get_args(Backend))
+    own = dict.fromkeys(implementation.backend for implementation in implementations)
+    check_choice("backend", backend, ("auto", "reference", *own))
     for implementation in implementations:
-        if implementation.backend == backend:
+        if implementation.backend == backend and implementation.kernel is not None:
             try:
                 load_library(implementation.kernel)
             except KernelError as error:
@@ -76,20 +77,20 @@ def choose_implementation(
         if backend in ("auto", implementation.backend):
             tensors = (x.grouped_q, x.grouped_k, x.grouped_v)
             refused = implementation.explain_refusal(mechanism, x) or explain_unreadable(tensors, implementation.device)
-            if refused is None and can_use(implementation.kernel):
+            if refused is None and (implementation.kernel is None or can_use(implementation.kernel)):
                 return implementation
     if backend != "auto" and refused is not None:
         raise ValueError(
-            f"backend={backend} cannot compute this call of {implementations[-1].kernel}: {refused}; "
+            f"backend={backend} cannot compute this call of {type(mechanism).__name__}: {refused}; "
             "backend=auto falls back to PyTorch"
         )
     return None
 
 
-def explain_unreadable(tensors: Sequence[Tensor], device: str) -> str | None:
+def explain_unreadable(tensors: Sequence[Tensor], device: str | None) -> str | None:
     """Explain why an implementation cannot read tensors; None if it can."""
     for x in tensors:
-        if x.device.type != device:
+        if device is not None and x.device.type != device:
             return f"its tensors are on {x.device.type}"
         if x.dtype not in READABLE:
             return f"its tensors are {x.dtype}"

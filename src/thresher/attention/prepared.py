@@ -176,6 +176,18 @@ class Prepared:
         q, k, v = (x[rows] for x in (self.grouped_q, self.grouped_k, self.grouped_v))
         return Prepared(q, k, v, self.call.examples(rows), self.pattern, self.dropout)
 
+    def rows(self, rows: range) -> "Prepared":
+        """Select consecutive queries of a call without masks of pairs; in causal self attention, keys up to the last.
+
+        Tokens are the prepared ones, so hidden and non-finite ones are zero.
+        """
+        chosen = slice(rows.start, rows.stop)
+        last = self.m if self.causal_shift is None else self.causal_shift + rows.stop
+        queries = None if self.call.queries is None else self.call.queries[:, chosen]
+        keys = None if self.call.keys is None else self.call.keys[:, :last]
+        tokens = self.q[:, :, chosen], self.k[:, :, :last], self.v[:, :, :last]
+        return Prepared(*tokens, Call(queries=queries, keys=keys), self.pattern, self.dropout)
+
     def trace_all(self) -> None:
         """Zero the tokens that are not finite, and record the rows that see them in `trace`."""
         traces = [trace_vectors(x) for x in (self.q, self.k, self.v)]

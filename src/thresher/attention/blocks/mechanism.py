@@ -17,14 +17,14 @@ Ours       all of it: the vote on probabilities, which keep what few rows need m
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from thresher.attention.backends import Backend
+from thresher.attention.backends import Backend, Implementation
 from thresher.attention.blocks.options import BlockGateOptions, BlockOptions
 from thresher.attention.contract import Cost, Pattern
 from thresher.attention.latte.mechanism import ESTIMATE, Latte, measure_spread
@@ -57,13 +57,14 @@ class Blocks(Latte):
         threshold: Initial threshold in that unit, at least 0.
         always_keep: Number of leading keys (class token, sink) that are kept where visible.
         tail: "mean" gives dropped keys the weight of their mean score, "none" no weight; see `shared/tail.py`.
-        backend: "reference" is PyTorch, and so is "auto".
+        backend: "reference" is PyTorch with maps of all pairs; "gather" is PyTorch that gathers the keys of a block, in
+            memory linear in tokens, and raises an error where it cannot; "auto" is the latter where it can.
 
     Raises:
         ValueError: A hyper-parameter outside its range, or a vote in a causal pattern.
     """
 
-    implementations = ()
+    implementations: ClassVar[tuple[Implementation[Any], ...]] = ()  # not those of LATTE
     selective = {"threshold": 0.3, "block": {"queries": 4}}
 
     def __init__(
@@ -148,7 +149,7 @@ class Blocks(Latte):
         """Sum over the rows of each block."""
         return self.split_blocks(rows).sum(3)
 
-    def expand_blocks(self, blocks: Float[Tensor, "b h blocks m"], n: int) -> Float[Tensor, "b h n m"]:
+    def expand_blocks(self, blocks: Shaped[Tensor, "b h blocks m"], n: int) -> Shaped[Tensor, "b h n m"]:
         """Give each row what belongs to its block."""
         return blocks.repeat_interleave(self.block.queries, 2)[:, :, :n]
 
@@ -172,25 +173,36 @@ class Blocks(Latte):
         return opened
 
     def charge(self, gate: Gate, x: Prepared) -> Cost:
-        cost = self.count_cost(gate.kept, x)
-        if not self.votes:
-            return self.charge_union(cost, gate, x)
-        if self.block.every == 1:
-            return cost
-        silent = ~self.find_voters(x)[..., None]
-        saved = count_pairs(silent if x.visible is None else silent & x.visible, x.shape, x.device)
-        unscored = count_pairs(silent & gate.keep, x.shape, x.device)
-        macs = self.head_dim * self.estimate.share
-        return cost._replace(score=cost.score + unscored * macs, select=cost.select - saved * macs)
-
-    def charge_union(self, cost: Cost, gate: Gate, x: Prepared) -> Cost:
-        """Charge the pairs of the union of each block in place of those that are kept."""
-        places = x.places if x.pattern is Pattern.CAUSAL_SELF else torch.arange(x.n, device=x.device)[None]
-        block = (places // self.block.queries)[:, None, :, None].expand(-1, x.heads, -1, x.m)
-        blocks = x.m // self.block.queries + 1 if x.pattern is Pattern.CAUSAL_SELF else -(-x.n // self.block.queries)
-        kept = gate.keep.expand(*x.shape)
-        chosen = kept.new_zeros(x.batch, x.heads, blocks, x.m, dtype=torch.int32)
-        chosen = chosen.scatter_add(2, block.expand(x.shape), kept.int()).gather(2, block.expand(x.shape)) > 0
+        keep = gate.keep.expand(x.shape)
+        if self.votes:
+            silent = ~self.find_voters(x)[..., None]
+            return self.count_block_cost(
+                x, gate.kept, gate.kept.detach(), count_pairs(silent & keep, x.shape, x.device)
+            )
+        chosen = self.expand_blocks(self.sum_blocks(keep) > 0, x.n)
         computed = count_pairs(chosen if x.visible is None else chosen & x.visible, x.shape, x.device)
-        ratio = computed / cost.kept.detach().clamp_min(1)
-        return cost._replace(score=cost.score * ratio, value=cost.value * ratio)
+        return self.count_block_cost(x, gate.kept, computed, torch.zeros_like(computed))
+
+    def count_block_cost(
+        self,
+        x: Prepared,
+        kept: Float[Tensor, "b h"],
+        computed: Float[Tensor, "b h"],
+        unscored: Float[Tensor, "b h"],
+    ) -> Cost:
+        """Count an estimate for every pair of a voting row, and the rest for every pair that blocks compute.
+
+        Args:
+            x: The call.
+            kept: Number of kept pairs, with the gate's gradient.
+            computed: Number of visible pairs of rows and the keys of their block.
+            unscored: Number of kept pairs of rows that do not vote, and so have no estimate.
+        """
+        cost, macs = self.count_cost(kept, x), self.head_dim * self.estimate.share
+        ratio = computed / kept.detach().clamp_min(1)
+        silent = (x.visible_keys * ~self.find_voters(x)).sum(-1) if self.votes else torch.zeros_like(kept)
+        return cost._replace(
+            score=cost.score * ratio + unscored * macs,
+            value=cost.value * ratio,
+            select=cost.select - silent * macs,
+        )
