@@ -15,7 +15,7 @@
 namespace thresher {
 
 template <class T>
-constexpr const char* KIND = nullptr;  // as Python names it
+constexpr const char* KIND = nullptr;  // its name in Python
 template <> inline constexpr const char* KIND<int64_t> = "int64";
 template <> inline constexpr const char* KIND<double> = "float64";
 template <> inline constexpr const char* KIND<uint8_t*> = "bool*";
@@ -27,7 +27,7 @@ template <> inline constexpr const char* KIND<Bf16*> = "bfloat16*";
 template <> inline constexpr const char* KIND<float*> = "float32*";
 template <> inline constexpr const char* KIND<double*> = "float64*";
 
-// A pointer to what may be changed; other types as they are.
+// A pointer to mutable elements; other types unchanged.
 template <class F>
 using Plain = std::conditional_t<std::is_pointer_v<F>, std::remove_const_t<std::remove_pointer_t<F>>*, F>;
 
@@ -66,9 +66,9 @@ std::string describe() {
 
 // Export function(Arguments<S>) as function_NAME, with the description of its struct.
 //
-// Functions take the struct by value: of a copy that nobody else can write to, the compiler keeps fields in registers,
-// which takes up to 8 % off the gradients of top-k. The text belongs to the exported function: all libraries of a
-// process share the variables of templates, whose structs may differ.
+// Functions take the struct by value: the compiler keeps the fields of a private copy in registers, which saves up to
+// 8 % of the time of top-k's gradients. The text belongs to the exported function, since all libraries of a process
+// share the variables of templates, and their structs may differ.
 #define THRESHER_EXPORT(function, Arguments, S, NAME)                                              \
     extern "C" void function##_##NAME(const Arguments<S>* arguments) { function(*arguments); }     \
     extern "C" const char* describe_##function##_##NAME() {                                        \

@@ -1,7 +1,7 @@
-// Rows of numbers as they are stored: fp32 and fp64, and bf16, whose numbers are the upper halves of fp32 ones.
+// Rows of numbers in their stored type: fp64, fp32, or bf16, which is the upper half of fp32.
 //
-// Sums are never in bf16. Processors with AVX512_BF16 multiply pairs of it and add in fp32, taking numbers below 2^-126
-// for zero; others widen it first.
+// Sums are never in bf16. Processors with AVX512_BF16 multiply pairs of bf16 and add in fp32; they treat numbers below
+// 2^-126 as zero. Other processors widen bf16 first.
 
 #pragma once
 
@@ -21,12 +21,12 @@ struct Bf16 {
     uint16_t bits;
 };
 
-// Two neighbours of a row, multiplied with two others in one step.
+// Two neighbours of a row; one instruction multiplies them with two others and adds the products.
 struct Pair {
     Bf16 first, second;
 };
 
-// What numbers are calculated in.
+// The type of arithmetic and sums.
 template <class S>
 using Number = std::conditional_t<std::is_same_v<S, Bf16> || std::is_same_v<S, Pair>, float, S>;
 
@@ -53,8 +53,8 @@ inline Vector<float> load_numbers(const Bf16* p) {
 #endif
 }
 
-// What products of rows are made of: numbers, or pairs of bf16 where the processor multiplies them; the last pair of an
-// odd row ends in zero. THRESHER_PAIRS makes pairs without that instruction, which is slower: for tests.
+// The elements of products of rows: numbers, or pairs of bf16 where the processor multiplies them. The last pair of an
+// odd row ends in zero. THRESHER_PAIRS uses pairs without that instruction, which is slower: for tests.
 #if defined(__AVX512BF16__) || defined(THRESHER_PAIRS)
 template <class S>
 using Factor = std::conditional_t<std::is_same_v<S, Bf16>, Pair, S>;

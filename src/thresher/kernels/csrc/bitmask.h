@@ -1,4 +1,4 @@
-// Which of 64 keys reach a cut, as bits, and the indices of those that do.
+// A bit for each of 64 keys that says whether it reaches a cut, and the indices of the keys that do.
 
 #pragma once
 
@@ -13,7 +13,7 @@ namespace thresher {
 constexpr int64_t KEYS = 64;
 using Bits = uint64_t;  // one for each of KEYS
 
-// Bit j says whether x[j] is at least the cut.
+// Set bit j where x[j] is at least the cut.
 template <class E>
 inline Bits reach(const E* x, E cut) {
     Bits bits = 0;
@@ -72,7 +72,7 @@ inline Bits reach(const float* x, float cut) {
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 struct BitIndices {
-    uint64_t of[256];  // of the set bits of a byte, a byte each, the lowest first
+    uint64_t of[256];  // positions of the set bits of each byte, one byte each, the lowest first
     constexpr BitIndices() : of{} {
         for (int byte = 0; byte < 256; ++byte)
             for (int bit = 7; bit >= 0; --bit)

@@ -1,4 +1,4 @@
-// Vectors that begin on a line of the cache: a wide load that crosses two lines costs two.
+// Vectors that begin on a cache line: a wide load across two lines costs two.
 
 #pragma once
 

@@ -16,7 +16,7 @@ inline Vector<float> exponential(Vector<float> x) {
     typedef uint32_t Bits __attribute__((vector_size(BYTES)));
     const Vector<float> lowest = Vector<float>{} - 87.0f, highest = Vector<float>{} + 88.0f;
     const auto vanishes = x < lowest;
-    x = vanishes ? lowest : x;  // in this order, so that nan stays nan
+    x = vanishes ? lowest : x;  // in this order, so that NaN stays NaN
     x = x > highest ? highest : x;
     // x = n log 2 + r, where adding and subtracting 1.5 * 2^23 rounds to the nearest whole number.
     const Vector<float> shifted = x * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;

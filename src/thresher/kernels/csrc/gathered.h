@@ -1,4 +1,4 @@
-// Products with rows of a matrix that lie apart: at(0), at(1), ... are their numbers.
+// Products with scattered rows of a matrix: at(0), at(1), ... are their indices.
 
 #pragma once
 
@@ -27,7 +27,7 @@ inline void totals(const Vector<T> (&sum)[ROWS_AT_ONCE], T* to) {
 #if defined(__AVX512F__)
 template <>
 inline void totals<float>(const Vector<float> (&sum)[ROWS_AT_ONCE], float* to) {
-    // Each quarter of what this returns holds a part of four totals.
+    // Each quarter of the result holds a part of four totals.
     const auto of_four = [](Vector<float> a, Vector<float> b, Vector<float> c, Vector<float> d) {
         const __m512 one = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
         const __m512 two = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
@@ -100,8 +100,8 @@ inline void dots_of(const X* x, const Y* y, Width d, int64_t number, const At& a
 template <int N>
 using Constant = std::integral_constant<int, N>;
 
-// Dot products of x with rows of y. The width of most heads is known when this is compiled: x stays in registers, which
-// takes 6 % off the whole of LATTE.
+// Dot products of x with rows of y. For the usual width of heads, known at compile time, x stays in registers, which
+// saves 6 % of LATTE's time.
 template <class X, class Y, class At>
 inline void dots(const X* x, const Y* y, int64_t d, int64_t number, const At& at, Number<X>* to) {
     if (d == USUAL_WIDTH)
@@ -110,8 +110,8 @@ inline void dots(const X* x, const Y* y, int64_t d, int64_t number, const At& at
         dots_of(x, y, d, number, at, to);
 }
 
-// Call take(Constant<vectors>, first column) for a row's columns in vectors, four at a time where there are so many;
-// return the first column that no vector holds.
+// Call take(Constant<vectors>, first column) for the columns of a row, four vectors at a time while there are as many;
+// return the first column that fills no vector.
 template <class T, class Take>
 inline int64_t in_vectors(int64_t d, const Take& take) {
     constexpr int64_t LANES = Wide<T>::LANES;
@@ -122,13 +122,13 @@ inline int64_t in_vectors(int64_t d, const Take& take) {
     return c;
 }
 
-// Add rows of y times their share to `to`.
+// Add rows of y, each times its share, to `to`.
 template <class T, class Y, class At>
 inline void add_rows(T* to, const T* share, const Y* y, int64_t d, int64_t number, const At& at) {
     constexpr int64_t LANES = Wide<T>::LANES;
     const int64_t rest = in_vectors<T>(d, [&](auto many, int64_t c) {
         constexpr int MANY = decltype(many)::value;
-        // Two sums of each: an addition waits for the last one to the same sum.
+        // Two sums of each column: an addition waits for the previous one to the same sum.
         Vector<T> sum[2][MANY] = {};
         const auto add = [&](Vector<T>(&into)[MANY], int64_t i) {
             const Y* row = y + at(i) * d + c;
@@ -150,7 +150,7 @@ inline void add_rows(T* to, const T* share, const Y* y, int64_t d, int64_t numbe
     }
 }
 
-// Add x times its share to each row of y; no row comes twice.
+// Add x times its share to each row of y; rows are distinct.
 template <class T, class At>
 inline void add_to_rows(T* y, const T* share, const T* x, int64_t d, int64_t number, const At& at) {
     constexpr int64_t LANES = Wide<T>::LANES;

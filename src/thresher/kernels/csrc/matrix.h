@@ -1,7 +1,7 @@
-// Small products of matrices that lie in cache. Their elements E are numbers, or pairs of bf16.
+// Products of small matrices in cache. Elements E are numbers, or pairs of bf16.
 //
-// Rows of what is multiplied from the right, and of results, are padded to a multiple of BLOCK elements. Sums run over
-// the inner dimension in ascending order, whatever the shape, so that results do not depend on how work is divided.
+// Rows of the right matrix and of results are padded to a multiple of BLOCK elements. Sums run over the inner dimension
+// in ascending order for any shape, so that results do not depend on how the work is divided.
 
 #pragma once
 
@@ -35,7 +35,7 @@ inline void tile(Left<E> left, const E* b, int64_t by_inner, int64_t inner, Vect
     }
 }
 
-// Give `put(row, column, vector)` each vector of the product of `left` [rows, inner] and b [inner, columns].
+// Call put(row, column, vector) for each vector of the product of `left` [rows, inner] and b [inner, columns].
 template <int M, class E, class Put>
 inline void rows_of(Left<E> left, const E* b, int64_t by_inner, int64_t row, int64_t columns, int64_t inner,
                     Put&& put) {

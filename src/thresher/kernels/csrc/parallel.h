@@ -6,8 +6,8 @@
 #include <thread>
 #include <vector>
 
-// Call work(task, state) for each task in [0, tasks), in any order, with what make() gives to each thread. A task must
-// write only where no other one does, so that results do not depend on the number of threads.
+// Call work(task, state) for each task in [0, tasks), in any order; each thread gets its state from make(). A task may
+// write only where no other task does, so that results do not depend on the number of threads.
 template <typename Make, typename Work>
 void parallel_for(int64_t tasks, int64_t threads, const Make& make, const Work& work) {
     if (threads > tasks) threads = tasks;

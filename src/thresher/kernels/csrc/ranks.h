@@ -1,4 +1,4 @@
-// The rank of each number in ascending order: of equal ones the earlier first, behind all others what is no number.
+// The rank of each number in ascending order: of equal numbers the earlier comes first, NaN comes last.
 
 #pragma once
 
@@ -12,8 +12,8 @@
 
 namespace thresher {
 
-// Sorts by digits of 11 bits, the lowest first, or, where there are fewer numbers than it would pay to count values of
-// digits for, by comparing. A thread uses its room again for its next row.
+// Sorts by digits of 11 bits, the lowest first; few numbers, for which counting digits does not pay, by comparisons. A
+// thread reuses its buffers for the next row.
 template <class T>
 class Ranks {
     using Key = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
@@ -56,15 +56,15 @@ class Ranks {
 
   private:
     Buffer<Entry> entries, sorted;
-    Buffer<int32_t> count;  // of each value of each digit; then where the next entry with it goes
+    Buffer<int32_t> count;  // of each value of each digit; then the place of the next entry with that value
 
     static int value(Key key, int digit) { return int(key >> (digit * DIGIT)) & (VALUES - 1); }
 
-    // Whole numbers in the order of floating-point ones.
+    // Integers that sort like the floating-point numbers.
     static Key key_of(T x) {
         constexpr Key SIGN = Key(1) << (BITS - 1);
         if (x != x) return ~Key(0);
-        x += T(0);  // -0 is as large as 0
+        x += T(0);  // -0 equals 0
         Key bits;
         std::memcpy(&bits, &x, sizeof bits);
         return bits & SIGN ? ~bits : bits | SIGN;

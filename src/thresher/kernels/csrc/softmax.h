@@ -1,4 +1,4 @@
-// Softmax of a row of scores, in vectors of the width that the processor has.
+// Softmax of a row of scores, in vectors of the processor's width.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace thresher {
 
-// Replace numbers by what `of` makes of vectors of them; the last vector is filled up with `rest`.
+// Replace numbers by `of` of their vectors; the last vector is padded with `rest`.
 template <class T, class Of>
 inline void transform(T* x, int64_t number, T rest, Of&& of) {
     constexpr int64_t LANES = Wide<T>::LANES;
@@ -24,7 +24,7 @@ inline void transform(T* x, int64_t number, T rest, Of&& of) {
     std::copy_n(last, number - whole, x + whole);
 }
 
-// Turn scores into weights: exponentials below the largest, `row_max`, divided by their sum, `row_sum`.
+// Turn scores into weights exp(score - row_max) / row_sum.
 template <class T>
 void soften(T* score, int64_t number, T& row_max, T& row_sum) {
     constexpr int64_t LANES = Wide<T>::LANES;

@@ -1,7 +1,7 @@
-// The tail of a row: what its dropped keys weigh, each as their mean score says (attention/shared/tail.py).
+// The tail of a row: the weight of its dropped keys, all with their mean score (attention/shared/tail.py).
 //
-// A tail needs sums over all keys that a query sees, of keys and of values. They are the same for all queries of a group,
-// or run along the sequence where attention is causal: memory and time are linear in the number of tokens.
+// A tail needs the sums of the keys and of the values that a query sees. All queries of a group share them, or they are
+// running sums where attention is causal: memory and time are linear in the number of tokens.
 
 #pragma once
 
@@ -31,11 +31,11 @@ struct Tokens {
     int64_t end(int64_t i) const { return causal ? std::clamp<int64_t>(i + shift + 1, 0, m) : m; }
 };
 
-// What the tail of one row is made of; sums are over the keys that its query sees.
+// The tail of one row; sums are over the keys that its query sees.
 template <class T>
 struct RowTail {
-    T factor = 0;               // of a dropped key's weight
-    T number = 0;               // of these keys
+    T factor = 0;               // of the weight of a dropped key
+    T number = 0;               // of visible keys
     T scores = 0;               // their sum
     const T* values = nullptr;  // their sum
 };
@@ -64,8 +64,8 @@ inline void sum_seen(const Tokens<S>& tokens, int64_t g, const S* rows, int64_t 
     }
 }
 
-// The tails of all rows; without factors there are none. Where each group has one query, sums over the keys [groups, d]
-// and values [groups, dv] that it sees may be given.
+// The tails of all rows; none without factors. Where each group has one query, the caller may give the sums over the
+// keys [groups, d] and the values [groups, dv] that it sees.
 template <class S, class T = Number<S>>
 class Tails {
   public:
@@ -133,9 +133,9 @@ T sum_of(const T* x, int64_t number) {
     return total<T>(sum) + rest;
 }
 
-// Give the tail its part of a row's weights, which are softmax weights of `number` kept keys when this is called. After
-// it they are what each kept key weighs more than a dropped one, and row_sum includes the tail. Return the weight of a
-// dropped key, less its factor. `sum` is that of the scores of kept keys.
+// Add the tail to the softmax weights of the `number` kept keys of a row. Afterwards they are the weight of each kept
+// key minus that of a dropped one, and row_sum includes the tail. Return the weight of a dropped key before its factor.
+// `sum` is the sum of the scores of kept keys.
 template <class T>
 inline T weigh_tail(const RowTail<T>& tail, int64_t number, T sum, T row_max, T& row_sum, T* weight) {
     const T dropped = tail.number - T(number);
@@ -148,7 +148,7 @@ inline T weigh_tail(const RowTail<T>& tail, int64_t number, T sum, T row_max, T&
     return one / all;
 }
 
-// Set a row's output to what all its visible keys would add to it at the weight of a dropped one.
+// Set the output of a row to the sum of all its visible values, each at the weight of a dropped key.
 template <class T>
 inline void start_row(const RowTail<T>& tail, int64_t dv, T less_factor, T* out) {
     if (less_factor == T(0)) {
@@ -159,7 +159,7 @@ inline void start_row(const RowTail<T>& tail, int64_t dv, T less_factor, T* out)
     for (int64_t c = 0; c < dv; ++c) out[c] = share * tail.values[c];
 }
 
-// What backward needs to know about the tail of a row.
+// The gradients of the tail of a row.
 template <class T>
 struct TailGradient {
     T weight = 0;   // of a dropped key
@@ -169,8 +169,8 @@ struct TailGradient {
 
     TailGradient() = default;
 
-    // `less_factor` is what weigh_tail returned; `sum` is of the scores of kept keys, `products` of those of their values
-    // with the output's gradient, `constant` is the product of the output with its gradient.
+    // `less_factor` is the result of weigh_tail; `sum` sums the scores of kept keys, `products` the products of their
+    // values with the gradient of the output; `constant` is the product of the output with its gradient.
     TailGradient(const RowTail<T>& tail, int64_t dv, T less_factor, int64_t number, T sum, T products, T constant,
                  const T* grad) {
         if (less_factor == T(0)) return;
@@ -182,7 +182,7 @@ struct TailGradient {
     }
 };
 
-// The gradients of all rows to what their tails are made of.
+// The gradients that tails pass to queries, keys, values and factors.
 template <class S, class T = Number<S>>
 struct TailGradients {
     std::vector<T> weight, through, factor;  // of each row, as in TailGradient
@@ -197,7 +197,7 @@ struct TailGradients {
         factor[row] = of_row.factor;
     }
 
-    // Add what rows owe to the tokens in their sums, and write the gradients to the factors of groups.
+    // Add the gradients of the tokens in the sums, and write those of the factors of groups.
     void spread(const Tokens<S>& tokens, const T* grad, T* grad_queries, T* grad_keys, T* grad_values, T* grad_factor,
                 int64_t threads) const {
         if (weight.empty()) return;
@@ -220,7 +220,7 @@ struct TailGradients {
     }
 
   private:
-    // Add to each key's row the rows of the queries that see it, each times its share.
+    // Add to the row of each key the rows of the queries that see it, each times its share.
     template <class X>
     static void add_to_seen(const Tokens<S>& tokens, int64_t g, const X* rows, int64_t width, const std::vector<T>& share,
                             T scale, std::vector<T>& sum, T* to) {

@@ -1,4 +1,4 @@
-// Vectors of the width that the processor has.
+// Vectors of the processor's width.
 
 #pragma once
 
@@ -19,7 +19,7 @@ template <class T>
 struct Wide {
     static constexpr int LANES = BYTES / sizeof(T);
     static constexpr int VECTORS = BLOCK / LANES;                  // of a row of a tile
-    static constexpr int ROWS = VECTORS < 12 ? 12 / VECTORS : 1;   // of a tile: about twelve sums are in flight
+    static constexpr int ROWS = VECTORS < 12 ? 12 / VECTORS : 1;   // of a tile: about twelve sums at a time
     typedef T Vector __attribute__((vector_size(BYTES)));
     typedef T Loose __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
 };

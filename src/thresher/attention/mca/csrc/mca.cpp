@@ -1,7 +1,7 @@
-// Values projected from sampled input features: only the rows of W that were drawn are read.
+// Project values from sampled input features: read only the rows of W that a token draws.
 //
-// Each uniform number of a token draws a feature: the first whose cumulated chance exceeds the number. A table of where
-// equal parts of [0, 1) begin leaves about one step to search. A feature that is drawn more than once is read once.
+// A uniform number draws the first feature whose cumulative probability exceeds it. A table of where equal parts of
+// [0, 1) begin shortens the search to about one step. A feature that a token draws more than once is read once.
 
 #include <algorithm>
 #include <cstdint>
@@ -19,9 +19,9 @@ using namespace thresher;
 namespace {
 
 constexpr int64_t TOKENS = 32;    // of a task
-constexpr int64_t PORTIONS = 16;  // of tokens, each with its own sum of gradients of W, for any number of threads
+constexpr int64_t PORTIONS = 16;  // of the tokens, each with a sum of gradients of W of its own
 
-// Tokens, and which features they draw.
+// The tokens, and the features that they draw.
 #define SAMPLES(FIELD)                                                                          \
     FIELD(const T*, tokens)         /* [examples, m, d] */                                      \
     FIELD(const T*, rows)           /* what a feature adds to a value, [groups, d, dv] */       \
@@ -66,10 +66,10 @@ struct BackArguments {
     THRESHER_FIELDS(BACK_ARGUMENTS)
 };
 
-// For each group, the first feature whose cumulated chance exceeds z / parts.
+// For each group, the first feature whose cumulative probability exceeds z / parts.
 template <class T>
 struct Tables {
-    int64_t parts = 1;  // a power of two, so that numbers fall into them exactly
+    int64_t parts = 1;  // a power of two, so that z / parts is exact
     std::vector<int32_t> first;
 
     explicit Tables(const Samples<T>& s) {
@@ -85,7 +85,7 @@ struct Tables {
     }
 };
 
-// The features of one token and head, each once, and what each counts.
+// The distinct features of one token and head, and the share of each.
 template <class T>
 struct Drawn {
     std::vector<int32_t> index, times;
@@ -94,7 +94,7 @@ struct Drawn {
 
     explicit Drawn(const Samples<T>& s) : index(s.d), times(s.d, 0), share(s.d), product(s.d) {}
 
-    // Without samples there is none; a count that is no number makes shares that are none.
+    // Without samples there are no features; a count of NaN gives shares of NaN.
     void draw(const Samples<T>& s, const Tables<T>& tables, int64_t b, int64_t g, int64_t j) {
         const int64_t d = s.d;
         const T count = s.count(b, g, j);

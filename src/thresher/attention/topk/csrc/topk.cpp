@@ -1,8 +1,8 @@
 // Attention over the k largest scores of each query, and its gradients.
 //
-// Scores of some queries at a time are written as whole numbers that are ordered as the floats are, nan the largest.
-// The k-th largest of the maxima of groups of keys is a bound that at least k scores reach, and hardly more do: only
-// those are looked at again, to find the k-th largest itself. Of equal scores the lower index wins.
+// Scores of a few queries at a time become integers that sort like the floats, with NaN as the largest. The k-th
+// largest of the maxima of groups of keys is a lower bound: at least k scores reach it, and few more do. Only those are
+// searched for the k-th largest score. Of equal scores the lower index wins.
 
 #include <algorithm>
 #include <cmath>
@@ -25,9 +25,9 @@ using namespace thresher;
 namespace {
 
 constexpr int64_t SCORES = 320 * 1024;  // bytes of scores in memory, to stay in the L2 cache
-constexpr int64_t CHANNELS = 32;        // of keys and values that one task of backward adds up
+constexpr int64_t CHANNELS = 32;        // of keys and values that one task of backward sums
 constexpr int64_t QUERIES = 64;         // of a task
-constexpr int64_t FEW = 16;             // queries, as in decoding, for which keys are not worth packing
+constexpr int64_t FEW = 16;             // queries, as in decoding: packing the keys would not pay
 
 template <class T>
 using Key = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
@@ -42,7 +42,7 @@ struct Keys {
 
 template <class T>
 inline typename Keys<T>::Vector ordered(Vector<T> x) {
-    const Vector<T> number = x + T(0);  // no negative zero
+    const Vector<T> number = x + T(0);  // turns -0 into 0
     const auto bits = (typename Keys<T>::Vector)number;
     const auto order = bits ^ ((bits >> (8 * sizeof(T) - 1)) & std::numeric_limits<Key<T>>::max());
     const typename Keys<T>::Vector nan = typename Keys<T>::Vector{} + std::numeric_limits<Key<T>>::max();
@@ -73,7 +73,7 @@ inline K middle(K low, K high) {
     return (low & high) + ((low ^ high) >> 1);
 }
 
-// A bound that at least k of x reach, and at most `enough` if that is to be had in a few steps: the exact one if 0.
+// Find a bound that at least k of x reach, and at most `enough` if a few steps suffice; 0 asks for the exact one.
 template <class K>
 K bound_of(const K* x, int64_t n, int64_t k, int64_t enough) {
     K low = x[0], high = x[0];
@@ -97,7 +97,7 @@ K bound_of(const K* x, int64_t n, int64_t k, int64_t enough) {
 template <class T>
 class Selector {
   public:
-    // Put the indices of the k largest of m scores into `index`, in ascending order; hidden ones are NOTHING.
+    // Write the indices of the k largest of m scores to `index`, ascending; hidden scores are NOTHING.
     void select(const Key<T>* row, int64_t m, int64_t k, int32_t* index) {
         using K = Key<T>;
         constexpr int LANES = Wide<T>::LANES;
@@ -214,7 +214,7 @@ struct BackArguments {
     THRESHER_FIELDS(BACK_ARGUMENTS)
 };
 
-// to[p, c, e] = factor c of key 16 p + e: panels of 16 keys, the last filled up with zeros.
+// to[p, c, e] = element c of key 16 p + e: panels of 16 keys, the last one padded with zeros.
 template <class S>
 void panels_of(const S* k, int64_t m, int64_t d, int64_t panel, Factor<S>* to) {
     const int64_t inner = factors<S>(d);
@@ -225,7 +225,7 @@ void panels_of(const S* k, int64_t m, int64_t d, int64_t panel, Factor<S>* to) {
     }
 }
 
-// What is left to do for query i of group g once its scores are known.
+// Finish query i of group g once its scores are known.
 template <class S, class T = Number<S>>
 void finish(const AttendArguments<S>& a, const Tails<S>& tails, int64_t g, int64_t i, int64_t ahead, Key<T>* score,
             Selector<T>& selector) {
@@ -255,7 +255,7 @@ void finish(const AttendArguments<S>& a, const Tails<S>& tails, int64_t g, int64
     std::fill(key + number, key + s.most, -1);
 }
 
-// Keys are packed for products of many queries with them.
+// Many queries: pack the keys, then multiply.
 template <class S, class T = Number<S>>
 void attend_many(const AttendArguments<S> a) {
     const Sizes& s = a.sizes;
@@ -294,7 +294,7 @@ void attend_many(const AttendArguments<S> a) {
     }
 }
 
-// Keys are read as they lie, once for each query.
+// Few queries: read the keys where they lie, once for each query.
 template <class S, class T = Number<S>>
 void attend_few(const AttendArguments<S> a) {
     const Sizes& s = a.sizes;
@@ -359,7 +359,7 @@ void back(const BackArguments<S> a) {
                 add_rows(a.grad_queries + row * s.d, t, a.keys + g * s.m * s.d, s.d, kept, at);
             }
         });
-        // Each task owns some channels of all keys, so that queries are added in order.
+        // Each task owns some channels of all keys, so that sums over queries keep their order.
         const int64_t of_k = (s.d + CHANNELS - 1) / CHANNELS, of_v = (s.dv + CHANNELS - 1) / CHANNELS;
         parallel_for(of_k + of_v, threads, [&](int64_t task) {
             const bool keys = task < of_k;

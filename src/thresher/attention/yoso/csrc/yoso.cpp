@@ -1,6 +1,6 @@
-// YOSO's sums over colliding tokens: codes, hash tables, and the gradients to queries and keys.
+// YOSO's sums over colliding tokens: codes, hash tables, and the gradients of queries and keys.
 //
-// Sums over hashes and over tokens run in one order whatever the number of threads.
+// Sums over hashes and over tokens keep one order, whatever the number of threads.
 
 #include <algorithm>
 #include <cstdint>
@@ -19,12 +19,12 @@ using namespace thresher;
 
 namespace {
 
-constexpr int64_t CHANNELS = 32;           // of values that one task carries through all tables
-constexpr int64_t TABLES = 256 * 1024;     // bytes of the tables that are filled together, to stay in the L2 cache
-constexpr int64_t TOGETHER = 8;            // hashes filled together, at most
-constexpr int64_t RUN = 256;               // tokens whose codes are written together
-constexpr int64_t BUCKETS = 64;            // tasks that the buckets of a hash are divided into
-constexpr int64_t AHEAD = 64;              // queries of a causal bucket that are paired with keys one by one
+constexpr int64_t CHANNELS = 32;           // of the values that one task sums in all tables
+constexpr int64_t TABLES = 256 * 1024;     // bytes of tables at a time, to stay in the L2 cache
+constexpr int64_t TOGETHER = 8;            // hashes at a time, at most
+constexpr int64_t RUN = 256;               // tokens whose codes one task writes
+constexpr int64_t BUCKETS = 64;            // tasks that share the buckets of a hash
+constexpr int64_t AHEAD = 64;              // queries of a causal bucket that meet the keys among them pair by pair
 
 #define PACK_ARGUMENTS(FIELD)                                                                   \
     FIELD(const T*, projections)    /* [tokens, hashes * bits] */                               \
@@ -38,7 +38,7 @@ struct PackArguments {
     THRESHER_FIELDS(PACK_ARGUMENTS)
 };
 
-// Which senders a receiver reads: all, those up to shift ahead of it, or those at most shift behind it.
+// Which senders j a receiver i reads: all, j <= i + shift, or j >= i - shift.
 enum Order : int64_t { ALL, PAST, LATER };
 
 #define SUMS_ARGUMENTS(FIELD)                                                                   \
@@ -98,7 +98,7 @@ inline void add_row(T* to, const T* from, int64_t width) {
 template <int64_t WIDTH, class T>
 class Tables {
   public:
-    // Channels [channel, channel + width) of group g; the tables of its first channels count rows, too.
+    // Channels [channel, channel + width) of group g; the task of the first channels also counts rows.
     Tables(const SumsArguments<T>& a, int64_t g, int64_t channel, int64_t width)
         : a(a), receive(a.receiver_codes + g * a.receivers), send(a.sender_codes + g * a.senders),
           seen(a.seen ? a.seen + g * a.senders : nullptr), sent(a.sent + g * a.senders * a.channels + channel),
@@ -165,7 +165,7 @@ class Tables {
     }
 };
 
-// The gradients of a group's queries and keys; its padded rows are [query | gradient] and [key | value].
+// The gradients of the queries and keys of a group; padded rows are [query | gradient] and [key | value].
 template <class T>
 class Gradients {
   public:
@@ -176,7 +176,7 @@ class Gradients {
                 T* grad_q, T* grad_k, bool causal, int64_t shift) {
         if (n == 0 || m == 0) return;
         this->is = is, this->js = js, this->grad_q = grad_q, this->grad_k = grad_k;
-        // A pair costs d + d + dv, a token that passes through the table of outer products 2 d dv.
+        // Multiplications: 2 d + dv for a pair, 2 d dv for a token that goes through the table of outer products.
         const bool by_pairs = n * m * (2 * d + dv) <= (n + m) * 2 * d * dv;
         gather(is, n, qg, query, grad);
         gather(js, m, kv, key, value);
@@ -210,7 +210,7 @@ class Gradients {
         }
     }
 
-    // Pairs of queries [i0, i1) and keys [j0, j1) of the bucket, in pieces of keys that stay in cache.
+    // The pairs of queries [i0, i1) and keys [j0, j1) of the bucket, a cache-sized part of the keys at a time.
     void pairs(int64_t i0, int64_t i1, int64_t j0, int64_t j1, bool causal, int64_t shift) {
         const int64_t n = i1 - i0;
         for (; j0 < j1 && n; j0 += 128) {
@@ -256,7 +256,7 @@ class Gradients {
         add_product(Left<T>{a + from * dv, dv, 1}, outer.data(), to - from, dv, tokens + from, into);
     }
 
-    // Blocks of queries in the order of time: keys that all of a block see go through the table, others pair by pair.
+    // Blocks of queries in order: keys that a whole block sees go through the table, the others pair by pair.
     void blocks(int64_t n, int64_t m, int64_t shift) {
         const int64_t number = (n + AHEAD - 1) / AHEAD;
         std::vector<int64_t> full(number + 1, m);
@@ -278,7 +278,7 @@ class Gradients {
     }
 };
 
-// Sort tokens by code: `start` gets where each code begins, `token` the tokens, in ascending order inside a code.
+// Sort tokens by code: `start` gets the first place of each code, `token` the tokens, ascending within a code.
 void sort_by_code(const int16_t* code, const uint8_t* seen, int64_t n, int64_t slots, int32_t* start, int32_t* token) {
     std::fill_n(start, slots + 1, 0);
     for (int64_t i = 0; i < n; ++i)
@@ -323,7 +323,7 @@ inline void signs_of_row(const T* y, int64_t number, uint8_t* to) {
     }
 }
 
-// codes[h, t] gets the signs of projections[t, h * bits ... (h + 1) * bits), the first in the lowest bit.
+// Write the signs of projections[t, h * bits ... (h + 1) * bits) to codes[h, t], the first in the lowest bit.
 template <class T>
 void pack(const PackArguments<T> a) {
     const int64_t tokens = a.tokens, hashes = a.hashes, bits = a.bits, width = hashes * bits;
@@ -394,7 +394,7 @@ void bound(const BoundArguments<T> a) {
         });
         for (int64_t h = 0; h < hashes; ++h) {
             const int32_t *start_q = &starts_q[h * (slots + 1)], *start_k = &starts_k[h * (slots + 1)];
-            // A token is in one bucket of each hash, so no two buckets write to the same row.
+            // A token lies in one bucket of each hash, so no two buckets write to the same row.
             const int64_t each = (slots + BUCKETS - 1) / BUCKETS;
             parallel_for((slots + each - 1) / each, threads, [&](int64_t task) {
                 Gradients<T> gradients(d, dv);
