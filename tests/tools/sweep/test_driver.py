@@ -78,10 +78,11 @@ def test_a_trial_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     assert any("no result after 1 s" in t.user_attrs.get("failure", "") for t in trials(tmp_path))
 
 
-def test_an_interrupted_sweep_says_how_to_go_on(tmp_path: Path) -> None:
-    driver = started(tmp_path, points=("x=0.5", "sleep=30,31"))
+def test_an_interrupted_sweep_says_how_to_go_on_and_where_it_stands(tmp_path: Path) -> None:
+    points = ("x=0.5", "sleep=0,30,31,32")
+    driver = started(tmp_path, points=points)
     assert driver.stdout is not None
-    while not list(tmp_path.glob("*/output.log")):
+    while len(list(tmp_path.glob("*/output.log"))) < 2:  # the first one is done
         time.sleep(0.05)
         assert driver.poll() is None
     driver.send_signal(signal.SIGINT)
@@ -89,6 +90,10 @@ def test_an_interrupted_sweep_says_how_to_go_on(tmp_path: Path) -> None:
     assert driver.returncode == 130
     assert "Rerun the same command to resume" in output
     assert not [t for t in trials(tmp_path) if t.user_attrs.get("failure")]
+    code, output = run(tmp_path, "mode=status", points=points)
+    assert code == 0, output
+    assert "done 1 of 4" in output
+    assert "best of 1 trials" in output or "Pareto front of 1 trials" in output
 
 
 def test_a_trial_that_others_leave_behind_is_pruned(tmp_path: Path) -> None:

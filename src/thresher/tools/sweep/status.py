@@ -113,7 +113,7 @@ def print_tables(view: View, objectives: Mapping[str, str], folder: Path, consol
         table = Table(title=f"{kind} of {len(done)} trials", title_justify="left")
         for name in (*objectives, "folder", "overrides"):
             table.add_column(name, overflow="fold")
-        shared = set.intersection(*(set(trial.user_attrs["run"]["overrides"]) for trial in view.latest.values()))
+        shared = set.intersection(*(set(trial.user_attrs["run"]["overrides"]) for trial in done))
         for trial in best[:ROWS]:
             run = trial.user_attrs["run"]
             values = (f"{value:.4f}" for value in trial.values)
