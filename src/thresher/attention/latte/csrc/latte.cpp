@@ -1,9 +1,9 @@
-// LATTE: scores estimated from integer codes, a threshold below the best of each row, attention over what is left.
+// LATTE: estimate scores from integer codes, keep the keys within a threshold of each row's best, attend to them.
 //
-// A task takes some queries. It lists the keys that each of them keeps, then goes through the keys block by block, once
+// A task takes a few queries. It lists the keys that each query keeps, then goes through the keys block by block, once
 // for scores and once for outputs, so that a block stays in cache while all queries read it. Backward estimates again
-// instead of keeping lists: memory is linear in the number of tokens. Sizes alone divide the work, never the number of
-// threads, so that results do not depend on it.
+// instead of storing lists, so that memory is linear in the number of tokens. Only sizes divide the work, not the
+// number of threads, so that results do not depend on it.
 
 #include <memory>
 
@@ -24,8 +24,8 @@ using namespace thresher;
 namespace {
 
 constexpr int64_t QUERIES = 128;         // of a task
-constexpr int64_t CACHE = 128 * 1024;    // bytes of keys, or of values, that a task looks at again and again
-constexpr int64_t SPLITS = 16;           // tasks that backward makes at least, if there are queries enough
+constexpr int64_t CACHE = 128 * 1024;    // bytes of the keys, or values, that all queries of a task read in turn
+constexpr int64_t SPLITS = 16;           // least number of tasks of backward, if there are enough queries
 
 template <class S, class T>
 int64_t block_of_keys(const Gate<T>& gate) {
@@ -33,23 +33,23 @@ int64_t block_of_keys(const Gate<T>& gate) {
     return std::max<int64_t>(CACHE / bytes / KEYS, 1) * KEYS;
 }
 
-// How far from the threshold the gate has a gradient; inside: on the kept side alone. 0 is nowhere.
+// How far from the threshold the gate has a gradient, 0 without one; `inside`: on the kept side only.
 template <class T>
 struct Band {
     T width = 0;
     bool inside = false;
 };
 
-// Keys that the queries of a task need, ascending; those that are dropped, but near the threshold, as ~key.
+// The keys that the queries of a task need, ascending; dropped keys near the threshold are listed as ~key.
 template <class T>
 struct Lists {
-    const int64_t block, blocks;  // of keys: their size and number
-    Buffer<int32_t> key;          // with room to grow behind those of the last query
-    Buffer<T> slope;              // of the gate, if asked for
-    std::vector<int64_t> start;   // of the keys of each query in each block, and the end of those in its last
+    const int64_t block, blocks;  // of keys: size and number
+    Buffer<int32_t> key;          // with room after those of the last query
+    Buffer<T> slope;              // of the gate, where it has a gradient
+    std::vector<int64_t> start;   // of the keys of each query in each block, and the end of the last ones
     std::vector<int64_t> kept;
     std::vector<T> unit;
-    Buffer<T> score, through;     // room for what is calculated of each listed pair
+    Buffer<T> score, through;     // one number for each listed pair
 
     Lists(const Gate<T>& gate, int64_t block) : block(block), blocks((gate.m + block - 1) / block) {}
     void clear() {
@@ -66,7 +66,7 @@ struct Lists {
     int64_t total() const { return start.empty() ? 0 : start.back(); }
     int64_t key_of(int64_t x) const { return key[x] ^ (key[x] >> 31); }
 
-    // Call look(i, begin, end) for the keys of each query in each block.
+    // Call look(i, begin, end) for the listed keys of each query in a block.
     template <class Look>
     void by_blocks(Look&& look) const {
         for (int64_t part = 0; part < blocks; ++part)
@@ -77,7 +77,7 @@ struct Lists {
     }
 };
 
-// Give the listed keys [begin, end) of a row their slopes; mark and count those that are kept.
+// Compute the slopes of the listed keys [begin, end) of a row; mark and count the kept ones.
 template <class T, class E>
 inline int64_t slope_row(const Row<T, E>& row, E top, E cut, T threshold, Band<T> band, int64_t always_keep,
                          int64_t begin, int64_t end, Buffer<E>& estimate, Lists<T>& lists) {
@@ -146,7 +146,7 @@ void list_rows(const Gate<T>& gate, int64_t g, const Packed<T, NARROW>& keys, co
 template <class T, bool NARROW>
 struct Prepared {
     Packed<T, NARROW> keys;
-    std::vector<Sums<T>> sums;  // of the keys that lie before those of each task
+    std::vector<Sums<T>> sums;  // of the keys before those of each task
 
     Prepared(const Gate<T>& gate, int64_t g, int64_t queries) : keys(gate, g) {
         Sums<T> sum(gate, g);
@@ -165,7 +165,7 @@ std::vector<std::unique_ptr<Prepared<T, NARROW>>> prepare(const Gate<T>& gate, i
     return all;
 }
 
-// A task's lists and queries; a thread uses them again for its next task.
+// The lists and queries of a task; a thread reuses their memory for its next task.
 template <class S, class T = Number<S>>
 struct Task {
     Lists<T> lists;
@@ -217,7 +217,7 @@ void attend_as(const AttendArguments<S, T> a) {
     });
 }
 
-// The gradients to queries, keys, values and thresholds, from those of outputs and of how much is kept.
+// The gradients of queries, keys, values and thresholds, from those of outputs and of the number of kept pairs.
 template <bool NARROW, class E, class S, class T>
 void back_as(const BackArguments<S, T> a) {
     const Gate<T>& gate = a.gate;
@@ -233,7 +233,7 @@ void back_as(const BackArguments<S, T> a) {
     const int64_t wanted = (SPLITS + gate.groups - 1) / std::max<int64_t>(gate.groups, 1);
     const int64_t splits = std::max<int64_t>(std::min(wanted, blocks), 1);
     const int64_t size_k = gate.m * gate.d, size_v = gate.m * gate.dv;
-    // Gradients to keys and values of each split; the first split of a group adds to the results.
+    // The gradients of keys and values of each split; the first split of a group adds to the results directly.
     std::vector<Buffer<T>> parts(gate.groups * splits);
     std::vector<double> parts_threshold(gate.groups * splits, 0.0);
     parallel_for(gate.groups * splits, threads, [&] { return Task<S>(gate); }, [&](int64_t task, Task<S>& of_thread) {
@@ -250,7 +250,7 @@ void back_as(const BackArguments<S, T> a) {
             std::fill_n(to_v, size_v, T(0));
         }
         Buffer<T>&score = lists.score, &through = lists.through;
-        // Blocks are dealt out in turn: in causal attention the last ones are the longest.
+        // Splits take blocks in turn: in causal attention the last ones are the longest.
         for (int64_t part = task % splits; part < blocks; part += splits) {
             const int64_t first = part * QUERIES, row = g * gate.n + first;
             list_rows<NARROW, E>(gate, g, prepared[g]->keys, prepared[g]->sums[part], first,
@@ -312,7 +312,7 @@ void back_as(const BackArguments<S, T> a) {
     of_tails.spread(tokens, grad, a.grad_queries, a.grad_keys, a.grad_values, a.grad_tail_factor, threads);
 }
 
-// Call run with how products are computed, and what estimates are.
+// Call run with the type of products and the type of estimates.
 template <class T, class Run>
 void with_types(const Gate<T>& gate, Run&& run) {
     const bool small = narrow(gate.step, gate.d);

@@ -1,4 +1,4 @@
-// What LATTE's functions are called with. S is the type of queries, keys and values, T that of sums.
+// The arguments of LATTE's functions. S is the type of queries, keys and values, T that of sums.
 
 #pragma once
 
@@ -29,7 +29,7 @@ auto tokens_of(const Arguments& a) {
                      gate.m,    gate.d, gate.dv,  gate.causal,  gate.shift,  a.scale};
 }
 
-// How keys are chosen. Query i sees keys j <= i + shift where causal.
+// The rule that selects keys. Query i sees keys j <= i + shift where causal.
 #define GATE(FIELD)                                                                                     \
     FIELD(const int8_t*, q_codes)       /* [groups, n, d] */                                            \
     FIELD(const int8_t*, k_codes)       /* [groups, m, d] */                                            \
@@ -52,7 +52,7 @@ auto tokens_of(const Arguments& a) {
 template <class T>
 struct Gate {
     THRESHER_FIELDS(GATE)
-    int64_t words() const { return (d + GROUP - 1) / GROUP; }  // of a token's codes
+    int64_t words() const { return (d + GROUP - 1) / GROUP; }  // in the codes of a token
     int64_t blocks() const { return (m + KEYS - 1) / KEYS; }
     int64_t end(int64_t i) const { return causal ? std::min(m, i + shift + 1) : m; }
 };
@@ -73,7 +73,7 @@ struct EncodeArguments {
     THRESHER_FIELDS(ENCODE_ARGUMENTS)
 };
 
-// Of each query, row_max is the largest score of its kept keys, row_sum the sum of exp(score - row_max), tail included.
+// For each query: row_max, the largest score of its kept keys; row_sum, the sum of exp(score - row_max) with the tail.
 #define ATTEND_ARGUMENTS(FIELD)                                                                         \
     FIELD(Gate<T>, gate)                                                                                \
     FIELD(const S*, queries)            /* [groups, n, d] */                                            \

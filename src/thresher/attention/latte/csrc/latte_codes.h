@@ -1,4 +1,4 @@
-// Integer codes of queries and keys, packed for the widest products of bytes that the processor has.
+// Integer codes of queries and keys, packed for the widest byte products of the processor.
 
 #pragma once
 
@@ -20,13 +20,13 @@
 namespace thresher {
 
 // KEYS lie side by side in packed codes.
-constexpr int64_t AT_ONCE = 4;  // queries whose estimates are in memory
+constexpr int64_t AT_ONCE = 4;  // queries whose estimates are in memory at a time
 
 inline bool narrow(double step, int64_t d) { return step >= 256 && d < 512; }  // 64 d fits into 16 bits
 template <bool NARROW>
 using Product = std::conditional_t<NARROW, int16_t, int32_t>;
 
-// Codes of keys: unsigned bytes, BIAS more than their value, or 16-bit numbers.
+// Codes of keys: unsigned bytes, which store the value plus BIAS, or 16-bit numbers.
 #if defined(THRESHER_VNNI)
 template <bool NARROW>
 using Code = uint8_t;
@@ -39,7 +39,7 @@ template <bool NARROW>
 constexpr int BIAS = NARROW ? 8 : 0;
 #endif
 
-// In which lane a key lies among KEYS: packing two vectors of 32-bit sums into one takes fours from each in turn.
+// The lane of a key among KEYS: packing two vectors of 32-bit sums into one takes four from each in turn.
 template <bool NARROW>
 inline int64_t lane_of(int64_t j) {
 #if defined(THRESHER_VNNI)
@@ -49,16 +49,16 @@ inline int64_t lane_of(int64_t j) {
 }
 
 #if defined(THRESHER_VNNI)
-// Add the products of unsigned bytes and signed ones, four by four. The intrinsic does the same, but GCC 12 copies the
-// sums around it.
+// Add the products of unsigned and signed bytes, four by four. The intrinsic does the same, but GCC 12 copies the sums
+// before and after it.
 inline __m512i add_products(__m512i sum, __m512i bytes, __m512i signs) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(signs));
     return sum;
 }
 #endif
 
-// Products of AT_ONCE queries, whose words are given, and KEYS keys; a query's lie
-// `stride` after those of the last one.
+// Products of AT_ONCE queries, given as words, with KEYS keys; those of the next query lie
+// `stride` further on.
 template <bool NARROW>
 inline void products(const int32_t* query, const int32_t* offset, int64_t words, const Code<NARROW>* keys,
                      Product<NARROW>* to, int64_t stride) {
@@ -130,7 +130,7 @@ inline void products(const int32_t* query, const int32_t* offset, int64_t words,
 #endif
 }
 
-// Write the codes of a query as words that `products` reads; return what offsets its sums.
+// Write the codes of a query as words for `products`; return the offset of its sums.
 template <bool NARROW>
 inline int32_t write_words(const int8_t* codes, int64_t d, int64_t words, int32_t* to) {
     int32_t all = 0;
@@ -155,13 +155,13 @@ inline int32_t write_words(const int8_t* codes, int64_t d, int64_t words, int32_
     return -BIAS<NARROW> * all;
 }
 
-// Keys of a group, packed, and what follows from them.
+// The packed keys of a group, with their visibility and scales.
 template <class T, bool NARROW>
 struct Packed {
     Buffer<Code<NARROW>> codes;
     std::vector<Bits> seen;         // a bit for each key
     std::vector<int32_t> hidden;
-    int64_t broken_from;            // the first visible key whose scale is no number
+    int64_t broken_from;            // the first visible key whose scale is NaN
 
     Packed(const Gate<T>& gate, int64_t g)
         : codes(gate.blocks() * gate.words() * GROUP * KEYS, BIAS<NARROW>), seen(gate.blocks(), 0) {

@@ -1,5 +1,5 @@
-// One query at a time, whose keys were coded when their tokens were read: decoding. Codes lie row by row, so that what
-// follows a token is written behind them; nothing is packed, and a key's numbers are read only if it is kept.
+// Decoding: one query at a time, whose keys were coded when their tokens came. Codes lie row by row, so that the codes
+// of the next token are appended; nothing is packed, and a key is read only if it is kept.
 
 #pragma once
 
@@ -17,8 +17,8 @@
 
 namespace thresher {
 
-constexpr int64_t SOME = 16;    // keys whose products with a query are made at a time
-constexpr int64_t AHEAD = 64;   // keys whose codes memory is asked for before their turn: it is slow to come by itself
+constexpr int64_t SOME = 16;    // keys that a query is multiplied with at a time
+constexpr int64_t AHEAD = 64;   // keys whose codes are prefetched: the hardware's own prefetching is too slow
 
 #if defined(THRESHER_VNNI)
 // The totals of 16 vectors, in their order.
@@ -40,10 +40,10 @@ inline __m512i totals(const __m512i (&x)[SOME]) {
 }
 #endif
 
-// Products of a query's codes, which sum up to `all`, with those of SOME keys.
+// Products of the codes of a query, whose sum is `all`, with those of SOME keys.
 inline void products_of_rows(const int8_t* query, int32_t all, const int8_t* keys, int64_t d, int32_t* to) {
 #if defined(THRESHER_VNNI)
-    // A product of bytes takes one side unsigned: keys, by 128 more than they are.
+    // A product of bytes has one unsigned side: keys plus 128.
     const __m512i more = _mm512_set1_epi8(int8_t(-128));
     __m512i sum[SOME];
 #pragma GCC unroll 16
@@ -72,13 +72,13 @@ struct Decoder {
     Buffer<T> estimate, weight;
     Queries<S> query;
     Buffer<int32_t> key;
-    Buffer<int8_t> last;  // codes of the last keys, filled up to SOME
+    Buffer<int8_t> last;  // codes of the last keys, padded to SOME
     int64_t count = 0;    // of visible keys
 
     explicit Decoder(const DecodeArguments<S>& arguments)
         : a(arguments), estimate((a.m + KEYS - 1) / KEYS * KEYS), weight(a.m), key(a.m + KEYS) {}
 
-    // Estimate a row's scores; return how they are judged, and the best of them.
+    // Estimate the scores of a row; return its rule and the best estimate.
     Row<T, T> judge(int64_t row, int64_t g, T& top) {
         const int8_t *codes = a.q_codes + row * a.d, *keys = a.k_codes + g * a.m * a.d;
         const T *k_unit = a.k_unit + g * a.m, unit = a.q_unit[row], step = T(a.step);
@@ -86,7 +86,7 @@ struct Decoder {
         int32_t all = 0;
         for (int64_t c = 0; c < a.d; ++c) all += codes[c];
         double sum[SOME] = {};
-        T gone[SOME] = {};  // no number once a scale is none
+        T gone[SOME] = {};  // NaN once a scale is NaN
         const auto some = [&](const int8_t* from, const T* scale, T* to) {
             int32_t product[SOME];
             products_of_rows(codes, all, from, a.d, product);

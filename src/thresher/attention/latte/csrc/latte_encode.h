@@ -1,4 +1,4 @@
-// Codes of queries and keys: the high bits of 8-bit ones, as the reference makes them, operation for operation.
+// Codes of queries and keys: the high bits of 8-bit codes, with the operations of the reference in the same order.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 
 namespace thresher {
 
-// As many bytes as a vector of numbers has.
+// As many bytes as a vector has numbers.
 template <class T>
 struct Narrow {
     static constexpr int LANES = Wide<T>::LANES;
@@ -23,14 +23,14 @@ struct Narrow {
     typedef int8_t Loose __attribute__((vector_size(LANES), aligned(1), may_alias));
 };
 
-// The nearest whole number, of two equally near ones the even one, of what is below 2^22 in size.
+// Round to the nearest integer, ties to even, for numbers below 2^22 in size.
 template <class T>
 inline Vector<T> nearest(Vector<T> x) {
     constexpr T most = sizeof(T) == 4 ? T(12582912) : T(6755399441055744);  // 1.5 times 2^23 or 2^52
     return (x + most) - most;
 }
 
-// What a code of `width` numbers stands for; nan if one of them is.
+// The unit of the codes of `width` numbers; NaN if one of them is.
 template <class S, class T = Number<S>>
 inline T unit_of(const S* x, int64_t width) {
     constexpr int64_t LANES = Wide<T>::LANES;
@@ -49,7 +49,7 @@ inline T unit_of(const S* x, int64_t width) {
     return all == all ? most / 127 : all;
 }
 
-// Codes of `bits` bits, and what a code of 8 bits stands for: of each token, or of all of a group.
+// Codes of `bits` bits, and the unit of the 8-bit codes: for each token, or for a whole group.
 template <class S, class T = Number<S>>
 void encode(const EncodeArguments<S> a) {
     constexpr int64_t LANES = Wide<T>::LANES;

@@ -1,4 +1,4 @@
-// Queries, and their scores with keys that lie apart.
+// Queries, and their scores with scattered keys.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace thresher {
 
-// Queries of one task. Those of bf16 stay as they are, for products of pairs; products are scaled afterwards.
+// The queries of one task. Queries in bf16 stay as they are, for products of pairs; products are scaled afterwards.
 template <class S>
 struct Queries {
     using T = Number<S>;
@@ -27,7 +27,7 @@ struct Queries {
         for (int64_t x = 0; x < size; ++x) scaled[x] = as_number(q[x]) * scale;
     }
 
-    // Scores of the query that begins at `from` with rows of keys.
+    // The scores of the query at `from` with rows of keys.
     template <class At>
     void scores(int64_t from, const S* keys, int64_t d, int64_t rows, const At& at, T* to) const {
         if constexpr (STORED) {

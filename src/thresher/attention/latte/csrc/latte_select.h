@@ -1,8 +1,8 @@
-// Which keys of a row are kept: estimates, the best of a row, its unit, and the cut.
+// Select the keys of a row: estimates, the best of the row, its unit, and the cut.
 //
-// Products of codes are exact. Where all keys share a scale they are compared as they are, as whole numbers; else as
-// estimates. Whatever is compared, the cut is the least that the rule of the reference keeps when it is computed in the
-// reference's order of operations, so that both keep the same keys.
+// Products of codes are exact integers. Where all keys share a scale the products are compared, otherwise the
+// estimates. The cut is the least of these that the rule of the reference keeps, computed with its operations in their
+// order, so that both keep the same keys.
 
 #pragma once
 
@@ -21,7 +21,7 @@
 
 namespace thresher {
 
-// Whole numbers in the order of floats, and back.
+// Integers that sort like floats, and back.
 inline int64_t order_of(int16_t x) { return x; }
 inline int64_t order_of(int32_t x) { return x; }
 inline int64_t order_of(float x) {
@@ -70,16 +70,16 @@ inline E greatest(const E* x, int64_t n) {  // n is a multiple of KEYS
     return one;
 }
 
-// How a row is judged.
+// The rule of a row.
 template <class T, class E>
 struct Row {
     const E* estimate;
-    T scale;   // what an estimate that is a whole number stands for
+    T scale;   // the unit of estimates that are integers
     T step;
     T best, unit;
-    bool spread, broken;  // broken: an estimate is no number, and nothing is kept by its estimate
+    bool spread, broken;  // broken: an estimate is NaN, and the rule keeps nothing
 
-    // Not inlined: the difference must be that of two rounded numbers.
+    // Not inlined, so that both numbers are rounded before their difference.
     __attribute__((noinline)) T value(E e) const {
         if constexpr (std::is_integral_v<E>) return (T(e) * step) * scale;
         return T(e);
@@ -88,9 +88,9 @@ struct Row {
         const T below = best - value(e);
         return spread ? below / unit : below;
     }
-    // What a difference of 1 between estimates is worth.
+    // The size of a difference of 1 between estimates.
     T step_of_difference() const { return (std::is_integral_v<E> ? step * scale : T(1)) / (spread ? unit : T(1)); }
-    // The least estimate whose difference is at most `limit`; that of the best, 0, is.
+    // Find the least estimate whose difference is at most `limit`; the best, with difference 0, always is.
     E cut(E top, T limit) const {
         const auto keeps = [&](int64_t order) { return difference(from_order<E>(order)) <= limit; };
         const int64_t least = order_of(LOWEST<E>), most = order_of(top);
@@ -109,14 +109,14 @@ struct Row {
             high = most;
         }
         while (low + 1 < high) {
-            const int64_t middle = (low & high) + ((low ^ high) >> 1);  // their difference may not fit
+            const int64_t middle = (low & high) + ((low ^ high) >> 1);  // their sum may overflow
             (keeps(middle) ? high : low) = middle;
         }
         return from_order<E>(high);
     }
 };
 
-// The sum of codes times scales over the keys that a query sees, for each dimension, and their number.
+// The sum over the keys that a query sees of codes times scales, for each dimension, and the number of these keys.
 template <class T>
 struct Sums {
     const Gate<T>& gate;
@@ -141,8 +141,8 @@ struct Sums {
     }
 };
 
-// Call judge(i, row, top, stop) for each query i in [first, last): how its estimates are judged, the best of them as it
-// is compared, and the end of the keys that it may see.
+// Call judge(i, row, top, stop) for each query i in [first, last): the rule of its row, the best of what is compared,
+// and the end of the keys that it may see.
 template <bool NARROW, class E, class T, class Judge>
 void judge_rows(const Gate<T>& gate, int64_t g, const Packed<T, NARROW>& keys, Sums<T> sums, int64_t first,
                 int64_t last, Judge&& judge) {

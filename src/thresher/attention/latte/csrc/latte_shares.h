@@ -1,4 +1,4 @@
-// What each listed pair of a row adds to gradients.
+// The share of each listed pair in the gradients.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace thresher {
 
-// Turn scores of a row into its softmax weights; a row that keeps nothing has no weights.
+// Turn the scores of a row into softmax weights; a row that keeps nothing has none.
 template <class T>
 void weigh_scores(T* score, int64_t number, T row_max, T row_sum) {
     const Vector<T> excess = Vector<T>{} + T(MAX_EXCESS);
@@ -23,8 +23,8 @@ void weigh_scores(T* score, int64_t number, T row_max, T row_sum) {
     });
 }
 
-// Turn the scores of a row's pairs, and the products of its gradient with values, into what each pair adds to its value
-// and to its score, and slopes into what it adds to the threshold.
+// From the scores of the pairs of a row and the products of its gradient with values, compute what each pair adds to
+// the gradients of its value and its score; slopes become what it adds to the gradient of the threshold.
 template <class T>
 void shares_of(const int32_t* key, int64_t number, T row_max, T row_sum, T constant, T worth, T* score, T* through,
                T* slope) {
@@ -38,7 +38,7 @@ void shares_of(const int32_t* key, int64_t number, T row_max, T row_sum, T const
     }
 }
 
-// Sum the entries of a row that belong to kept keys.
+// Sum the entries of the kept keys of a row.
 template <class T>
 T sum_of_kept(const int32_t* key, const T* x, int64_t number) {
     T sum = 0;
@@ -46,8 +46,8 @@ T sum_of_kept(const int32_t* key, const T* x, int64_t number) {
     return sum;
 }
 
-// Do what shares_of does for a row with a tail: a kept key adds to its value what it weighs more than a dropped one, and
-// each key that the gate moves changes the tail, too.
+// The same for a row with a tail: a kept key adds to its value its weight minus that of a dropped key, and each key
+// that the gate moves changes the tail, too.
 template <class T>
 void shares_with_tail(const int32_t* key, int64_t number, T row_max, T row_sum, T constant, T worth,
                       const TailGradient<T>& tail, T* score, T* through, T* slope) {
