@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.hosts.spy import Spy
 from thresher import inject, sparsify
 from thresher.attention import available, hyperparameters
 from thresher.attention.latte.mechanism import Latte
+from thresher.attention.shared.thresholds import IN_SPREADS, named_thresholds
 from thresher.hosts import mounted
 from thresher.hosts.__main__ import MODELS, NO_DROPOUT, PICTURES, TOKENS, build
 from thresher.hosts.core import mount
@@ -113,6 +115,35 @@ def test_what_mechanisms_keep_in_fp32_stays_so_in_a_model_of_lower_precision(
     assert loaded.dtype == dtype
     kept = {name: x for name, x in loaded.state_dict().items() if ".mechanism." in name}
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in kept.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thresholds_come_back_in_the_unit_that_they_took(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, inputs = make("BERT without a pooler")
+    sparsify(model.to(dtype), "latte", threshold=0.4)
+    before = outputs(model, inputs)
+    for _, thresholds in named_thresholds(model):
+        thresholds.set_unit("nats", 0.35)
+    assert not torch.equal(before[0], outputs(model, inputs)[0])
+    loaded = check_it_comes_back(model, inputs, tmp_path)
+    for _, thresholds in named_thresholds(loaded):
+        assert thresholds.unit == "nats"
+        assert thresholds.in_spreads.dtype is torch.bool
+    recipes = loaded.config.thresher.values()
+    assert {recipe["hyperparameters"]["unit"] for recipe in recipes} == {"nats"}
+
+
+@pytest.mark.parametrize("unit", ["nats", "spread"])
+def test_files_from_before_units_were_stored_have_that_of_their_recipe(unit: str, tmp_path: Path) -> None:
+    model, inputs = make("BERT without a pooler")
+    sparsify(model, "latte", threshold=0.4, unit=unit)
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    old = {key: x for key, x in load_file(weights).items() if not key.endswith(IN_SPREADS)}
+    save_file(old, weights, metadata={"format": "pt"})
+    loaded = from_pretrained(str(tmp_path))
+    assert torch.equal(outputs(loaded, inputs)[0], outputs(model, inputs)[0])
+    assert {bool(each.in_spreads) for _, each in named_thresholds(loaded)} == {unit == "spread"}
 
 
 def test_mechanisms_of_several_hosts_come_back_together(tmp_path: Path) -> None:

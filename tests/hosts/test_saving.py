@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from thresher import densify, load_adapter, push_adapter, save_adapter, sparsify
-from thresher.attention.shared.thresholds import named_thresholds
+from thresher.attention.shared.thresholds import IN_SPREADS, named_thresholds
 from thresher.hosts import mounted
 from thresher.hosts.saving import CARD, DESCRIPTION, PARAMETERS
 
@@ -80,6 +81,42 @@ def test_a_dense_model_with_an_adapter_is_the_model_that_was_saved(kind: str, tm
     assert mounted(loaded) == mounted(model)
     densify(loaded)
     assert torch.equal(run(loaded, kind), run(build(kind), kind))
+
+
+@pytest.mark.parametrize("kind", ["timm", "BERT"])
+def test_thresholds_come_back_in_the_unit_that_they_took(kind: str, tmp_path: Path) -> None:
+    model = build_sparse(kind, estimate={"bits": 8})
+    in_spreads = run(model, kind)
+    for _, thresholds in named_thresholds(model):
+        thresholds.set_unit("nats", 0.35)
+    assert not torch.equal(run(model, kind), in_spreads)
+    save_adapter(model, tmp_path / "adapter")
+    recipes = json.loads((tmp_path / "adapter" / DESCRIPTION).read_text())["mechanisms"].values()
+    assert {(r["hyperparameters"]["unit"], r["hyperparameters"]["gate"]["tau"]) for r in recipes} == {("nats", 0.35)}
+    loaded = build(kind)
+    load_adapter(loaded, tmp_path / "adapter")
+    assert {each.unit for _, each in named_thresholds(loaded)} == {"nats"}
+    assert torch.equal(run(loaded, kind), run(model, kind))
+    for recipe in recipes:
+        recipe["hyperparameters"]["unit"] = "spread"
+    description = json.loads((tmp_path / "adapter" / DESCRIPTION).read_text()) | {"mechanisms": {}}
+    for name, recipe in zip(mounted(model), recipes, strict=True):
+        description["mechanisms"][name] = recipe
+    (tmp_path / "adapter" / DESCRIPTION).write_text(json.dumps(description))
+    stale = build(kind)
+    load_adapter(stale, tmp_path / "adapter")
+    assert torch.equal(run(stale, kind), run(model, kind)), "the state decides"
+
+
+def test_an_adapter_from_before_units_were_stored_has_that_of_its_recipe(tmp_path: Path) -> None:
+    model = build_sparse("BERT", unit="nats")
+    save_adapter(model, tmp_path)
+    state = load_file(tmp_path / PARAMETERS)
+    save_file({key: x for key, x in state.items() if not key.endswith(IN_SPREADS)}, tmp_path / PARAMETERS)
+    loaded = build("BERT")
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(run(loaded, "BERT"), run(model, "BERT"))
+    assert not any(each.in_spreads for _, each in named_thresholds(loaded))
 
 
 def test_feed_forward_layers_go_with_it(tmp_path: Path) -> None:

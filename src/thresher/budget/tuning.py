@@ -3,9 +3,8 @@
 Weights that train along absorb whatever is dropped, and leave the thresholds without a signal. On a pretrained network
 whose weights are frozen heads really differ, and the dense network says exactly what each dropped pair costs:
 
-1. Calibrate from three starts: each head keeps the same share of its pairs; or one value serves all heads, so that
-   heads with flat scores keep more; or shares are allocated greedily by sensitivity (`allocation.py`). The start that
-   errs less on held-out batches is taken.
+1. Calibrate from three starts, in each unit that thresholds may have (`starts.py`). The start that errs less on
+   held-out batches is taken.
 2. Tune, by Adam, on  E / sg(E) + multiplier g + 10 g^2  with g = kept / target - 1. E is the error against the same
    network with dense attention; divided by its own value, one learning rate serves every network. The multiplier rises
    while too much is kept.
@@ -31,21 +30,20 @@ from torch import Tensor, nn
 from thresher.attention.options import check_choice, check_integer
 from thresher.attention.shared.offsets import HeadOffsets, named_offsets
 from thresher.attention.shared.tail import Tail
-from thresher.attention.shared.thresholds import Thresholds
-from thresher.budget.allocation import LEVELS, allocate, apply_shares
-from thresher.budget.calibration import calibrate, evaluation_mode, run_model
+from thresher.attention.shared.thresholds import Thresholds, Unit
+from thresher.budget.calibration import evaluation_mode, run_model
 from thresher.budget.meter import ComputeMeter
 from thresher.budget.objectives import Objective
 from thresher.budget.settling import settle
+from thresher.budget.starts import check_owners, check_units, copy_state, load_state, measure_starts
 from thresher.budget.teacher import HeldOut, Teacher
-from thresher.budget.tuning_state import STARTS, Measurement, Start, StateFile, TuningState, Values, begin
+from thresher.budget.tuning_state import STARTS, Measurement, Start, StateFile, TuningState, begin
 
 LEARNING_RATES = {"nats": 0.12, "spread": 0.03, "log": 0.1}  # of offsets, by their unit
 FACTOR_RATE = 0.03
 MULTIPLIER_RATE = 0.05
 QUADRATIC = 10.0
 LEAST_ERROR = 1e-9  # what rounding alone makes of equal outputs
-CALIBRATION = 4  # batches: a start to tune from, settled on the held-out ones
 
 
 @dataclass
@@ -54,21 +52,24 @@ class Tuning:
 
     Attributes:
         starts: Of each start, at the target: "share", each head its share; "value", one threshold for all heads, where
-            there are thresholds; "greedy", shares by sensitivity, where batches are enough.
+            there are thresholds; "greedy", shares by sensitivity, where batches are enough. If several units were
+            tried, each with its unit before it: "nats_share".
         tuned: After it, at the target.
         headroom: What allocation by sensitivity was predicted to gain before anything was tuned, as a share of the
             error, and how uncertain that is; None if there were too few batches to tell.
         history: `error` and `kept` of each step's batch.
         thresholds: By the dotted name of their mechanism; of top-k the factors of its numbers of keys.
         factors: Tail factors, by the dotted name of their mechanism; empty without tails.
+        unit: Of the thresholds, where `units` let the tuning choose it.
     """
 
-    starts: dict[Start, Measurement]
+    starts: dict[str, Measurement]
     tuned: Measurement
     headroom: tuple[float, float] | None = None
     history: list[Measurement] = field(default_factory=list)
     thresholds: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, Tensor] = field(default_factory=dict)
+    unit: str | None = None
 
     @property
     def calibrated(self) -> Measurement:
@@ -88,6 +89,7 @@ def tune(
     lr: float | None = None,
     evaluate_every: int = 30,
     starts: Sequence[Start] = STARTS,
+    units: Sequence[Unit] | None = None,
     state_file: str | Path | None = None,
     progress: bool = True,
     on_step: Callable[[int, Measurement], None] | None = None,
@@ -113,6 +115,9 @@ def tune(
         evaluate_every: Steps between two evaluations on the held-out batches.
         starts: The starts to calibrate from: "share", "value", "greedy". "value" needs thresholds, and "greedy" two
             batches and a target of at least 0.01; what is not possible is left out.
+        units: The units of thresholds to calibrate in, "spread" and "nats"; the tuning goes on in that of the best
+            start. A mechanism that takes another unit than it had gets its surrogate of a usual width there, 0.1
+            spreads or 0.35 nats. By default all keep the unit that they have.
         state_file: Written at each evaluation. If it exists, tuning continues from it and ends, bit for bit, where it
             would have ended; the file of a finished tuning gives its result again.
         progress: Show a progress bar with the time left.
@@ -120,11 +125,13 @@ def tune(
             continues reports the steps before once more.
 
     Raises:
-        ValueError: The model has no trainable thresholds, there are too few batches, `kept` is out of range or out of
-            reach, the dense network's output is not finite, or `state_file` is damaged or of another tuning.
+        ValueError: The model has no trainable thresholds, or none that count in one of `units`; there are too few
+            batches, `kept` is out of range or out of reach, the dense network's output is not finite, or `state_file`
+            is damaged or of another tuning.
     """
     for start in starts:
         check_choice("starts", start, STARTS)
+    check_units("units", units)
     check_integer("steps", steps, 0)
     check_integer("evaluate_every", evaluate_every, 1)
     if not 0 < kept < 1:
@@ -136,6 +143,8 @@ def tune(
             "(gate.mode=hard and trainable=False freeze them), and sparsify(model, 'topk', per_head=True) factors of "
             "its numbers of keys"
         )
+    if units is not None:
+        check_owners(model, heads)
     train, held = _split(batches, held_out)
     run = forward or partial(run_model, model)
     tails = {name.rpartition(".")[0]: each for name, each in model.named_modules() if isinstance(each, Tail)}
@@ -151,17 +160,18 @@ def tune(
             "objective": objective,
             "every": evaluate_every,
             "starts": list(starts),
+            "units": None if units is None else list(units),
             "weights": _sum_weights(model),
         }
         settings |= {"batches": len(train), "held_out": len(held), "thresholds": list(heads), "tails": list(tails)}
         memory = StateFile(state_file, settings)
+        found = memory.read()
+        now = found or begin(
+            measure_starts(starts, units, model, train, kept, teacher, exam, heads.values(), trained, fixed)
+        )
+        load_state(trained, now.values)  # the unit, too, on which learning rates depend
         optimizer, schedule = _build_optimizer(heads.values(), tails.values(), lr, steps)
-        if (now := memory.read()) is None:
-            measured_starts, headroom = _measure_starts(
-                starts, model, train, kept, teacher, exam, heads.values(), trained, fixed
-            )
-            now = begin(measured_starts)
-            now.headroom = headroom
+        if found is None:
             now.optimizer, now.schedule = optimizer.state_dict(), schedule.state_dict()
             memory.write(now)
         else:
@@ -170,7 +180,6 @@ def tune(
             if on_step is not None:
                 for step, measured in enumerate(now.history, start=1):
                     on_step(step, measured)
-        _load_state(trained, now.values)
         batches = itertools.islice(itertools.cycle(train), now.step, steps)
         for batch in _show(batches, now.step, steps, progress):
             _take_step(now, teacher, batch, kept, optimizer, schedule)
@@ -180,7 +189,7 @@ def tune(
                 _evaluate(now, exam, kept, heads.values(), trained)
                 now.optimizer, now.schedule = optimizer.state_dict(), schedule.state_dict()
                 memory.write(now)
-        _load_state(trained, now.best_values)
+        load_state(trained, now.best_values)
         return Tuning(
             starts=now.starts,
             tuned=now.best,
@@ -188,50 +197,8 @@ def tune(
             history=now.history,
             thresholds={name: each.values().detach().clone() for name, each in heads.items()},
             factors={name: each.values().detach().clone() for name, each in tails.items()},
+            unit=None if units is None else next(t.unit for t in heads.values() if isinstance(t, Thresholds)),
         )
-
-
-def _measure_starts(
-    wanted: Sequence[Start],
-    model: nn.Module,
-    batches: Sequence[Any],
-    kept: float,
-    teacher: Teacher,
-    exam: HeldOut,
-    heads: Iterable[HeadOffsets],
-    trained: Sequence[nn.Module],
-    fixed: Sequence[nn.Module],
-) -> tuple[dict[Start, tuple[Measurement, Values]], tuple[float, float] | None]:
-    """Calibrate from each start and measure it; return what is measured, and the headroom of allocation."""
-    every, few, headroom = list(heads), batches[:CALIBRATION], None
-    starts: dict[Start, tuple[Measurement, Values]] = {}
-    before = _copy_state(fixed)
-    thresholds = [each for each in every if isinstance(each, Thresholds)]
-
-    def measure(start: Start) -> None:
-        settle(every, exam.measure_kept, kept)
-        starts[start] = (exam.measure(), _copy_state(trained))
-
-    for _ in range(2 if thresholds else 0):  # deep layers are calibrated behind sparse ones
-        calibrate(model, few, kept, forward=teacher.run)
-        _load_state(fixed, before)
-    for each in every:
-        if not isinstance(each, Thresholds):
-            torch.nn.init.zeros_(each.offset)
-    greedy = "greedy" in wanted and len(few) > 1 and kept >= LEVELS[0]
-    valued = "value" in wanted and thresholds
-    if "share" in wanted or not (greedy or valued):
-        measure("share")
-    if valued:
-        _share_one_value(thresholds)
-        measure("value")
-    if greedy:
-        allocation = allocate(model, few, kept, forward=teacher.run, objective=teacher.objective)
-        headroom = (allocation.gain, allocation.uncertainty)
-        apply_shares(model, few, allocation.shares, teacher.run)
-        _load_state(fixed, before)
-        measure("greedy")
-    return starts, headroom
 
 
 def _take_step(
@@ -260,12 +227,12 @@ def _evaluate(
     now: TuningState, exam: HeldOut, kept: float, heads: Iterable[HeadOffsets], trained: Sequence[nn.Module]
 ) -> None:
     """Measure the current values where they meet the target, and keep them if they are the best."""
-    now.values = _copy_state(trained)
+    now.values = copy_state(trained)
     settle(heads, exam.measure_kept, kept)
     measured = exam.measure()
     if measured.error < now.best.error:
-        now.best, now.best_values = measured, _copy_state(trained)
-    _load_state(trained, now.values)
+        now.best, now.best_values = measured, copy_state(trained)
+    load_state(trained, now.values)
 
 
 def _split(batches: Iterable[Any], held_out: Iterable[Any] | None) -> tuple[list[Any], list[Any]]:
@@ -306,11 +273,11 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _restored_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Give modules their state back if an error or an interrupt ends the block."""
-    before = _copy_state(modules)
+    before = copy_state(modules)
     try:
         yield
     except BaseException:
-        _load_state(modules, before)
+        load_state(modules, before)
         raise
 
 
@@ -327,25 +294,6 @@ def _build_optimizer(
         optimizer, lambda step: (1 + math.cos(math.pi * step / max(steps, 1))) / 2
     )
     return optimizer, falling
-
-
-def _copy_state(modules: Sequence[nn.Module]) -> Values:
-    return [{name: x.clone() for name, x in module.state_dict().items()} for module in modules]
-
-
-def _load_state(modules: Sequence[nn.Module], states: Values) -> None:
-    for module, state in zip(modules, states, strict=True):
-        module.load_state_dict(state)
-
-
-@torch.no_grad()
-def _share_one_value(thresholds: Iterable[Thresholds]) -> None:
-    """Give all heads the mean of their thresholds."""
-    every = list(thresholds)
-    mean = float(torch.cat([each.values() for each in every]).mean())
-    for each in every:
-        each.set_base(mean)
-        each.offset.zero_()
 
 
 def _show(items: Iterable[Any], done: int, number: int, progress: bool) -> Iterator[Any]:

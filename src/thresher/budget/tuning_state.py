@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class TuningState:
     """Where a tuning stands.
 
     Attributes:
-        starts: What each start measured.
+        starts: What each start measured, by its name.
         best: The best measurement so far.
         best_values: The values that it belongs to.
         values: The values of the next step.
@@ -45,7 +45,7 @@ class TuningState:
         schedule: State of the schedule of learning rates.
     """
 
-    starts: dict[Start, Measurement]
+    starts: dict[str, Measurement]
     best: Measurement
     best_values: Values
     values: Values
@@ -57,10 +57,25 @@ class TuningState:
     schedule: dict[str, Any] = field(default_factory=dict)
 
 
-def begin(starts: Mapping[Start, tuple[Measurement, Values]]) -> TuningState:
+class Calibrated(NamedTuple):
+    """Where a tuning may start.
+
+    Attributes:
+        measured: What was measured there.
+        values: The values that it belongs to.
+        headroom: What allocation gains in the unit of these values, see `TuningState`.
+    """
+
+    measured: Measurement
+    values: Values
+    headroom: tuple[float, float] | None
+
+
+def begin(starts: Mapping[str, Calibrated]) -> TuningState:
     """Begin from the start that errs least."""
-    best, values = min(starts.values(), key=lambda start: start[0].error)
-    return TuningState({name: measured for name, (measured, _) in starts.items()}, best, values, values)
+    best = min(starts.values(), key=lambda start: start.measured.error)
+    measured = {name: start.measured for name, start in starts.items()}
+    return TuningState(measured, best.measured, best.values, best.values, headroom=best.headroom)
 
 
 class StateFile:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from thresher.attention.mechanism import Mechanism
+from thresher.attention.shared.thresholds import fill_in_units
 from thresher.checkpoints.exports import read_export
 from thresher.checkpoints.format import NETWORK, RECORD, STATE, is_export
 from thresher.checkpoints.load import check_checkpoint, read_any_weights
@@ -83,6 +84,7 @@ def load_weights(task: nn.Module, state: Mapping[str, Tensor], other_attention: 
         for buffer in module.redrawn
     ]
     stored |= {k: own[k] for k in redrawn if k in own.keys() & stored.keys() and own[k].shape != stored[k].shape}
+    stored |= fill_in_units(own, stored)
     problems = {
         "missing": sorted(own.keys() - stored.keys()),
         "left over": sorted(stored.keys() - own.keys()),

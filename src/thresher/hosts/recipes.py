@@ -8,6 +8,7 @@ from thresher import attention as mechanisms
 from thresher.attention.contract import Pattern
 from thresher.attention.mechanism import MakeMechanism, Mechanism, Metered
 from thresher.attention.registry import complete_hyperparameters
+from thresher.attention.shared.thresholds import Thresholds
 from thresher.feedforward.topk_ffn import TopKFeedForward
 from thresher.hosts.recording import Usage
 
@@ -27,6 +28,15 @@ def build_recipe(make: Callable[..., Metered], mechanism: Metered) -> dict[str, 
     if name is None:
         return {"attention": _format_class(mechanism), **place}
     return {"attention": name, "hyperparameters": complete_hyperparameters(cls, settings), **place}
+
+
+def update_recipe(recipe: dict[str, Any], mechanism: Metered) -> dict[str, Any]:
+    """Return a recipe with the unit that the thresholds of its mechanism have now, as a tuning may have chosen it."""
+    thresholds, settings = getattr(mechanism, "thresholds", None), recipe.get("hyperparameters", {})
+    if not isinstance(thresholds, Thresholds) or settings.get("unit", thresholds.unit) == thresholds.unit:
+        return recipe
+    gate = settings["gate"] | {"tau": round(float(thresholds.tau), 6)}  # is counted in that unit, too
+    return {**recipe, "hyperparameters": {**settings, "unit": thresholds.unit, "gate": gate}}
 
 
 def build_unknown_recipe(kind: str, mechanism: Metered) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from thresher.hosts.core import (
     place,
 )
 from thresher.hosts.peft import find_running
-from thresher.hosts.recipes import build_unknown_recipe
+from thresher.hosts.recipes import build_unknown_recipe, update_recipe
 
 Recipes = dict[str, dict[str, Any]]
 
@@ -23,10 +23,10 @@ Recipes = dict[str, dict[str, Any]]
 def list_recipes(model: nn.Module) -> Recipes:
     """List the recipes of the mechanisms of a model, by the dotted name of their module."""
     hosts = {name: find_host(model.get_submodule(name)) for name in find_holders(model)}
+    held = {name: (host, find_running(host.mechanism)) for name, host in hosts.items() if host is not None}
     return {
-        name: host.recipe or build_unknown_recipe(host.kind, find_running(host.mechanism))
-        for name, host in hosts.items()
-        if host is not None
+        name: update_recipe(host.recipe or build_unknown_recipe(host.kind, mechanism), mechanism)
+        for name, (host, mechanism) in held.items()
     }
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from thresher.attention.shared.thresholds import fill_in_units
 from thresher.hosts.core import find_holders, find_host, take_out
 from thresher.hosts.peft import find_running
 from thresher.hosts.restoring import Recipes, list_recipes, restore_hosts
@@ -213,18 +214,17 @@ def _check_base(
 
 
 def _load_parameters(model: nn.Module, names: list[str], state: Mapping[str, Tensor], folder: Path) -> None:
-    wanted = {
-        f"{name}.{key}": value for name in names for key, value in _get_mechanism(model, name).state_dict().items()
-    }
+    own = {name: _get_mechanism(model, name) for name in names}
+    wanted = {f"{name}.{key}": value for name in names for key, value in own[name].state_dict().items()}
+    state = {**state, **fill_in_units(wanted, state)}
     if missing := sorted(wanted.keys() - state.keys()):
         raise ValueError(f"{folder} has no value for {', '.join(missing)}")
     if unknown := sorted(state.keys() - wanted.keys()):
         raise ValueError(f"{folder} has values that no mechanism takes: {', '.join(unknown)}")
     if misshapen := [key for key, value in wanted.items() if value.shape != state[key].shape]:
         raise ValueError(f"{folder} has values of another shape for {', '.join(misshapen)}")
-    with torch.no_grad():
-        for key, value in wanted.items():
-            value.copy_(state[key])
+    for name, mechanism in own.items():
+        mechanism.load_state_dict({key: state[f"{name}.{key}"] for key in mechanism.state_dict()})
 
 
 def _write_card(model: nn.Module, description: Mapping[str, Any]) -> str:

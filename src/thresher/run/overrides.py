@@ -1,11 +1,14 @@
 """Apply the overrides of an evaluation to the config of a checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
+from thresher.attention.shared.thresholds import IN_SPREADS
+from thresher.checkpoints.format import STATE
 from thresher.checkpoints.load import load_checkpoint
 from thresher.checkpoints.rebuild import rebuild_config
 from thresher.config import overrides
@@ -40,10 +43,11 @@ def load_with_overrides(path: Path, given: Sequence[Override], conf: Path) -> Re
     checkpoint = load_checkpoint(path)
     config = rebuild_config(checkpoint, conf, path)
     trained = config.attention["_target_"]
+    places = [place.partition("@")[2] for place in overrides.list_places(conf)]
+    units = _find_units(config, ["attention", *places], checkpoint[STATE])
     for override in sorted(given, key=lambda o: not overrides.is_group(conf, o.key_or_group)):
         _apply(config, override, conf)
     other = bool(config.attention["_target_"] != trained)
-    places = [place.partition("@")[2] for place in overrides.list_places(conf)]
     for place in places if other else ():  # another mechanism takes all places
         if OmegaConf.select(config, place) is not None:
             OmegaConf.update(config, place, None)
@@ -51,7 +55,36 @@ def load_with_overrides(path: Path, given: Sequence[Override], conf: Path) -> Re
     for override in given:
         if override.key_or_group in initial and not other:
             raise ValueError(f"{override.key_or_group} is a starting value: the checkpoint's own thresholds are used")
+    for key, unit in ({} if other else units).items():
+        if OmegaConf.select(config, key) != unit and key in [override.key_or_group for override in given]:
+            raise ValueError(
+                f"{key}={OmegaConf.select(config, key)}: the thresholds of the checkpoint count in {unit}, and mean "
+                f"nothing in another unit; leave {key} out"
+            )
+        OmegaConf.update(config, key, unit)
     return Rebuilt(config, checkpoint, other)
+
+
+def _find_units(config: DictConfig, places: Sequence[str], state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Find the unit of the thresholds of each place, by its key; that of the state, which a tuning may have chosen.
+
+    Where the state has several, no tuning has chosen one, and the config says which place has which.
+    """
+    if not any(name.endswith(".thresholds.base") for name in state):
+        return {}
+    stored = {bool(value) for name, value in state.items() if name.endswith(f".{IN_SPREADS}")}
+    chosen = ("spread" if stored.pop() else "nats") if len(stored) == 1 else None
+    configured = {
+        f"{place}.unit": OmegaConf.select(config, f"{place}.unit") for place in places if not _follows(config, place)
+    }
+    return {key: chosen or unit for key, unit in configured.items() if unit is not None}
+
+
+def _follows(config: DictConfig, place: str) -> bool:
+    """Tell whether a place has no mechanism of its own but that of the run."""
+    parent, _, name = place.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    return isinstance(node, DictConfig) and name in node and OmegaConf.is_interpolation(node, name)
 
 
 def _apply(config: DictConfig, override: Override, conf: Path) -> None:

@@ -118,10 +118,13 @@ def tune_network(run: Run, trainer: pl.Trainer, task: Tuning, data: Any) -> tupl
         lr=task.lr,
         evaluate_every=task.evaluate_every,
         starts=task.starts,
+        units=task.units,
         state_file=run.folder / TUNING,
         progress=run.config.callbacks.get("progress") is not None,
         on_step=log,
     )
+    if found.unit is not None:
+        rank_zero_info(f"thresholds are in {found.unit}, in which the best start erred least")
     path = run.folder / FOLDER / BEST
     trainer.save_checkpoint(path, weights_only=True)
     metrics = describe(found) | {"train/seconds": time.monotonic() - start}

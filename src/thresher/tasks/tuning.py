@@ -10,8 +10,10 @@ from torchmetrics import CosineSimilarity, MeanMetric, Metric
 
 from thresher.attention.mechanism import dense_attention
 from thresher.attention.options import check_choice, check_flags, check_integer, check_number
+from thresher.attention.shared.thresholds import Unit
 from thresher.budget.objectives import measure_error
 from thresher.budget.ratio import ComputeRatio
+from thresher.budget.starts import check_units
 from thresher.budget.tuning_state import STARTS, Start
 from thresher.tasks.base import Step, Task
 from thresher.tasks.classification import Classification
@@ -49,6 +51,7 @@ class Tuning(Task):
         lr: Learning rate of thresholds; None chooses one by their unit.
         evaluate_every: Steps between two evaluations on the held-out batches.
         starts: The starts to calibrate from, see `thresher.tune`.
+        units: The units of thresholds to calibrate in, see `thresher.tune`; None is the one that they have.
         batches: Batches of the training data to tune on, used in turn.
         held_out: Batches of the validation data to choose the best step by, and to settle on.
         num_classes: See `Classification`.
@@ -74,6 +77,7 @@ class Tuning(Task):
         lr: float | None = None,
         evaluate_every: int = 30,
         starts: Sequence[Start] = STARTS,
+        units: Sequence[Unit] | None = None,
         batches: int = 32,
         held_out: int = 6,
         num_classes: int | None = None,
@@ -89,6 +93,7 @@ class Tuning(Task):
             check_integer(f"task.{name}", value, 1)
         for start in starts:
             check_choice("task.starts", start, STARTS)
+        check_units("task.units", units)
         if lr is not None:  # None chooses by the unit of thresholds
             check_number("task.lr", lr, above=0.0)
         if output is not None and output not in dict(net.named_modules()):
@@ -99,6 +104,7 @@ class Tuning(Task):
         self.objective: Literal["error", "kl"] = ("kl" if logits else "error") if objective == "auto" else objective
         self.steps, self.lr, self.evaluate_every = steps, lr, evaluate_every
         self.starts, self.batches, self.held_out = tuple(starts), batches, held_out
+        self.units = None if units is None else tuple(units)
         own: dict[str, Any] = {"num_classes": num_classes, "class_counts": class_counts}
         own |= {"vocabulary": vocabulary, "bytes_per_token": bytes_per_token}
         given = {name: value for name, value in own.items() if value is not None}

@@ -60,6 +60,17 @@ def test_what_an_adapter_brings_is_listed_by_layer(folder: Path, adapter: Path) 
     assert len(rows) == 2
 
 
+def test_the_unit_that_thresholds_took_is_the_one_that_is_shown(folder: Path, tmp_path: Path) -> None:
+    model = build_bert()
+    thresher.sparsify(model, "latte")
+    for _, thresholds in named_thresholds(model):
+        thresholds.set_unit("nats", 0.35)
+        thresholds.set_base(torch.tensor(ADDED))
+    thresher.save_adapter(model, tmp_path / "adapter")
+    rows = show(f"network='{folder}'", f"adapter='{tmp_path}/adapter'").splitlines()[4:]
+    assert rows[0].endswith("| `latte` gate.tau=0.35 unit=nats | thresholds in nats: 0.5, 0.75 |")
+
+
 def test_a_folder_of_transformers_shows_what_would_be_replaced_and_then_what_is(folder: Path, tmp_path: Path) -> None:
     text = show(f"network='{folder}'", "mechanism=topk", "where='layer.1'")
     assert text.splitlines()[0] == f"{folder} is a BertModel. topk would stand in:"

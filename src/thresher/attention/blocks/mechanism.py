@@ -28,7 +28,7 @@ from thresher.attention.backends import Backend, Implementation
 from thresher.attention.blocks.options import BlockGateOptions, BlockOptions
 from thresher.attention.contract import Cost, Pattern
 from thresher.attention.latte.mechanism import ESTIMATE, Latte, measure_spread
-from thresher.attention.latte.options import EstimateOptions, Unit
+from thresher.attention.latte.options import EstimateOptions
 from thresher.attention.options import build_group
 from thresher.attention.prepared import Prepared
 from thresher.attention.shared.functional import (
@@ -39,7 +39,7 @@ from thresher.attention.shared.functional import (
     weigh_gated,
 )
 from thresher.attention.shared.tail import TailKind, weigh_with_tail
-from thresher.attention.shared.thresholds import Gate
+from thresher.attention.shared.thresholds import Gate, Unit
 from thresher.attention.shared.visibility import count_pairs
 
 BLOCK, GATE = BlockOptions(), BlockGateOptions()

@@ -20,7 +20,7 @@ Ours       choices that the abstract of the paper leaves open: the scale of code
 """
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,10 +30,10 @@ from torch.nn import functional as F
 from thresher.attention.backends import Backend, explain_unreadable
 from thresher.attention.contract import Attended, Call, Cost, KeyCodes, Pattern
 from thresher.attention.latte import kernel
-from thresher.attention.latte.options import EstimateOptions, GateOptions, Unit
+from thresher.attention.latte.options import EstimateOptions, GateOptions
 from thresher.attention.latte.quantise import Halves, complete_product, estimate_product, quantise, split_codes
 from thresher.attention.mechanism import Mechanism
-from thresher.attention.options import build_group, check_choice, check_flags, check_integer
+from thresher.attention.options import build_group, check_flags, check_integer
 from thresher.attention.prepared import Prepared
 from thresher.attention.shared.divergence import add_traces, trace_kept_keys, trace_rows, trace_vectors, zero_nonfinite
 from thresher.attention.shared.functional import (
@@ -46,7 +46,7 @@ from thresher.attention.shared.functional import (
     straight_through,
 )
 from thresher.attention.shared.tail import TailKind, build_tail, count_tail_cost, weigh_with_tail
-from thresher.attention.shared.thresholds import Differences, Gate, Thresholds
+from thresher.attention.shared.thresholds import Differences, Gate, Thresholds, Unit
 from thresher.kernels.build import can_use
 from thresher.kernels.calling import unify_types
 
@@ -61,7 +61,7 @@ class Latte(Mechanism):
         estimate: How to estimate scores: `bits` (2, 4, 8 or "exact"), `split`, `scoring`; see `EstimateOptions`.
         gate: How to train thresholds: `mode`, `surrogate`, `tau`, `into_scores`; see `GateOptions`.
         unit: Unit of thresholds: "spread", the distance from a row's best estimate to its mean, or "nats", the rule of
-            the paper, with which flat rows spend the budget on unimportant keys.
+            the paper, with which flat rows spend the budget on unimportant keys. A tuning may choose the other one.
         threshold: Initial threshold in that unit, at least 0.
         trainable: Whether thresholds receive gradients; they never do with `gate.mode=hard`.
         always_keep: Number of leading keys (class token, sink) that are kept where visible.
@@ -95,13 +95,12 @@ class Latte(Mechanism):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(num_heads, head_dim, pattern, backend)
-        check_choice("unit", unit, get_args(Unit))
         check_integer("always_keep", always_keep, 0)
         check_flags(trainable=trainable)
         self.estimate = build_group("estimate", EstimateOptions, estimate)
         self.gate = build_group("gate", GateOptions, gate)
         self.pools_tokens = not self.estimate.is_exact  # keys share the scale of their codes
-        self.unit, self.always_keep, self.tail = unit, always_keep, build_tail(tail, num_heads)
+        self.always_keep, self.tail = always_keep, build_tail(tail, num_heads)
         self.thresholds = Thresholds(
             num_heads,
             initial=threshold,
@@ -145,6 +144,11 @@ class Latte(Mechanism):
     def rows_together(self) -> int:
         """The number of consecutive queries that choose keys together."""
         return 1
+
+    @property
+    def unit(self) -> str:
+        """The unit of thresholds, which a tuning may have changed."""
+        return self.thresholds.unit
 
     @property
     def is_soft(self) -> bool:

@@ -9,7 +9,6 @@ from thresher.attention.shared.thresholds import Surrogate
 
 Mode = Literal["ste", "soft", "hard"]
 Scoring = Literal["exact", "int8"]
-Unit = Literal["nats", "spread"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,19 +23,22 @@ pairs then have no gradient and cost nothing; a dropped key comes back only thro
 """
 
 import math
-from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from thresher.attention.contract import Call, Pattern
-from thresher.attention.options import check_number
+from thresher.attention.options import check_choice, check_number
 from thresher.attention.shared.functional import attach_slope, clamp_from_below, fill_hidden
 from thresher.attention.shared.offsets import HeadOffsets, named_offsets
 
 Surrogate = Literal["sigmoid", "compact", "inside"]
+Unit = Literal["nats", "spread"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+IN_SPREADS = "in_spreads"  # the buffer that says the unit, in files too
 
 
 class Differences(NamedTuple):
@@ -91,16 +94,18 @@ class Thresholds(HeadOffsets):
         initial: Initial base, at least 0; infinity keeps all pairs.
         tau: Width of the surrogate, in the same unit.
         trainable: Whether `offset` receives gradients.
-        unit: Unit of differences: "nats", or the "spread" of their row.
+        unit: Unit of differences: "nats", or the "spread" of their row. It is part of the state: `in_spreads` stores
+            it, and code reads `unit`, which waits for no device.
         surrogate: Step that gives the gate its slope: "sigmoid", "compact" or "inside".
 
     Raises:
-        ValueError: `initial` is negative or not a number, or `tau` is not positive.
+        ValueError: `initial` is negative or not a number, `tau` is not positive, or there is no such unit.
     """
 
     base: Tensor
     eval_base: Tensor
     tau: Tensor
+    in_spreads: Tensor
 
     def __init__(
         self,
@@ -112,6 +117,7 @@ class Thresholds(HeadOffsets):
         unit: str = "nats",
         surrogate: Surrogate = "sigmoid",
     ) -> None:
+        check_choice("unit", unit, UNITS)
         super().__init__(num_heads, trainable, unit)
         if initial != math.inf:  # infinity keeps all pairs; below 0 even the best key would be dropped
             check_number("threshold", initial, least=0.0)
@@ -119,6 +125,7 @@ class Thresholds(HeadOffsets):
         self.register_buffer("base", torch.full((num_heads,), float(initial)))
         self.register_buffer("eval_base", self.base.clone())
         self.register_buffer("tau", torch.tensor(float(tau)))
+        self.register_buffer(IN_SPREADS, torch.tensor(unit == "spread"))
         self.surrogate = surrogate
 
     def values(self) -> Float[Tensor, " h"]:
@@ -131,6 +138,30 @@ class Thresholds(HeadOffsets):
         for own in (self.base, self.eval_base):
             new = torch.as_tensor(base).to(own).expand_as(own)
             own.copy_(torch.where(new.isnan(), own, new))
+
+    @torch.no_grad()
+    def set_unit(self, unit: str, tau: float) -> None:
+        """Count in another unit, with a surrogate of another width; calibrate then, as old values mean nothing in it.
+
+        Raises:
+            ValueError: There is no such unit, or `tau` is not positive.
+        """
+        check_choice("unit", unit, UNITS)
+        check_number("tau", tau, above=0.0)
+        self.unit = unit
+        self.in_spreads.fill_(unit == "spread")
+        self.tau.fill_(tau)
+
+    def read_unit(self) -> None:
+        """Read the unit from `in_spreads`, where that was loaded by other means than `load_state_dict`."""
+        if not self.in_spreads.is_meta:
+            self.in_spreads = self.in_spreads.bool()
+            self.unit = "spread" if self.in_spreads.item() else "nats"
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict |= fill_in_units({f"{prefix}{IN_SPREADS}": self.in_spreads}, state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.read_unit()
 
     def forward(
         self,
@@ -195,6 +226,17 @@ class Thresholds(HeadOffsets):
 
     def extra_repr(self) -> str:
         return f"heads={len(self.base)}, trainable={self.offset.requires_grad}"
+
+
+def fill_in_units(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the units that a state of thresholds lacks, as one from before units were stored does: the model's own.
+
+    Args:
+        own: The state of the model.
+        state: The state to load.
+    """
+    names = [name for name in own if name.endswith(IN_SPREADS) and name not in state]
+    return {name: own[name] for name in names if f"{name.removesuffix(IN_SPREADS)}base" in state}
 
 
 def named_thresholds(model: nn.Module) -> Iterator[tuple[str, Thresholds]]:

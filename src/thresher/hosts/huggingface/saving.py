@@ -4,7 +4,7 @@ One model may hold mechanisms of several hosts: in transformers' own attention, 
 feed-forward layer. Loading restores all of them, or refuses the file and names those that it cannot restore.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import transformers
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig as Config
 from transformers import PreTrainedModel
 
+from thresher.attention.shared.thresholds import IN_SPREADS, Thresholds
 from thresher.hosts.core import WATCHERS
 from thresher.hosts.huggingface.switch import NAME
 from thresher.hosts.restoring import Recipes, list_recipes, restore_hosts
@@ -45,7 +46,7 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     """Load a model that was saved with mechanisms in it, and their parameters.
 
     The class's own `from_pretrained` loads the dense model. The state of mechanisms stays in fp32 if the model is
-    loaded in a lower precision.
+    loaded in a lower precision. The unit of thresholds is that of their state, whatever the recipe says.
 
     Args:
         path: A folder that `save_pretrained` wrote, or a name on the hub.
@@ -74,11 +75,25 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     sparse: Any = type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
     model, info = sparse.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     model.__class__ = base
-    if missing := sorted(key for key in info["missing_keys"] if ".mechanism." in key):
+    if missing := sorted(key for key in _read_units(model, info["missing_keys"]) if ".mechanism." in key):
         raise ValueError(f"{path} says that it holds mechanisms, and lacks their parameters: {', '.join(missing)}")
     if unknown := sorted(key for key in info["unexpected_keys"] if ".mechanism." in key):
         raise ValueError(f"{path} holds parameters of mechanisms that it does not describe: {', '.join(unknown)}")
+    write_recipes(model)
     return model
+
+
+def _read_units(model: nn.Module, missing: Iterable[str]) -> set[str]:
+    """Read the units of thresholds that were loaded; return what is missing besides units that no old file has."""
+    lacking = set(missing)
+    for name, thresholds in model.named_modules():
+        if not isinstance(thresholds, Thresholds):
+            continue
+        if f"{name}.{IN_SPREADS}" in lacking and f"{name}.base" not in lacking:
+            lacking.remove(f"{name}.{IN_SPREADS}")
+            thresholds.set_unit(thresholds.unit, thresholds.tau.item())
+        thresholds.read_unit()
+    return lacking
 
 
 def _take_recipes(config: Config) -> Iterator[tuple[Config, Recipes]]:
