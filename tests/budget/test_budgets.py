@@ -22,6 +22,15 @@ def test_the_aim_is_dense_then_cubic_then_the_target() -> None:
     assert all(a >= b for a, b in itertools.pairwise(aims))  # type: ignore[operator]
 
 
+def test_a_target_may_hold_from_the_first_step_or_from_any_other() -> None:
+    budget = Target(target=0.2, start=0.0, end=0.0, margin=0.0)
+    assert budget.aim(0.0) == budget.aim(1.0) == pytest.approx(0.2)
+    assert float(budget.loss(ratio(0.3, trainable=False), 0.0)) == pytest.approx(0.1)
+    later = Target(target=0.2, start=0.5, end=0.5, margin=0.0)
+    assert later.aim(0.49) == 1.0
+    assert later.aim(0.5) == pytest.approx(0.2)
+
+
 def test_training_aims_below_the_bound_by_the_margin() -> None:
     assert Target(target=0.2, margin=0.05).aim(1.0) == pytest.approx(0.19)
 
@@ -106,7 +115,7 @@ NUMBERS = {  # what each number of a budget must be, and what it cannot be
     "weight": (Target, "compute.weight", (0, -1, NAN, INF, "10", None, True)),
     "margin": (Target, "compute.margin", (-0.1, 1, 1.5, NAN, INF, "0", None, False)),
     "start": (Target, "compute.start", (-0.1, 1.1, NAN, INF, "0", None, False)),
-    "end": (Target, "compute.end", (0.1, 0.05, 1.1, NAN, -INF, "1", None, True)),
+    "end": (Target, "compute.end", (0.05, 1.1, NAN, -INF, "1", None, True)),
     "required": (Target, "compute.required", (1, 0, "true", None)),
     "quantity": (Target, "compute.quantity", ("flops", None, 1)),
     "rate": (Lagrangian, "compute.rate", (0, -1, NAN, INF, "0.1", None, True)),

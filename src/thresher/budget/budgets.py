@@ -101,7 +101,7 @@ class Target(Budget):
         target: Ratio to end at, in (0, 1].
         weight: Weight of the squared distance.
         start: Share of the steps before the target leaves 1.
-        end: Share of the steps after which it stays at `target`.
+        end: Share of the steps after which it stays at `target`; as `start`, for one that holds at once.
         quantity: "kept" or "macs".
         margin: Share of the target by which training aims below it, so that an evaluation ends within it.
         required: Whether to refuse a network that cannot follow; otherwise it is trained without budget.
@@ -126,8 +126,8 @@ class Target(Budget):
         self.bound: float | None = target
         self.weight = weight
         self.start, self.end = _check_share("start", start), _check_share("end", end)
-        if end <= start:
-            raise ValueError(f"compute.end must come after compute.start, got {end} <= {start}")
+        if end < start:
+            raise ValueError(f"compute.end must not come before compute.start, got {end} < {start}")
         check_flags(**{"compute.required": required})
         self.margin = margin
         self.required = required
@@ -135,7 +135,8 @@ class Target(Budget):
     def aim(self, progress: float) -> float | None:
         if self.bound is None:
             return None
-        left = 1 - min(max((progress - self.start) / (self.end - self.start), 0.0), 1.0)
+        way = self.end - self.start
+        left = 1 - min(max((progress - self.start) / way, 0.0), 1.0) if way else float(progress < self.end)
         final = self.bound * (1 - self.margin)
         return final + (1 - final) * left**3
 
