@@ -1,13 +1,14 @@
 """Calibrate thresholds to the budget during training, anneal their surrogate, and warn of failures."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from thresher.attention.options import check_integer, check_number
+from thresher.attention.options import check_flags, check_integer, check_number
 from thresher.attention.shared.offsets import find_trainable_offsets
 from thresher.attention.shared.thresholds import named_thresholds
 from thresher.budget.calibration import ThresholdProbe, calibrate, evaluation_mode, is_noisy
@@ -25,12 +26,21 @@ class CalibrateThresholds(pl.Callback):
     passes without dropout, four in each window. Without a target, `initial` sets the base once, before training; leave
     it null for a network trained from scratch, whose scores do not differ yet.
 
+    Thresholds that are `given`, such as a tuning's, stay as they are at first. What they keep all together is measured
+    before training, and the quantile of each head that keeps that share becomes its base; its offset becomes the
+    distance of its threshold from there. So the base follows the budget from where the thresholds stand, and offsets
+    hold how much more or less each head keeps.
+
     Args:
         window: Share of the training steps over which quantiles are averaged.
         examples: Number of examples read of a batch.
         pairs: Number of pairs read of a head in a step; of longer sequences, those of random queries.
+        given: Whether thresholds are given.
         initial: Share of the visible pairs to keep when there is no target, or None.
-        batches: Training batches read for `initial`.
+        batches: Training batches read for `given` or `initial`.
+
+    Raises:
+        ValueError: A value is out of range, or thresholds are given and there is an `initial` share.
     """
 
     def __init__(
@@ -38,9 +48,11 @@ class CalibrateThresholds(pl.Callback):
         window: float = 0.01,
         examples: int = 16,
         pairs: int = 2**18,
+        given: bool = False,
         initial: float | None = None,
         batches: int = 8,
     ) -> None:
+        check_flags(**{"callbacks.calibrate.given": given})
         check_number("callbacks.calibrate.window", window, least=0.0)
         if window > 1:
             raise ValueError(f"callbacks.calibrate.window is a share of the training steps, at most 1; got {window}")
@@ -48,11 +60,17 @@ class CalibrateThresholds(pl.Callback):
             check_number("callbacks.calibrate.initial", initial, above=0.0)
             if initial > 1:
                 raise ValueError(f"callbacks.calibrate.initial is a share of the pairs, at most 1; got {initial}")
+            if given:
+                raise ValueError(
+                    f"callbacks.calibrate.initial={initial:g} sets thresholds anew, and init_mechanisms=true takes "
+                    "those of init_from: leave one out"
+                )
         for name, number in (("examples", examples), ("pairs", pairs), ("batches", batches)):
             check_integer(f"callbacks.calibrate.{name}", number, 1)
         self.window = window
         self.examples = examples
         self.pairs = pairs
+        self.given = given
         self.initial = initial
         self.batches = batches
         self._probe: ThresholdProbe | None = None
@@ -74,13 +92,11 @@ class CalibrateThresholds(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Task)
+        if self.given and self._probe and not self._begun:
+            self._start_from_given(trainer, pl_module)
         if self.initial is None or self._probe or trainer.global_step or not dict(named_thresholds(pl_module.net)):
             return
-        loader: Any = trainer.train_dataloader
-        batches = [
-            pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-            for batch in itertools.islice(iter(loader), self.batches)
-        ]
+        batches = self._read_batches(trainer, pl_module)
         with trainer.precision_plugin.forward_context():
             calibrate(pl_module.net, batches, self.initial, forward=pl_module.step)
             if is_noisy(pl_module.net):
@@ -90,6 +106,49 @@ class CalibrateThresholds(pl.Callback):
                 for name, thresholds in named_thresholds(pl_module.net):
                     thresholds.base.copy_(bases[name])
         rank_zero_info(f"thresholds calibrated on {len(batches)} batches to keep {self.initial:g} of the visible pairs")
+
+    def _read_batches(self, trainer: pl.Trainer, task: Task) -> list[Any]:
+        loader: Any = trainer.train_dataloader
+        return [
+            task.transfer_batch_to_device(batch, task.device, 0)
+            for batch in itertools.islice(iter(loader), self.batches)
+        ]
+
+    @torch.no_grad()
+    def _start_from_given(self, trainer: pl.Trainer, task: Task) -> None:
+        """Set bases to the quantiles at what given thresholds keep together, and offsets to what is left of these."""
+        assert self._probe is not None
+        batches = self._read_batches(trainer, task)
+        with trainer.precision_plugin.forward_context():
+            with evaluation_mode(task.net):
+                kept = self._measure_kept(task, batches)
+                quiet = self._read_quantiles(task, batches, kept)
+            noisy = self._read_quantiles(task, batches, kept) if is_noisy(task.net) else quiet
+        for name, thresholds in self._probe.thresholds.items():
+            given = thresholds.eval_base + thresholds.offset
+            left = torch.where(given.isfinite(), given - quiet[name], thresholds.offset)
+            thresholds.offset.copy_(torch.where(quiet[name].isfinite(), left, thresholds.offset))
+            for base, found in ((thresholds.base, noisy[name]), (thresholds.eval_base, quiet[name])):
+                base.copy_(torch.where(found.isfinite(), found, base))
+        self._begun = True
+        rank_zero_info(f"training begins with given thresholds, which keep {kept:.3g} of the visible pairs")
+
+    @staticmethod
+    def _measure_kept(task: Task, batches: Sequence[Any]) -> float:
+        shares = []
+        for batch in batches:
+            with task.meter:
+                task.step(batch)
+            shares.append(float(task.meter.kept()))
+        return sum(shares) / len(shares)
+
+    def _read_quantiles(self, task: Task, batches: Sequence[Any], kept: float) -> dict[str, torch.Tensor]:
+        assert self._probe is not None
+        self._probe.level = kept
+        for batch in batches:
+            task.step(batch)
+        self._probe.level = None
+        return self._probe.collect()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, Task)

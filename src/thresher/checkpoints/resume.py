@@ -25,7 +25,8 @@ from thresher.checkpoints.load import load_checkpoint
 
 # Keys that do not change the training: remaining steps, reports, distribution of the work.
 NOT_TRAINING = (
-    *("run", "tags", "resume", "train", "test", "ckpt_path", "init_from", "logger", "callbacks", "optimized_metric"),
+    *("run", "tags", "resume", "train", "test", "ckpt_path", "init_from", "init_mechanisms"),
+    *("logger", "callbacks", "optimized_metric"),
 )
 DISTRIBUTION = ("trainer", "data.batch_size", "data.workers", "compile")
 

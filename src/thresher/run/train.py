@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
+from thresher.attention.options import check_flags
 from thresher.callbacks.snapshots import Snapshots
 from thresher.checkpoints.format import STATE, build_record
 from thresher.checkpoints.groups import describe_config
@@ -56,6 +57,9 @@ def train(
     quiet_lightning()
     if "dropin" in cfg:
         raise ValueError(f"{cfg.run.name} trains nothing: python eval.py experiment=... measures it")
+    check_flags(init_mechanisms=cfg.init_mechanisms)
+    if cfg.init_mechanisms and cfg.init_from is None:
+        raise ValueError("init_mechanisms=true takes thresholds from init_from: name a checkpoint there, too")
     run = open_run(cfg, conf, folder, overrides)
     rank_zero_info(f"run folder: {run.folder}")
     pl.seed_everything(run.seed, workers=True, verbose=False)
@@ -92,12 +96,13 @@ def train(
 
 
 def _load_initial(run: Run, task: Task, data: Any) -> None:
-    """Load the weights that a new training starts from, if the config names any."""
+    """Load the weights that a new training starts from, if the config names any, with or without mechanisms."""
     path = run.config.init_from
     if path is None or run.start.path is not None:
         return
-    left_out = load_initial_weights(task, path, data.model_arguments.get("num_classes"))
-    rank_zero_info(f"weights of {path}")
+    mechanisms = run.config.init_mechanisms
+    left_out = load_initial_weights(task, path, data.model_arguments.get("num_classes"), mechanisms)
+    rank_zero_info(f"weights {'and mechanisms ' * mechanisms}of {path}")
     if left_out:
         rank_zero_warn(f"{path} is for another number of classes: {', '.join(left_out)} begin untrained")
 

@@ -65,6 +65,8 @@ def check_tuning(run: Run, trainer: pl.Trainer, task: Tuning) -> None:
                 raise ValueError(f"{key} has no effect with task=tuning{hint}")
     if run.start.path is not None or run.config.resume not in ("auto", "never"):
         raise ValueError(f"a tuning resumes by itself, from {TUNING} of its folder: leave resume as it is")
+    if run.config.init_mechanisms:
+        raise ValueError("task=tuning calibrates thresholds anew: leave init_mechanisms out")
     if run.config.compile:
         raise ValueError("task=tuning switches between sparse and dense attention in each step: set compile=false")
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
