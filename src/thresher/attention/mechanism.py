@@ -229,6 +229,11 @@ def dense_attention() -> Iterator[None]:
         _dense = before
 
 
+def attends_densely() -> bool:
+    """Tell whether mechanisms compute softmax attention, inside of `dense_attention`."""
+    return _dense
+
+
 @runtime_checkable
 class MakeMechanism(Protocol):
     """Build a mechanism for a host: a class, or a class with bound hyper-parameters."""

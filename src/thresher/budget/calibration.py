@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from thresher.attention.contract import Attended, Call, Pattern
+from thresher.attention.mechanism import attends_densely
 from thresher.attention.shared.thresholds import Thresholded, named_thresholds
 
 _log = logging.getLogger(__name__)
@@ -80,8 +81,8 @@ def draw_rows(n: int, number: int, together: int, device: torch.device) -> Int[T
 class ThresholdProbe:
     """Reads the quantiles for calibrated thresholds from forward passes of a model.
 
-    Hooks stay registered and do nothing while `level` is None; build the probe before the first run of a compiled
-    model.
+    Hooks stay registered and do nothing while `level` is None or attention is dense; build the probe before the first
+    run of a compiled model.
 
     Args:
         model: Any model with thresholds inside.
@@ -114,7 +115,7 @@ class ThresholdProbe:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _read_differences(self, name: str, owner: Thresholded, args: tuple[Tensor, Tensor, Tensor, Call]) -> None:
-        if self.level is not None:
+        if self.level is not None and not attends_densely():
             q, k, _, call = args
             some = slice(self.examples)
             q, k, call = q[some], k[some], call.examples(some)

@@ -22,6 +22,7 @@ from thresher.attention.shared.offsets import find_trainable_offsets, named_offs
 from thresher.budget.budgets import Budget
 from thresher.budget.meter import ComputeMeter
 from thresher.budget.ratio import ComputeRatio
+from thresher.tasks.distillation import measure_divergence, predict_densely
 from thresher.tasks.finite import NonFiniteError, all_finite, find_bad_gradients, find_bad_layer, walk_tensors
 
 NonFinite = Literal["stop", "skip"]
@@ -40,6 +41,7 @@ class Step(NamedTuple):
     size: int  # number of examples
     predictions: Tensor
     targets: Tensor
+    counted: Tensor | None = None  # which predictions count; None is all
 
 
 class Task(pl.LightningModule, ABC):
@@ -55,6 +57,7 @@ class Task(pl.LightningModule, ABC):
             other. None does not clip.
         nonfinite: At a NaN or infinite loss or gradient, "stop" the training, or "skip" the step, which then changes
             only the schedules. Either waits for one value from the device in each optimiser step; None checks nothing.
+        distill: Weight of the divergence of predictions from those under dense attention, see `distillation.py`.
 
     Attributes:
         metric: Name of the metric that measures the quality of the network, for example "acc".
@@ -74,12 +77,14 @@ class Task(pl.LightningModule, ABC):
         seed: int,
         clip: float | None = 1.0,
         nonfinite: NonFinite | None = "stop",
+        distill: float = 0.0,
     ) -> None:
         super().__init__()
         if nonfinite not in (None, *get_args(NonFinite)):
             raise ValueError(f"task.nonfinite must be one of {', '.join(get_args(NonFinite))}, null, got {nonfinite!r}")
         if clip is not None:  # None does not clip
             check_number("task.clip", clip, above=0.0)
+        check_number("task.distill", distill, least=0.0)
         self.net = net
         self.meter = ComputeMeter(net)
         self.budget = budget
@@ -88,8 +93,7 @@ class Task(pl.LightningModule, ABC):
         self.seed = seed
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
-        self._clip = clip
-        self._nonfinite = nonfinite
+        self._clip, self._nonfinite, self._distill = clip, nonfinite, distill
         self._skipped = False
         self._losses: list[tuple[Tensor, Any, int]] = []  # since the last optimiser step: loss, batch and its number
         self._settled = False
@@ -127,6 +131,10 @@ class Task(pl.LightningModule, ABC):
             whole = [each.offset for _, each in named_offsets(self.net)]
             shard_network(self.net, self.device_mesh["data_parallel"], whole)
 
+    def on_fit_start(self) -> None:
+        if self._distill and self.attention == "dense":
+            raise ValueError("task.distill has no effect with attention=dense, its own dense output: leave it out")
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed all generators by seed, step, micro-batch and process alone."""
         self._seed_generators(self._format_key(batch_idx))
@@ -161,6 +169,7 @@ class Task(pl.LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         progress = self.progress
+        dense = predict_densely(self.net, lambda x: self.step(x).predictions, batch) if self._distill else None
         with self.meter:
             step = self.step(batch)
         ratio = self.meter.ratio(self.budget.quantity)
@@ -184,6 +193,10 @@ class Task(pl.LightningModule, ABC):
         with torch.no_grad():
             self._values |= {f"train/{name}": value for name, value in self.training_metrics(step).items()}
         loss = step.loss + compute_loss
+        if dense is not None:
+            divergence = measure_divergence(step.predictions, dense, step.counted)
+            self._values["train/distill"] = divergence.detach()
+            loss = loss + self._distill * divergence
         self._losses.append((loss.detach(), batch, batch_idx))
         return loss
 

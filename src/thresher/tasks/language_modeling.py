@@ -37,7 +37,7 @@ class LanguageModeling(Task):
         inputs, targets = batch
         logits = self.net(*inputs) if isinstance(inputs, (tuple, list)) else self.net(inputs)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
-        return Step(loss, len(targets), logits, targets)
+        return Step(loss, len(targets), logits, targets, targets != IGNORED)
 
     def weight(self, step: Step) -> Tensor:
         return (step.targets != IGNORED).sum()

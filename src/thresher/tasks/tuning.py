@@ -94,6 +94,8 @@ class Tuning(Task):
         for start in starts:
             check_choice("task.starts", start, STARTS)
         check_units("task.units", units)
+        if task.get("distill"):
+            raise ValueError("task.distill has no effect with task=tuning, which learns from the dense output alone")
         if lr is not None:  # None chooses by the unit of thresholds
             check_number("task.lr", lr, above=0.0)
         if output is not None and output not in dict(net.named_modules()):
