@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from thresher.attention.blocks import Blocks
 from thresher.attention.contract import Call, Pattern
@@ -51,18 +50,6 @@ def test_states_bring_the_unit_with_them() -> None:
     assert target.thresholds.unit == "spread"
     assert copy.deepcopy(source).thresholds.unit == "nats"
     assert source.bfloat16().thresholds.in_spreads.dtype is torch.bool
-
-
-def test_a_state_from_before_units_were_stored_keeps_the_unit_of_the_model() -> None:
-    for unit in BOTH:
-        model = nn.ModuleDict({"mechanism": latte(unit)})
-        state = {name: x for name, x in model.state_dict().items() if not name.endswith(IN_SPREADS)}
-        assert len(state) == len(model.state_dict()) - 1
-        given = dict(state)
-        model.load_state_dict(state, strict=True)
-        assert state.keys() == given.keys(), "what was given stays as it is"
-        assert model["mechanism"].thresholds.unit == unit
-        assert bool(model["mechanism"].thresholds.in_spreads) == (unit == "spread")
 
 
 def test_a_unit_alone_is_no_state_of_thresholds() -> None:

@@ -82,7 +82,7 @@ def test_a_stored_config_names_no_target(target: str) -> None:
 
 @pytest.mark.parametrize("name", ["lattee", "../model/vit", "latte.yaml", "", None, ["latte"], {"x": 1}])
 def test_a_stored_name_is_one_of_conf(name: Any) -> None:
-    with pytest.raises(ValueError, match=r"is not a file of .*attention: refused. There are: dense, latte"):
+    with pytest.raises(ValueError, match=r"is not a file of .*attention: refused. There are: blocks, dense, latte"):
         restore_config({"attention": {"name": name, "arguments": {}}}, CONF, "x.ckpt")
 
 

@@ -195,7 +195,7 @@ def test_every_place_of_the_configs_can_be_chosen_for() -> None:
         (["trainer.gpu=1"], "trainer.gpu is not a key; gpu is a choice: write trainer=gpu"),
         (
             ["attention=local"],
-            "no attention=local. Available: dense, latte, mca, mean, none, smyrf, topk, yoso. A choice",
+            "no attention=local. Available: blocks, dense, latte, mca, mean, none, smyrf, topk, yoso. A choice",
         ),
         (["attention=local"], "A choice of your own is a file conf/attention/local.yaml, see docs/adding.md"),
         (["attention.gate.surogate=inside"], "attention.gate has no key 'surogate'; did you mean surrogate?"),

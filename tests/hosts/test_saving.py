@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from thresher import densify, load_adapter, push_adapter, save_adapter, sparsify
-from thresher.attention.shared.thresholds import IN_SPREADS, named_thresholds
+from thresher.attention.shared.thresholds import named_thresholds
 from thresher.hosts import mounted
 from thresher.hosts.saving import CARD, DESCRIPTION, PARAMETERS
 
@@ -106,17 +105,6 @@ def test_thresholds_come_back_in_the_unit_that_they_took(kind: str, tmp_path: Pa
     stale = build(kind)
     load_adapter(stale, tmp_path / "adapter")
     assert torch.equal(run(stale, kind), run(model, kind)), "the state decides"
-
-
-def test_an_adapter_from_before_units_were_stored_has_that_of_its_recipe(tmp_path: Path) -> None:
-    model = build_sparse("BERT", unit="nats")
-    save_adapter(model, tmp_path)
-    state = load_file(tmp_path / PARAMETERS)
-    save_file({key: x for key, x in state.items() if not key.endswith(IN_SPREADS)}, tmp_path / PARAMETERS)
-    loaded = build("BERT")
-    load_adapter(loaded, tmp_path)
-    assert torch.equal(run(loaded, "BERT"), run(model, "BERT"))
-    assert not any(each.in_spreads for _, each in named_thresholds(loaded))
 
 
 def test_feed_forward_layers_go_with_it(tmp_path: Path) -> None:

@@ -90,21 +90,6 @@ def test_an_evaluation_in_another_unit_is_refused(
         check_same(run_eval([ckpt, *whole, f"run.dir='{tmp_path}/eval'"], CONF), tuned[1])
 
 
-def test_a_checkpoint_from_before_units_were_stored_is_in_the_unit_of_its_config(
-    tuned: tuple[Path, dict[str, float]], dense: Path, tmp_path: Path
-) -> None:
-    wanted = tune(tmp_path / "run", dense, "task.steps=0")
-    path = tmp_path / "run" / "checkpoints" / "best.ckpt"
-    stored = torch.load(path, weights_only=True)
-    stored["state_dict"] = {name: x for name, x in stored["state_dict"].items() if not name.endswith(IN_SPREADS)}
-    old = tmp_path / "old.ckpt"
-    torch.save(stored, old)
-    check_same(run_eval([f"ckpt='{old}'", f"run.dir='{tmp_path}/eval'"], CONF), wanted)
-    assert find_units(load_model(old)) == {"spread"}
-    with pytest.raises(ValueError, match=r"attention\.unit=nats: the thresholds of the checkpoint count in spread"):
-        run_eval([f"ckpt='{old}'", "attention.unit=nats", f"run.dir='{tmp_path}/eval2'"], CONF)
-
-
 def test_a_tuning_in_another_unit_resumes_to_the_same_end(
     tuned: tuple[Path, dict[str, float]], dense: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from thresher.attention.mechanism import Mechanism
 from thresher.attention.registry import name_of
-from thresher.attention.shared.thresholds import IN_SPREADS, fill_in_units
+from thresher.attention.shared.thresholds import IN_SPREADS
 from thresher.checkpoints.exports import read_export
 from thresher.checkpoints.format import CONFIG, NAME, NETWORK, RECORD, STATE, is_export
 from thresher.checkpoints.load import check_checkpoint, read_any_weights
@@ -92,7 +92,7 @@ def load_weights(task: nn.Module, state: Mapping[str, Tensor], other_attention: 
 
 
 def _complete(task: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Complete a state by what a task has of its own: hashes of another shape, and units that older files lack."""
+    """Complete a state by the hashes of a task that have another shape in it."""
     redrawn = [
         f"{name}.{buffer}"
         for name, module in task.named_modules()
@@ -100,7 +100,7 @@ def _complete(task: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Te
         for buffer in module.redrawn
     ]
     drawn = {k: own[k] for k in redrawn if k in own.keys() & state.keys() and own[k].shape != state[k].shape}
-    return {**state, **drawn, **fill_in_units(own, state)}
+    return {**state, **drawn}
 
 
 def _describe_problems(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str:

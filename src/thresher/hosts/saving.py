@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from thresher.attention.shared.thresholds import fill_in_units
 from thresher.hosts.core import find_holders, find_host, take_out
 from thresher.hosts.peft import find_running
 from thresher.hosts.restoring import Recipes, list_recipes, restore_hosts
@@ -216,7 +215,6 @@ def _check_base(
 def _load_parameters(model: nn.Module, names: list[str], state: Mapping[str, Tensor], folder: Path) -> None:
     own = {name: _get_mechanism(model, name) for name in names}
     wanted = {f"{name}.{key}": value for name in names for key, value in own[name].state_dict().items()}
-    state = {**state, **fill_in_units(wanted, state)}
     if missing := sorted(wanted.keys() - state.keys()):
         raise ValueError(f"{folder} has no value for {', '.join(missing)}")
     if unknown := sorted(state.keys() - wanted.keys()):

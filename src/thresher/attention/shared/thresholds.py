@@ -23,7 +23,7 @@ pairs then have no gradient and cost nothing; a dropped key comes back only thro
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
@@ -159,7 +159,6 @@ class Thresholds(HeadOffsets):
             self.unit = "spread" if self.in_spreads.item() else "nats"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        state_dict |= fill_in_units({f"{prefix}{IN_SPREADS}": self.in_spreads}, state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.read_unit()
 
@@ -226,17 +225,6 @@ class Thresholds(HeadOffsets):
 
     def extra_repr(self) -> str:
         return f"heads={len(self.base)}, trainable={self.offset.requires_grad}"
-
-
-def fill_in_units(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the units that a state of thresholds lacks, as one from before units were stored does: the model's own.
-
-    Args:
-        own: The state of the model.
-        state: The state to load.
-    """
-    names = [name for name in own if name.endswith(IN_SPREADS) and name not in state]
-    return {name: own[name] for name in names if f"{name.removesuffix(IN_SPREADS)}base" in state}
 
 
 def named_thresholds(model: nn.Module) -> Iterator[tuple[str, Thresholds]]:
