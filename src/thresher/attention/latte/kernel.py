@@ -136,7 +136,7 @@ def attend(
         row_sum=row_sum,
         tail_weight=tail_weight,
         tail_factor=None if tail_factor is None else tail_factor.contiguous(),
-        **_gate_fields(q, v, gate),
+        **list_gate_fields(q, v, gate),
     )
     return out, kept.sum(-1).to(out.dtype), row_max, row_sum, tail_weight
 
@@ -201,7 +201,7 @@ def back(
         tail_weight=tail_weight.contiguous(),
         tail_factor=None if tail_factor is None else tail_factor.contiguous(),
         grad_tail_factor=grad_factor,
-        **_gate_fields(q, v, gate),
+        **list_gate_fields(q, v, gate),
     )
     return grad_q, grad_k, grad_v, grad_threshold, grad_factor
 
@@ -318,7 +318,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-def _gate_fields(q: Tensor, v: Tensor, gate: Gate) -> dict[str, Tensor | int | float | None]:
+def list_gate_fields(q: Tensor, v: Tensor, gate: Gate) -> dict[str, Tensor | int | float | None]:
     """List the fields of the C++ struct `Gate`."""
     (g, n, d), m, dv = q.shape, v.shape[1], v.shape[2]
     return {

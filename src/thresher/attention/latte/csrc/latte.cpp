@@ -8,14 +8,14 @@
 #include <memory>
 
 #include "buffer.h"
+#include "estimates.h"
 #include "gathered.h"
 #include "latte_decode.h"
 #include "latte_encode.h"
 #include "latte_queries.h"
-#include "latte_select.h"
-#include "latte_shares.h"
 #include "matrix.h"
 #include "parallel.h"
+#include "shares.h"
 #include "softmax.h"
 #include "tail.h"
 

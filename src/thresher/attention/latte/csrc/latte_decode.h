@@ -7,10 +7,11 @@
 #include <cstdint>
 
 #include "buffer.h"
+#include "codes.h"
+#include "estimates.h"
 #include "gathered.h"
-#include "latte_codes.h"
+#include "latte_arguments.h"
 #include "latte_queries.h"
-#include "latte_select.h"
 #include "parallel.h"
 #include "softmax.h"
 #include "tail.h"

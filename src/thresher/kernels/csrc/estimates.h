@@ -16,7 +16,7 @@
 
 #include "bitmask.h"
 #include "buffer.h"
-#include "latte_codes.h"
+#include "codes.h"
 #include "vector.h"
 
 namespace thresher {

@@ -11,7 +11,7 @@
 
 #include "bitmask.h"
 #include "buffer.h"
-#include "latte_arguments.h"
+#include "gate.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -171,13 +171,25 @@ struct Packed {
                 hidden.push_back(int32_t(j));
                 continue;
             }
-            seen[j / KEYS] |= Bits(1) << (j % KEYS);
             if (!std::isfinite(gate.unit_per_key ? gate.k_unit[g * gate.m + j] : gate.k_unit[g])) broken_from = j;
-            const int8_t* from = gate.k_codes + (g * gate.m + j) * gate.d;
-            Code<NARROW>* to = &codes[(j / KEYS * gate.words() * KEYS + lane_of<NARROW>(j % KEYS)) * GROUP];
-            for (int64_t c = 0; c < gate.d; ++c)
-                to[c / GROUP * GROUP * KEYS + c % GROUP] = Code<NARROW>(from[c] + BIAS<NARROW>);
+            put(gate, g, j, j);
         }
+    }
+
+    // The listed keys alone, in the order of the list.
+    Packed(const Gate<T>& gate, int64_t g, const int32_t* keys, int64_t number)
+        : codes((number + KEYS - 1) / KEYS * gate.words() * GROUP * KEYS, BIAS<NARROW>),
+          seen((number + KEYS - 1) / KEYS, 0), broken_from(number) {
+        for (int64_t j = 0; j < number; ++j) put(gate, g, keys[j], j);
+    }
+
+  private:
+    void put(const Gate<T>& gate, int64_t g, int64_t key, int64_t j) {
+        seen[j / KEYS] |= Bits(1) << (j % KEYS);
+        const int8_t* from = gate.k_codes + (g * gate.m + key) * gate.d;
+        Code<NARROW>* to = &codes[(j / KEYS * gate.words() * KEYS + lane_of<NARROW>(j % KEYS)) * GROUP];
+        for (int64_t c = 0; c < gate.d; ++c)
+            to[c / GROUP * GROUP * KEYS + c % GROUP] = Code<NARROW>(from[c] + BIAS<NARROW>);
     }
 };
 
