@@ -19,20 +19,31 @@ struct Left {
     int64_t by_row, by_inner;
 };
 
+// Not inlined: among the variables of a caller, compilers run out of registers and put sums on the stack.
 template <int M, class E, class T = Number<E>>
-inline void tile(Left<E> left, const E* b, int64_t by_inner, int64_t inner, Vector<T> (&sum)[M][Wide<T>::VECTORS]) {
+__attribute__((noinline)) void tile(Left<E> left, const E* b, int64_t by_inner, int64_t inner,
+                                    Vector<T> (&result)[M][Wide<T>::VECTORS]) {
     constexpr int VECTORS = Wide<T>::VECTORS, LANES = Wide<T>::LANES;
-    for (int i = 0; i < M; ++i)
-        for (int j = 0; j < VECTORS; ++j) sum[i][j] = Vector<T>{};
+    Vector<T> sum[M][VECTORS] = {};
     for (int64_t k = 0; k < inner; ++k) {
         decltype(load(b)) row[VECTORS];
         for (int j = 0; j < VECTORS; ++j) row[j] = load(b + k * by_inner + j * LANES);
+        const E* from = left.a + k * left.by_inner;
 #pragma GCC unroll 16
-        for (int i = 0; i < M; ++i) {
-            const E x = left.a[i * left.by_row + k * left.by_inner];
-            for (int j = 0; j < VECTORS; ++j) sum[i][j] = with_product(sum[i][j], x, row[j]);
+        for (int i = 0; i < M; i += 3) {
+            const E* at = from + i * left.by_row;
+            asm("" : "+r"(at));  // one pointer for three rows: with one for each there are too few registers
+#pragma GCC unroll 3
+            for (int z = 0; z < 3; ++z) {
+                if (i + z >= M) continue;
+                const E x = at[z * left.by_row];
+                for (int j = 0; j < VECTORS; ++j) sum[i + z][j] = with_product(sum[i + z][j], x, row[j]);
+            }
         }
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+        for (int j = 0; j < VECTORS; ++j) result[i][j] = sum[i][j];
 }
 
 // Call put(row, column, vector) for each vector of the product of `left` [rows, inner] and b [inner, columns].
