@@ -23,6 +23,13 @@ struct Narrow {
     typedef int8_t Loose __attribute__((vector_size(LANES), aligned(1), may_alias));
 };
 
+// Integers as bytes, in two steps: compilers do not vectorise the conversion in one.
+inline Narrow<double>::Vector to_codes(Vector<double> x) { return __builtin_convertvector(x, Narrow<double>::Vector); }
+inline Narrow<float>::Vector to_codes(Vector<float> x) {
+    typedef int32_t Whole __attribute__((vector_size(BYTES)));
+    return __builtin_convertvector(__builtin_convertvector(x, Whole), Narrow<float>::Vector);
+}
+
 // Round to the nearest integer, ties to even, for numbers below 2^22 in size.
 template <class T>
 inline Vector<T> nearest(Vector<T> x) {
@@ -68,7 +75,7 @@ void encode(const EncodeArguments<S> a) {
                 const Vector<T> share = clamped(nearest<T>(y / scale), T(-127), T(127)) * part;
                 const Vector<T> near = nearest<T>(share);
                 const Vector<T> whole = a.truncate ? (near > share ? near - 1 : near) : near;
-                return __builtin_convertvector(whole == whole ? clamped(whole, -high - 1, high) : Vector<T>{}, Codes);
+                return to_codes(whole == whole ? clamped(whole, -high - 1, high) : Vector<T>{});
             };
             const S* from = a.tokens + row * width;
             int8_t* to = a.codes + row * width;
