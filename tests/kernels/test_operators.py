@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import thresher.attention
 from tests.kernels.tails import DECODED_WITHOUT, WITHOUT
+from thresher.attention.blocks import kernel as blocks
 from thresher.attention.latte import kernel as latte
 from thresher.attention.mca import kernel as mca
 from thresher.attention.smyrf import kernel as smyrf
@@ -24,7 +25,7 @@ from thresher.kernels.build import can_use
 from thresher.testing.inputs import noise_like
 
 pytestmark = pytest.mark.skipif(
-    not all(map(can_use, ("latte", "smyrf", "topk", "yoso", "mca"))),
+    not all(map(can_use, ("blocks", "latte", "smyrf", "topk", "yoso", "mca"))),
     reason="there is no C++ compiler that builds the kernels",
 )
 
@@ -83,6 +84,21 @@ def gated_back(sizes: Sizes, dtype: torch.dtype) -> Arguments:
     out, kept, row_max, row_sum, tail_weight = latte.attend(**given)
     results = {"out": out, "row_max": row_max, "row_sum": row_sum, "tail_weight": tail_weight}
     return {"grad": noise_like(out), "grad_kept": torch.ones_like(kept), **results, **given}
+
+
+def shared(sizes: Sizes, dtype: torch.dtype) -> Arguments:
+    sharing = blocks.Sharing(size=3, votes=True, every=2)
+    given = gated(sizes, dtype)
+    return given | {"k_unit": given["k_unit"][:, :1], **sharing._asdict()}
+
+
+def shared_back(sizes: Sizes, dtype: torch.dtype) -> Arguments:
+    given = shared(sizes, dtype)
+    results = blocks.Attention(*blocks.attend(**given))._asdict()
+    grads = {"grad": noise_like(results["out"]), "grad_kept": torch.ones_like(results["kept"])}
+    for name in ("kept", "of_rows", "computed"):
+        del results[name]
+    return {**grads, **results, **given}
 
 
 def decoding(sizes: Sizes, dtype: torch.dtype) -> Arguments:
@@ -176,6 +192,8 @@ OPERATORS: dict[CustomOpDef, Callable[[Sizes, torch.dtype], Arguments]] = {
     latte.attend: gated,
     latte.back: gated_back,
     latte.decode: decoding,
+    blocks.attend: shared,
+    blocks.back: shared_back,
     topk.attend: choosing,
     topk.back: choosing_back,
     smyrf.compute_ranks: ranking,
@@ -187,7 +205,7 @@ OPERATORS: dict[CustomOpDef, Callable[[Sizes, torch.dtype], Arguments]] = {
     mca.encode: sampling,
     mca.back: sampling_back,
 }
-READ_BF16 = {op for op in OPERATORS if op._name.startswith(("latte", "topk", "smyrf"), len("thresher::"))} - {
+READ_BF16 = {op for op in OPERATORS if op._name.startswith(("blocks", "latte", "topk", "smyrf"), len("thresher::"))} - {
     smyrf.compute_ranks
 }
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -251,7 +269,7 @@ def test_operators_keep_the_rules_of_torch_for_one_example(op: CustomOpDef, layo
     """As each kernel's own test has it for several, here for a batch of one; gradients, where there are any, too."""
     sizes = (1, 2, 4) if layout == "heads last" else (2, 4, 4)
     given = laid_out(OPERATORS[op](sizes, torch.float32), LAYOUTS[layout])
-    if op in (latte.attend, topk.attend, smyrf.attend_in_parts, mca.encode):
+    if op in (blocks.attend, latte.attend, topk.attend, smyrf.attend_in_parts, mca.encode):
         for name in ("x", "rows") if op is mca.encode else ("q", "k"):
             given[name].requires_grad_()
     torch.library.opcheck(op, (), given)

@@ -1,8 +1,10 @@
-"""Blocks: LATTE for blocks of queries that share their keys, and its implementation by gathered keys."""
+"""Blocks: LATTE for blocks of queries that share their keys, its kernel, and gathered keys in PyTorch."""
 
+from thresher.attention.blocks.cpu import BlocksOnCpu
 from thresher.attention.blocks.gather import Gathering
 from thresher.attention.blocks.mechanism import Blocks
+from thresher.attention.latte.cpu import DecodingOnCpu
 
-Blocks.implementations = (Gathering(),)
+Blocks.implementations = (DecodingOnCpu(), BlocksOnCpu(), Gathering())
 
 __all__ = ["Blocks"]

@@ -17,14 +17,14 @@ Ours       all of it: the vote on probabilities, which keep what few rows need m
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from thresher.attention.backends import Backend, Implementation
+from thresher.attention.backends import Backend
 from thresher.attention.blocks.options import BlockGateOptions, BlockOptions
 from thresher.attention.contract import Cost, Pattern
 from thresher.attention.latte.mechanism import ESTIMATE, Latte, measure_spread
@@ -57,14 +57,13 @@ class Blocks(Latte):
         threshold: Initial threshold in that unit, at least 0.
         always_keep: Number of leading keys (class token, sink) that are kept where visible.
         tail: "mean" gives dropped keys the weight of their mean score, "none" no weight; see `shared/tail.py`.
-        backend: "reference" is PyTorch with maps of all pairs; "gather" is PyTorch that gathers the keys of a block, in
-            memory linear in tokens, and raises an error where it cannot; "auto" is the latter where it can.
+        backend: "reference" is PyTorch; "cpu" is the kernel, and "gather" PyTorch that gathers the keys of a block, in
+            memory linear in tokens; both raise an error where they cannot compute a call; "auto" is the first that can.
 
     Raises:
         ValueError: A hyper-parameter outside its range, or a vote in a causal pattern.
     """
 
-    implementations: ClassVar[tuple[Implementation[Any], ...]] = ()  # not those of LATTE
     selective = {"threshold": 0.3, "block": {"queries": 4}}
 
     def __init__(

@@ -36,39 +36,13 @@ class TrainingOnCpu(Implementation[Latte]):
         if mechanism.tail is not None:
             x.trace_all()  # a tail reads every visible value
         q, k, v = (each.flatten(0, 1) for each in unify_types(x.q, x.k, x.v))
-        q_codes, q_unit = mechanism.encode(q)
-        if x.call.codes is None:
-            k_codes, k_unit = mechanism.encode(k, per_token=mechanism.pattern.causal)
-        else:
-            k_codes, k_unit = (expand_heads(codes, h).flatten(0, 1) for codes in x.call.codes)
-            k_unit = k_unit.squeeze(-1).to(q_unit.dtype)
-        shown_q, shown_k = (
-            None if hidden is None else hidden[:, None].expand(-1, h, -1).flatten(0, 1)
-            for hidden in (x.call.queries, x.call.keys)
-        )
-        thresholds = mechanism.thresholds
-        gate = kernel.Gate(
-            q_codes=q_codes,
-            k_codes=k_codes,
-            q_unit=q_unit * x.scale,
-            k_unit=k_unit,
-            shown_q=shown_q,
-            shown_k=shown_k,
-            threshold=thresholds.values().to(q_unit.dtype).expand(b, h).flatten(),
-            tau=thresholds.tau if mechanism.needs_slope else None,
-            shift=x.causal_shift,
-            spread=mechanism.unit == "spread",
-            always_keep=mechanism.always_keep,
-            step=compute_code_step(mechanism) ** 2,
-            into_scores=mechanism.gate.into_scores,
-            inside=mechanism.gate.surrogate == "inside",
-        )
+        gate = build_gate(mechanism, x, q, k)
         factor = expand_factor(mechanism.tail, x, choose_sum_dtype(q))
         out, kept, *_ = kernel.attend(q=q, k=k, v=v, scale=x.scale, tail_factor=factor, **gate._asdict())
-        of_q, of_k = (trace_vectors(unit.unflatten(0, (b, h))[..., None]) for unit in (q_unit, k_unit))
+        of_q, of_k = (trace_vectors(unit.unflatten(0, (b, h))[..., None]) for unit in (gate.q_unit, gate.k_unit))
         if mechanism.tail is None:
             x.trace = trace_codes(of_q, of_k, x)
-        if not thresholds.offset.requires_grad:
+        if not mechanism.thresholds.offset.requires_grad:
             kept = kept.detach()
         return Attended(out.unflatten(0, (b, h)), mechanism.count_cost(kept.unflatten(0, (b, h)), x))
 
@@ -107,7 +81,7 @@ class DecodingOnCpu(TrainingOnCpu):
             k_unit=k_unit.view(b * groups, m).to(q_unit.dtype),
             shown_k=None if keys is None else keys[:, None].expand(-1, groups, -1).flatten(0, 1),
             threshold=mechanism.thresholds.values().to(q_unit.dtype).expand(b, h).reshape(b * groups, rows),
-            spread=mechanism.unit == "spread",
+            spread=mechanism.thresholds.unit == "spread",
             always_keep=mechanism.always_keep,
             step=compute_code_step(mechanism) ** 2,
             scale=x.scale,
@@ -121,6 +95,38 @@ class DecodingOnCpu(TrainingOnCpu):
         if x.call.queries is not None:
             kept = kept * x.call.queries
         return Attended(out.view(b, h, n, -1), mechanism.count_cost(kept, x))
+
+
+def build_gate(mechanism: Latte, x: Prepared, q: Tensor, k: Tensor) -> kernel.Gate:
+    """Build the gate of a call from its queries and keys, [g, tokens, d]."""
+    b, h = x.batch, x.heads
+    q_codes, q_unit = mechanism.encode(q)
+    if x.call.codes is None:
+        k_codes, k_unit = mechanism.encode(k, per_token=mechanism.pattern.causal)
+    else:
+        k_codes, k_unit = (expand_heads(codes, h).flatten(0, 1) for codes in x.call.codes)
+        k_unit = k_unit.squeeze(-1).to(q_unit.dtype)
+    shown_q, shown_k = (
+        None if hidden is None else hidden[:, None].expand(-1, h, -1).flatten(0, 1)
+        for hidden in (x.call.queries, x.call.keys)
+    )
+    thresholds = mechanism.thresholds
+    return kernel.Gate(
+        q_codes=q_codes,
+        k_codes=k_codes,
+        q_unit=q_unit * x.scale,
+        k_unit=k_unit,
+        shown_q=shown_q,
+        shown_k=shown_k,
+        threshold=thresholds.values().to(q_unit.dtype).expand(b, h).flatten(),
+        tau=thresholds.tau if mechanism.needs_slope else None,
+        shift=x.causal_shift,
+        spread=mechanism.thresholds.unit == "spread",
+        always_keep=mechanism.always_keep,
+        step=compute_code_step(mechanism) ** 2,
+        into_scores=mechanism.gate.into_scores,
+        inside=mechanism.gate.surrogate == "inside",
+    )
 
 
 def compute_code_step(mechanism: Latte) -> float:
