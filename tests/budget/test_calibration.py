@@ -177,6 +177,8 @@ def test_the_way_to_run_a_batch_need_not_return_anything() -> None:
 class OneHeadHidden(nn.Module):
     """Thresholds of two heads, of which the second never sees a pair."""
 
+    rows_together = 1
+
     def __init__(self) -> None:
         super().__init__()
         self.thresholds = Thresholds(2, initial=3.0, tau=0.5, trainable=True)

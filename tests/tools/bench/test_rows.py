@@ -34,7 +34,7 @@ def prepare(given: list[str]) -> None:
 
 
 def test_by_default_every_mechanism_that_looks_at_content_is_timed() -> None:
-    assert find_mechanisms(CONF, None) == ["latte", "mca", "smyrf", "topk", "yoso"]
+    assert find_mechanisms(CONF, None) == ["blocks", "latte", "mca", "smyrf", "topk", "yoso"]
 
 
 def test_rows_are_the_product_of_all_axes() -> None:

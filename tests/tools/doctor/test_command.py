@@ -64,10 +64,11 @@ def test_a_machine_without_a_compiler_is_well_unless_kernels_are_required(
     assert doctor(CONF, []) == 0
     assert "there is no C++ compiler" in " ".join(capsys.readouterr().out.split())
     assert doctor(CONF, ["require=[cpu]", f"run.dir='{tmp_path}/new'"]) == 1
-    assert "failed: require=cpu: the kernel of latte is off" in capsys.readouterr().out
+    assert "failed: require=cpu: the kernel of blocks is off" in capsys.readouterr().out
     report = json.loads((tmp_path / "new" / "doctor.json").read_text())
     assert [row["mechanism"] for row in report["backends"]] == available()
     assert {row["mechanism"] for row in report["backends"] if row["kernel"] == "off"} == {
+        "blocks",
         "latte",
         "mca",
         "smyrf",

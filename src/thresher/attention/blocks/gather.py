@@ -16,7 +16,13 @@ from thresher.attention.backends import Implementation
 from thresher.attention.blocks.mechanism import Blocks
 from thresher.attention.contract import Attended
 from thresher.attention.prepared import Prepared
-from thresher.attention.shared.functional import MAX_EXCESS, attach_slope, promote_to_fp32
+from thresher.attention.shared.functional import (
+    MAX_EXCESS,
+    attach_slope,
+    gated_softmax,
+    masked_softmax,
+    promote_to_fp32,
+)
 
 PAIRS = 2**22  # whose estimates are in memory at a time
 
@@ -98,20 +104,20 @@ def _attend_to_rows(
     number = chosen.keep.sum((2, 3, 4)).float()
     k, v = (_gather_tokens(tokens, chosen.gathered) for tokens in (promote_to_fp32(part.k), part.v))
     scores = q @ k.mT
-    opened, kept = chosen.keep.to(scores.dtype), number.to(threshold.dtype)
+    kept = number.to(threshold.dtype)
     if chosen.slope is not None:
-        opened = attach_slope(opened, chosen.slope, threshold[:, None, None, None])
         kept = attach_slope(kept, chosen.slope.sum((2, 3, 4)).to(kept.dtype), threshold)
-    with torch.no_grad():
-        top = scores.masked_fill(~chosen.keep, float("-inf")).amax(-1, keepdim=True)
-        top = top.masked_fill(top == float("-inf"), 0)
-    share = (scores - top).clamp_max(MAX_EXCESS).exp()
     if sums is None or mechanism.tail is None:
-        weights = opened * share
-        total = weights.sum(-1, keepdim=True)
-        weights = F.dropout(weights / torch.where(total.detach() > 0, total, 1), part.dropout, part.dropout > 0)
-        out = weights.to(v.dtype) @ v
+        weights = _weigh(scores, chosen, threshold[:, None, None])
+        out = F.dropout(weights, part.dropout, part.dropout > 0).to(v.dtype) @ v
     else:
+        opened = chosen.keep.to(scores.dtype)
+        if chosen.slope is not None:
+            opened = attach_slope(opened, chosen.slope, threshold[:, None, None, None])
+        with torch.no_grad():
+            top = scores.masked_fill(~chosen.keep, float("-inf")).amax(-1, keepdim=True)
+            top = top.masked_fill(top == float("-inf"), 0)
+        share = (scores - top).clamp_max(MAX_EXCESS).exp()
         of_k, of_v = (_select_sums(mechanism, each, rows, x.n) for each in sums)
         visible = part.visible_keys.expand(part.batch, part.heads, -1)[..., None].to(scores.dtype)
         count = mechanism.split_blocks(visible) - opened.sum(-1, keepdim=True)
@@ -127,6 +133,14 @@ def _attend_to_rows(
         out = out / torch.where(total.detach() > 0, total, 1).to(v.dtype)
     out = out.flatten(2, 3)[:, :, : len(rows)]
     return out, kept, chosen.computed, chosen.unscored
+
+
+def _weigh(scores: Tensor, chosen: Chosen, threshold: Tensor) -> Tensor:
+    """Compute the softmax of each row over its kept keys, with the gate's gradient to the threshold."""
+    rows, keep = scores.flatten(2, 3), chosen.keep.flatten(2, 3)
+    if chosen.slope is None:
+        return masked_softmax(rows, keep).view_as(scores)
+    return gated_softmax(rows, threshold, keep, chosen.slope.flatten(2, 3), into_scores=False).view_as(scores)
 
 
 @torch.no_grad()

@@ -74,15 +74,20 @@ def set_thresholds(mechanism: Mechanism, job: Job, scene: Scene, inputs: Inputs)
 def calibrate_to_share(mechanism: Mechanism, q: Tensor, k: Tensor, call: Call, kept: float) -> None:
     """Calibrate the thresholds of a mechanism to keep a share of the visible pairs of these queries and keys.
 
-    Where all pairs would take too much memory, evenly spaced queries stand for all.
+    Where all pairs would take too much memory, evenly spaced queries stand for all, in whole blocks where those of a
+    block choose keys together.
     """
+    differing = _ScoreReader(mechanism)
     heads, n, m = q.shape[1], q.shape[2], k.shape[2]
     size = min(n, max(SAMPLED_PAIRS // (heads * m), 1))
     examples = max(SAMPLED_PAIRS // (heads * m * size), 1)
-    rows = (torch.arange(size, device=q.device) * n + n // 2) // size
+    together = differing.rows_together
+    blocks, chosen = -(-n // together), max(size // together, 1)
+    first = (torch.arange(chosen, device=q.device) * blocks + blocks // 2) // chosen * together
+    rows = (first[:, None] + torch.arange(together, device=q.device)).flatten()
+    rows = rows[rows < n]
     some, sampled = select_queries(q[:examples], m, call.examples(slice(examples)), mechanism.pattern, rows)
     batch = (some, k[:examples], k[:examples], sampled)
-    differing = _ScoreReader(mechanism)
     calibrate(differing, [batch], kept, forward=lambda call_of: differing(*call_of))
 
 
@@ -93,7 +98,7 @@ class _ScoreReader(torch.nn.Module):
         super().__init__()
         assert isinstance(mechanism, Thresholded)
         self.thresholds, self.pattern = mechanism.thresholds, mechanism.pattern
-        self.measure_differences = mechanism.measure_differences
+        self.measure_differences, self.rows_together = mechanism.measure_differences, mechanism.rows_together
 
     def forward(self, *_: Any) -> None:
         """Attend to nothing."""
