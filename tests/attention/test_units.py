@@ -26,7 +26,7 @@ def latte(unit: Any, **options: Any) -> Latte:
 @pytest.mark.parametrize(("unit", "other"), [BOTH, BOTH[::-1]])
 def test_a_mechanism_that_takes_another_unit_is_as_one_built_in_it(unit: Any, other: Any, backend: str) -> None:
     if backend == "cpu" and not can_use("latte"):
-        pytest.skip("no kernel")
+        pytest.skip("there is no C++ compiler that builds the kernel")
     built, switched = latte(unit, backend=backend), latte(other, backend=backend, gate={"surrogate": "compact"})
     before = switched(*QKV, Call()).out
     switched.thresholds.set_unit(unit, 0.3)

@@ -10,17 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from thresher.attention.latte.kernel import Gate, list_gate_fields
+from thresher.attention.latte.kernel import Gate, build_backward, list_gate_fields, new_gradients
 from thresher.kernels.calling import Value, call, choose_sum_dtype
 from thresher.kernels.operators import (
-    call_by_name,
     flatten,
-    load_saved_values,
     name_inputs,
-    place_gradients,
     save_for_backward,
 )
-from thresher.kernels.tail import new_factor_gradients, new_tail_weights, place_factor_gradients
+from thresher.kernels.tail import new_tail_weights
 
 KEYS = 64  # in a word of bits
 
@@ -169,7 +166,7 @@ def back(
     Without a tail there is no gradient to factors, [0].
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    grad_q, grad_k, grad_v, grad_threshold, grad_factor = _new_gradients(q, k, v, gate.threshold, tail_factor)
+    grad_q, grad_k, grad_v, grad_threshold, grad_factor = new_gradients(q, k, v, gate.threshold, tail_factor)
     given = {"chosen": chosen, "vote_max": vote_max, "vote_share": vote_share, "best": best, "unit": unit}
     call(
         "blocks",
@@ -220,15 +217,7 @@ def _(
     gate: Gate,
     sharing: Sharing,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _new_gradients(q, k, v, gate.threshold, tail_factor)
-
-
-def _new_gradients(
-    q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, factor: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = choose_sum_dtype(q)
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
-    return grad_q, grad_k, grad_v, threshold.new_empty(threshold.shape), new_factor_gradients(q, dtype, factor)
+    return new_gradients(q, k, v, gate.threshold, tail_factor)
 
 
 def _list_fields(q: Tensor, v: Tensor, gate: Gate, sharing: Sharing) -> dict[str, Value]:
@@ -244,13 +233,4 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Many) -> None:
     save_for_backward(ctx, name_inputs(attend, inputs) | results)
 
 
-def _backward(ctx: Any, grad: Tensor, grad_kept: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    saved = load_saved_values(ctx)
-    inputs = saved | {"grad": grad, "grad_kept": grad_kept}
-    *of_tokens, grad_threshold, grad_factor = call_by_name(back, inputs)
-    gradients = {name: x.to(saved["q"].dtype) for name, x in zip("qkv", of_tokens, strict=True)}
-    of_tail = place_factor_gradients(grad_factor, saved["tail_factor"])
-    return place_gradients(attend, saved, **gradients, threshold=grad_threshold, **of_tail)
-
-
-attend.register_autograd(_backward, setup_context=_setup)
+attend.register_autograd(build_backward(attend, back), setup_context=_setup)

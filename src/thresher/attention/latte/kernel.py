@@ -4,10 +4,12 @@ Queries, keys and values are fp32, fp64 or bf16. All other floating-point tensor
 for bf16. Processors with such instructions multiply pairs of bf16 numbers.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from thresher.kernels.calling import call, choose_sum_dtype
 from thresher.kernels.operators import (
@@ -177,7 +179,7 @@ def back(
     Without a tail there is no gradient to factors, [0].
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    grad_q, grad_k, grad_v, grad_threshold, grad_factor = _new_gradients(q, k, v, gate.threshold, tail_factor)
+    grad_q, grad_k, grad_v, grad_threshold, grad_factor = new_gradients(q, k, v, gate.threshold, tail_factor)
     call(
         "latte",
         "back",
@@ -222,12 +224,13 @@ def _(
     tail_factor: Tensor | None,
     gate: Gate,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _new_gradients(q, k, v, gate.threshold, tail_factor)
+    return new_gradients(q, k, v, gate.threshold, tail_factor)
 
 
-def _new_gradients(
+def new_gradients(
     q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, factor: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate the gradients to queries, keys, values, thresholds and factors of tails."""
     dtype = choose_sum_dtype(q)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
     return grad_q, grad_k, grad_v, threshold.new_empty(threshold.shape), new_factor_gradients(q, dtype, factor)
@@ -350,13 +353,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     save_for_backward(ctx, name_inputs(attend, inputs) | results)
 
 
-def _backward(ctx: Any, grad: Tensor, grad_kept: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    saved = load_saved_values(ctx)
-    inputs = saved | {"grad": grad, "grad_kept": grad_kept}
-    *of_tokens, grad_threshold, grad_factor = call_by_name(back, inputs)
-    gradients = {name: x.to(saved["q"].dtype) for name, x in zip("qkv", of_tokens, strict=True)}
-    of_tail = place_factor_gradients(grad_factor, saved["tail_factor"])
-    return place_gradients(attend, saved, **gradients, threshold=grad_threshold, **of_tail)
+def build_backward(attend: CustomOpDef, back: CustomOpDef) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Build the backward of an operator that attends by a gate, from the operator of its gradients."""
+
+    def backward(ctx: Any, grad: Tensor, grad_kept: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        saved = load_saved_values(ctx)
+        inputs = saved | {"grad": grad, "grad_kept": grad_kept}
+        *of_tokens, grad_threshold, grad_factor = call_by_name(back, inputs)
+        gradients = {name: x.to(saved["q"].dtype) for name, x in zip("qkv", of_tokens, strict=True)}
+        of_tail = place_factor_gradients(grad_factor, saved["tail_factor"])
+        return place_gradients(attend, saved, **gradients, threshold=grad_threshold, **of_tail)
+
+    return backward
 
 
-attend.register_autograd(_backward, setup_context=_setup)
+attend.register_autograd(build_backward(attend, back), setup_context=_setup)
