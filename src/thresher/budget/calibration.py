@@ -74,7 +74,12 @@ def select_queries(
 def draw_rows(n: int, number: int, together: int, device: torch.device) -> Int[Tensor, " rows"]:
     """Draw about `number` of n queries at random, ascending, in whole blocks of those that choose keys together."""
     blocks = torch.randperm(-(-n // together), device=device)[: max(number // together, 1)].sort().values
-    rows = (blocks[:, None] * together + torch.arange(together, device=device)).flatten()
+    return list_rows(blocks, n, together)
+
+
+def list_rows(blocks: Int[Tensor, " blocks"], n: int, together: int) -> Int[Tensor, " rows"]:
+    """List the queries, of n, that lie in some blocks of `together` queries."""
+    rows = (blocks[:, None] * together + torch.arange(together, device=blocks.device)).flatten()
     return rows[rows < n]
 
 

@@ -34,13 +34,15 @@ class Chosen(NamedTuple):
         gathered: Indices of the gathered keys, [b, h, blocks, keys].
         keep: Pairs of a row and a gathered key that are kept, [b, h, blocks, queries, keys].
         slope: The gate's slope at these pairs; None without gradient.
-        computed: Visible pairs of rows and gathered keys, [b, h].
-        unscored: Kept pairs of rows that do not vote, [b, h].
+        kept: Number of kept pairs, [b, h].
+        computed: Number of visible pairs of rows and the keys of their block, [b, h].
+        unscored: Number of kept pairs of rows that do not vote, [b, h].
     """
 
     gathered: Tensor
     keep: Tensor
     slope: Tensor | None
+    kept: Tensor
     computed: Tensor
     unscored: Tensor
 
@@ -101,10 +103,9 @@ def _attend_to_rows(
     q = mechanism.split_blocks(promote_to_fp32(part.q) * part.scale)  # before the choice, which has no gradient
     threshold = mechanism.thresholds.values()
     chosen = _choose_keys(mechanism, part)
-    number = chosen.keep.sum((2, 3, 4)).float()
     k, v = (_gather_tokens(tokens, chosen.gathered) for tokens in (promote_to_fp32(part.k), part.v))
     scores = q @ k.mT
-    kept = number.to(threshold.dtype)
+    kept = chosen.kept.to(threshold.dtype)
     if chosen.slope is not None:
         kept = attach_slope(kept, chosen.slope.sum((2, 3, 4)).to(kept.dtype), threshold)
     if sums is None or mechanism.tail is None:
@@ -150,20 +151,12 @@ def _choose_keys(mechanism: Blocks, part: Prepared) -> Chosen:
     rows = gate.keep.expand(part.shape)
     chosen = mechanism.sum_blocks(rows) > 0
     index = chosen.byte().argsort(dim=-1, descending=True, stable=True)[..., : int(chosen.sum(-1).max())]
-    shape = (-1, -1, -1, mechanism.block.queries, -1)
-    wide = index[..., None, :].expand(shape)
+    wide = index[..., None, :].expand(-1, -1, -1, mechanism.block.queries, -1)
     keep, slope = mechanism.split_blocks(rows).gather(-1, wide), None
     if mechanism.needs_slope:
         all_slopes = mechanism.thresholds.compute_slope(difference, part.visible, mechanism.always_keep)
         slope = mechanism.split_blocks(all_slopes.expand(part.shape)).gather(-1, wide)
-    seen = chosen[..., None, :].expand(shape)
-    if part.visible is not None:
-        seen = seen & mechanism.split_blocks(part.visible.expand(part.shape))
-    else:
-        seen = seen & mechanism.split_blocks(torch.ones_like(rows[..., :1]))
-    silent = ~mechanism.find_voters(part)[..., None] if mechanism.votes else torch.zeros_like(rows[..., :1])
-    unscored = (rows & silent).sum((2, 3)).float()
-    return Chosen(index, keep, slope, seen.sum((2, 3, 4)).float(), unscored)
+    return Chosen(index, keep, slope, gate.kept, *mechanism.count_block_pairs(gate, part))
 
 
 def _gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from thresher.attention.shared.functional import (
     straight_through,
     weigh_gated,
 )
-from thresher.attention.shared.tail import TailKind, weigh_with_tail
+from thresher.attention.shared.tail import TailKind
 from thresher.attention.shared.thresholds import Gate, Unit
 from thresher.attention.shared.visibility import count_pairs
 
@@ -153,12 +153,9 @@ class Blocks(Latte):
         return blocks.repeat_interleave(self.block.queries, 2)[:, :, :n]
 
     def weigh(self, scores: Tensor, difference: Tensor, unit: Tensor | None, gate: Gate, x: Prepared) -> Tensor:
-        if not self.votes:
-            return super().weigh(scores, difference, unit, gate, x)
-        opened = self.open_gate(scores, difference, unit, gate, x)
-        if self.tail is None:
-            return weigh_gated(scores, opened)
-        return weigh_with_tail(scores, opened, x.visible, self.tail.values())
+        if self.votes and self.tail is None:
+            return weigh_gated(scores, self.open_gate(scores, difference, unit, gate, x))
+        return super().weigh(scores, difference, unit, gate, x)
 
     def open_gate(self, scores: Tensor, difference: Tensor, unit: Tensor | None, gate: Gate, x: Prepared) -> Tensor:
         if not self.votes:
@@ -172,15 +169,19 @@ class Blocks(Latte):
         return opened
 
     def charge(self, gate: Gate, x: Prepared) -> Cost:
+        return self.count_block_cost(x, gate.kept, *self.count_block_pairs(gate, x))
+
+    def count_block_pairs(self, gate: Gate, x: Prepared) -> tuple[Float[Tensor, "b h"], Float[Tensor, "b h"]]:
+        """Count the pairs that blocks compute, and the kept pairs of rows that do not vote."""
+        kept = gate.kept.detach()
+        if self.votes and self.block.every == 1:
+            return kept, torch.zeros_like(kept)
         keep = gate.keep.expand(x.shape)
         if self.votes:
-            silent = ~self.find_voters(x)[..., None]
-            return self.count_block_cost(
-                x, gate.kept, gate.kept.detach(), count_pairs(silent & keep, x.shape, x.device)
-            )
+            return kept, count_pairs(keep & ~self.find_voters(x)[..., None], x.shape, x.device)
         chosen = self.expand_blocks(self.sum_blocks(keep) > 0, x.n)
         computed = count_pairs(chosen if x.visible is None else chosen & x.visible, x.shape, x.device)
-        return self.count_block_cost(x, gate.kept, computed, torch.zeros_like(computed))
+        return computed, torch.zeros_like(computed)
 
     def count_block_cost(
         self,

@@ -10,7 +10,7 @@ from thresher.attention.contract import Call, Pattern, ValueSource
 from thresher.attention.mechanism import Mechanism
 from thresher.attention.shared.functional import promote_to_fp32
 from thresher.attention.shared.thresholds import Thresholded
-from thresher.budget.calibration import calibrate, select_queries
+from thresher.budget.calibration import calibrate, list_rows, select_queries
 from thresher.testing.inputs import Inputs, project_values
 from thresher.tools.bench.jobs import Job, Scene, find_pattern
 
@@ -83,9 +83,7 @@ def calibrate_to_share(mechanism: Mechanism, q: Tensor, k: Tensor, call: Call, k
     examples = max(SAMPLED_PAIRS // (heads * m * size), 1)
     together = differing.rows_together
     blocks, chosen = -(-n // together), max(size // together, 1)
-    first = (torch.arange(chosen, device=q.device) * blocks + blocks // 2) // chosen * together
-    rows = (first[:, None] + torch.arange(together, device=q.device)).flatten()
-    rows = rows[rows < n]
+    rows = list_rows((torch.arange(chosen, device=q.device) * blocks + blocks // 2) // chosen, n, together)
     some, sampled = select_queries(q[:examples], m, call.examples(slice(examples)), mechanism.pattern, rows)
     batch = (some, k[:examples], k[:examples], sampled)
     calibrate(differing, [batch], kept, forward=lambda call_of: differing(*call_of))
