@@ -192,4 +192,14 @@ void judge_rows(const Gate<T>& gate, int64_t g, const Packed<T, NARROW>& keys, S
     }
 }
 
+// Call run with the type of products and the type of estimates.
+template <class T, class Run>
+void with_types(const Gate<T>& gate, Run&& run) {
+    const bool small = narrow(gate.step, gate.d);
+    if (gate.unit_per_key)
+        small ? run(std::true_type{}, T{}) : run(std::false_type{}, T{});
+    else
+        small ? run(std::true_type{}, int16_t{}) : run(std::false_type{}, int32_t{});
+}
+
 }  // namespace thresher

@@ -4,18 +4,16 @@
 // are summed in parts that sizes alone divide, never the number of threads, so that results do not depend on it.
 
 #include <memory>
-#include <type_traits>
 
 #include "blocks_choice.h"
 #include "blocks_dense.h"
 #include "blocks_votes.h"
 #include "parallel.h"
+#include "splits.h"
 
 using namespace thresher;
 
 namespace {
-
-constexpr int64_t SPLITS = 16;  // tasks that backward makes at least, if there are blocks enough
 
 // Keys of a group, packed, and sums of those that lie before each block where rows choose for themselves.
 template <class T, bool NARROW>
@@ -105,25 +103,15 @@ void back_as(const BackArguments<S, T> a) {
     const Tails<S> tails(tokens, a.tail_factor, a.threads);
     TailGradients<S> of_tails(tokens, bool(tails));
     const int64_t blocks = sharing.blocks(gate.n);
-    const int64_t wanted = (SPLITS + gate.groups - 1) / std::max<int64_t>(gate.groups, 1);
-    const int64_t splits = std::max<int64_t>(std::min(wanted, blocks), 1);
-    const int64_t size_k = gate.m * gate.d, size_v = gate.m * gate.dv;
-    // Gradients to keys and values of each split; the first split of a group adds to the results.
-    std::vector<Buffer<T>> parts(gate.groups * splits);
-    std::vector<double> parts_threshold(gate.groups * splits, 0.0);
+    Splits<T> splits(gate.groups, blocks, gate.m * gate.d, gate.m * gate.dv, a.grad_keys, a.grad_values,
+                     a.grad_threshold);
     const auto make = [] { return Task<S, NARROW>(); };
-    parallel_for(gate.groups * splits, a.threads, make, [&](int64_t task, Task<S, NARROW>& of_thread) {
-        const int64_t g = task / splits;
-        const bool own = task % splits != 0;
-        if (own) parts[task].resize(size_k + size_v);
-        T* to_k = own ? parts[task].data() : a.grad_keys + g * size_k;
-        T* to_v = own ? to_k + size_k : a.grad_values + g * size_v;
-        if (!own) {
-            std::fill_n(to_k, size_k, T(0));
-            std::fill_n(to_v, size_v, T(0));
-        }
-        // Blocks are dealt out in turn: in causal attention the last ones are the longest.
-        for (int64_t block = task % splits; block < blocks; block += splits) {
+    parallel_for(splits.tasks(), a.threads, make, [&](int64_t task, Task<S, NARROW>& of_thread) {
+        const int64_t g = task / splits.number;
+        splits.begin(task);
+        T *to_k = splits.keys(task), *to_v = splits.values(task);
+        // Splits take blocks in turn: in causal attention the last ones are the longest.
+        for (int64_t block = task % splits.number; block < blocks; block += splits.number) {
             Choice<T>& choice = of_thread.choice;
             const int64_t first = sharing.begin(block), at = g * blocks + block;
             std::fill_n(a.grad_queries + (g * gate.n + first) * gate.d,
@@ -141,30 +129,11 @@ void back_as(const BackArguments<S, T> a) {
                 of_thread.each.template choose<NARROW, E>(gate, sharing, g, block, prepared[g]->keys,
                                                           prepared[g]->sums[block], width, choice);
             }
-            parts_threshold[task] += of_thread.dense.back(a, g, choice, tails, to_k, to_v, of_tails);
+            splits.threshold(task) += of_thread.dense.back(a, g, choice, tails, to_k, to_v, of_tails);
         }
     });
-    parallel_for(gate.groups, a.threads, [&](int64_t g) {
-        for (int64_t split = 1; split < splits; ++split) {
-            const T* part = parts[g * splits + split].data();
-            for (int64_t x = 0; x < size_k; ++x) a.grad_keys[g * size_k + x] += part[x];
-            for (int64_t x = 0; x < size_v; ++x) a.grad_values[g * size_v + x] += part[size_k + x];
-        }
-        double sum = 0;
-        for (int64_t split = 0; split < splits; ++split) sum += parts_threshold[g * splits + split];
-        a.grad_threshold[g] = T(sum);
-    });
+    splits.add_up(a.threads);
     of_tails.spread(tokens, a.grad, a.grad_queries, a.grad_keys, a.grad_values, a.grad_tail_factor, a.threads);
-}
-
-// Call run with how products are computed, and what estimates are where rows choose for themselves.
-template <class T, class Run>
-void with_types(const Gate<T>& gate, Run&& run) {
-    const bool small = narrow(gate.step, gate.d);
-    if (gate.unit_per_key)
-        small ? run(std::true_type{}, T{}) : run(std::false_type{}, T{});
-    else
-        small ? run(std::true_type{}, int16_t{}) : run(std::false_type{}, int32_t{});
 }
 
 template <class S>

@@ -17,6 +17,7 @@
 #include "parallel.h"
 #include "shares.h"
 #include "softmax.h"
+#include "splits.h"
 #include "tail.h"
 
 using namespace thresher;
@@ -25,7 +26,6 @@ namespace {
 
 constexpr int64_t QUERIES = 128;         // of a task
 constexpr int64_t CACHE = 128 * 1024;    // bytes of the keys, or values, that all queries of a task read in turn
-constexpr int64_t SPLITS = 16;           // least number of tasks of backward, if there are enough queries
 
 template <class S, class T>
 int64_t block_of_keys(const Gate<T>& gate) {
@@ -230,28 +230,18 @@ void back_as(const BackArguments<S, T> a) {
     const Tails<S> tails(tokens, a.tail_factor, threads);
     TailGradients<S> of_tails(tokens, bool(tails));
     const int64_t blocks = (gate.n + QUERIES - 1) / QUERIES;
-    const int64_t wanted = (SPLITS + gate.groups - 1) / std::max<int64_t>(gate.groups, 1);
-    const int64_t splits = std::max<int64_t>(std::min(wanted, blocks), 1);
     const int64_t size_k = gate.m * gate.d, size_v = gate.m * gate.dv;
-    // The gradients of keys and values of each split; the first split of a group adds to the results directly.
-    std::vector<Buffer<T>> parts(gate.groups * splits);
-    std::vector<double> parts_threshold(gate.groups * splits, 0.0);
-    parallel_for(gate.groups * splits, threads, [&] { return Task<S>(gate); }, [&](int64_t task, Task<S>& of_thread) {
+    Splits<T> splits(gate.groups, blocks, size_k, size_v, a.grad_keys, a.grad_values, a.grad_threshold);
+    parallel_for(splits.tasks(), threads, [&] { return Task<S>(gate); }, [&](int64_t task, Task<S>& of_thread) {
         Lists<T>& lists = of_thread.lists;
         Queries<S>& queries = of_thread.queries;
-        const int64_t g = task / splits;
+        const int64_t g = task / splits.number;
         const S *keys = a.keys + g * size_k, *values = a.values + g * size_v;
-        const bool own = task % splits != 0;
-        if (own) parts[task].resize(size_k + size_v);
-        T* to_k = own ? parts[task].data() : a.grad_keys + g * size_k;
-        T* to_v = own ? to_k + size_k : a.grad_values + g * size_v;
-        if (!own) {
-            std::fill_n(to_k, size_k, T(0));
-            std::fill_n(to_v, size_v, T(0));
-        }
+        splits.begin(task);
+        T *to_k = splits.keys(task), *to_v = splits.values(task);
         Buffer<T>&score = lists.score, &through = lists.through;
         // Splits take blocks in turn: in causal attention the last ones are the longest.
-        for (int64_t part = task % splits; part < blocks; part += splits) {
+        for (int64_t part = task % splits.number; part < blocks; part += splits.number) {
             const int64_t first = part * QUERIES, row = g * gate.n + first;
             list_rows<NARROW, E>(gate, g, prepared[g]->keys, prepared[g]->sums[part], first,
                                  std::min(gate.n, first + QUERIES), band, lists);
@@ -271,7 +261,7 @@ void back_as(const BackArguments<S, T> a) {
             for (int64_t i = 0; i < lists.queries(); ++i) {
                 const int64_t begin = lists.begin(i), number = lists.end(i) - begin;
                 T* slope = band.width > 0 ? lists.slope.data() + begin : nullptr;
-                if (slope) parts_threshold[task] += double(a.grad_kept[g]) * sum_of(slope, number);
+                if (slope) splits.threshold(task) += double(a.grad_kept[g]) * sum_of(slope, number);
                 const T worth = a.into_scores ? 1 / std::max(lists.unit[i], T(1)) : T(0);
                 const T constant = dot(grad + (row + i) * gate.dv, a.out + (row + i) * gate.dv, gate.dv);
                 const int32_t* key = lists.key.data() + begin;
@@ -287,7 +277,7 @@ void back_as(const BackArguments<S, T> a) {
                     shares_of(key, number, a.row_max[row + i], a.row_sum[row + i], constant, worth,
                               score.data() + begin, through.data() + begin, slope);
                 }
-                if (slope) parts_threshold[task] += sum_of(slope, number);
+                if (slope) splits.threshold(task) += sum_of(slope, number);
             }
             lists.by_blocks([&](int64_t i, int64_t begin, int64_t end) {
                 add_rows(to_q + i * gate.d, &through[begin], keys, gate.d, end - begin, from(begin));
@@ -299,27 +289,8 @@ void back_as(const BackArguments<S, T> a) {
             });
         }
     });
-    parallel_for(gate.groups, threads, [&](int64_t g) {
-        for (int64_t split = 1; split < splits; ++split) {
-            const T* part = parts[g * splits + split].data();
-            for (int64_t x = 0; x < size_k; ++x) a.grad_keys[g * size_k + x] += part[x];
-            for (int64_t x = 0; x < size_v; ++x) a.grad_values[g * size_v + x] += part[size_k + x];
-        }
-        double sum = 0;
-        for (int64_t split = 0; split < splits; ++split) sum += parts_threshold[g * splits + split];
-        a.grad_threshold[g] = T(sum);
-    });
+    splits.add_up(threads);
     of_tails.spread(tokens, grad, a.grad_queries, a.grad_keys, a.grad_values, a.grad_tail_factor, threads);
-}
-
-// Call run with the type of products and the type of estimates.
-template <class T, class Run>
-void with_types(const Gate<T>& gate, Run&& run) {
-    const bool small = narrow(gate.step, gate.d);
-    if (gate.unit_per_key)
-        small ? run(std::true_type{}, T{}) : run(std::false_type{}, T{});
-    else
-        small ? run(std::true_type{}, int16_t{}) : run(std::false_type{}, int32_t{});
 }
 
 template <class S>
