@@ -52,6 +52,19 @@ def test_what_fails_its_check_is_told_and_not_timed(tmp_path: Path, capsys: pyte
         bench(conf, [*SMALL, f"run.dir='{tmp_path}/out'"])
 
 
+def test_no_row_begins_after_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*SMALL, "mechanisms=topk", "n=[16,32]", "dtype=[float32,bfloat16]", "memory=false", "limit=0.01"]
+    assert bench(CONF, [*given, f"run.dir='{tmp_path}/out'"]) == 0
+    rows = json.loads((tmp_path / "out" / "bench.json").read_text())
+    found = [(r["dtype"], r["n"], r["device"], r["status"]) for r in rows]
+    assert found[0] == ("float32", 16, "cpu", "ok")
+    late = [("float32", 32), ("bfloat16", 16), ("bfloat16", 32)]
+    assert found[1:] == [(dtype, n, "cpu", "not measured") for dtype, n in late]
+    assert rows[1]["fwd_ms"] is None
+    assert "it would have begun after limit=0.01 seconds" in rows[1]["note"]
+    assert "not measured" in capsys.readouterr().out
+
+
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     return warm.run(["-m", "thresher.bench", *arguments], env=ENVIRONMENT)
 

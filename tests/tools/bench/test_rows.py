@@ -3,10 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 
 from tests.running import CONF
 from tests.tools.bench.small import options, scene
-from thresher.tools.bench.command import check_options
+from thresher.tools.bench.command import build_scenes, check_options
 from thresher.tools.bench.jobs import Job
 from thresher.tools.bench.peers import PEERS
 from thresher.tools.bench.rows import (
@@ -106,6 +107,8 @@ def test_the_extra_installs_every_peer() -> None:
         (["settings.topk.keys=-1"], "keys"),
         (["what=atention"], "what"),
         (["dtype=float8"], "dtype"),
+        (["dtype=[float32,float8]"], "dtype"),
+        (["limit=0"], "limit is a number of seconds above 0"),
         (["repetitions=0"], "repetitions"),
         (["backends=cpuu"], "cpuu"),
         (["repetition=3"], "did you mean repetitions"),
@@ -122,14 +125,42 @@ def test_backends_are_chosen_by_name_or_all_of_them() -> None:
     from tests.tools.bench.test_checks import Backed
     from thresher.attention.none import NoAttention
 
-    assert choose_backends("x", Backed, None) == ["auto"]
-    assert choose_backends("x", Backed, "all") == ["reference", "right", "weak", "greedy", "deaf"]
-    assert choose_backends("x", Backed, ["reference", "right"]) == ["reference", "right"]
+    assert choose_backends("x", Backed, None, "cpu") == ["auto"]
+    assert choose_backends("x", Backed, "all", "cpu") == ["reference", "right", "weak", "greedy", "deaf"]
+    assert choose_backends("x", Backed, ["reference", "right"], "cpu") == ["reference", "right"]
     with pytest.raises(ValueError, match=r"backends of x"):
-        choose_backends("x", Backed, "wrong")
-    assert choose_backends("x", NoAttention, None) == choose_backends("x", NoAttention, "reference") == [None]
+        choose_backends("x", Backed, "wrong", "cpu")
+    assert choose_backends("x", NoAttention, None, "cpu") == [None]
+    assert choose_backends("x", NoAttention, "reference", "cpu") == [None]
     with pytest.raises(ValueError, match="no other backend than its reference"):
-        choose_backends("x", NoAttention, "cpu")
+        choose_backends("x", NoAttention, "cpu", "cpu")
+
+
+def test_all_backends_are_those_that_the_device_can_run() -> None:
+    from thresher.attention import find
+
+    assert choose_backends("latte", find("latte"), "all", "cpu") == ["reference", "cpu"]
+    assert "cpu" not in choose_backends("blocks", find("blocks"), "all", "cuda")
+    assert {"reference", "cpu", "gather"} <= set(choose_backends("blocks", find("blocks"), "all", "cpu"))
+    with pytest.raises(ValueError, match="backends of topk must be one of all, auto, reference, cpu"):
+        choose_backends("topk", find("topk"), "gather", "cpu")
+
+
+def test_the_rows_of_a_gpu_are_every_backend_in_both_types() -> None:
+    cfg = options("bench=gpu", "device=cpu")
+    assert check_options(cfg) == ["attention"]
+    scenes = build_scenes(cfg)
+    assert [(each.dtype, each.device) for each in scenes] == [("bfloat16", "cpu"), ("float32", "cpu")]
+    found = {(j.name, j.backend, j.pattern, j.n) for j in build_attention_jobs(cfg, CONF, scenes[0], None)}
+    assert {(name, pattern, n) for name, _, pattern, n in found} == {
+        (name, pattern, n)
+        for name in ("blocks", "latte")
+        for pattern in ("noncausal_self", "causal_self")
+        for n in (4096, 16384)
+    }
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device=cuda, but PyTorch sees no such device; device=cpu"):
+            check_options(options("bench=gpu"))
 
 
 def test_whatever_is_causal_decodes() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.tools.bench.small import options, record
-from thresher.tools.bench.plot import build_panels, draw_picture, write_page
+from thresher.tools.bench.plot import PARTS, build_panels, draw_picture, write_page
 from thresher.tools.bench.records import FIELDS, write_records
 from thresher.tools.bench.show import format_row, print_summary
 from thresher.tools.bench.summary import describe_crossovers, describe_speed, find_crossover, fit_exponent
@@ -61,6 +61,25 @@ def test_where_it_is_slower_is_said_so() -> None:
     assert describe_crossovers(slow) == [
         "topk reference noncausal_self: forward: slower here at every N measured (best 0.50 at N 64)"
     ]
+
+
+def test_rows_of_another_type_are_a_curve_and_a_panel_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [*rows(), *({**row, "dtype": "bfloat16", "fwd_ms": row["fwd_ms"] / 2} for row in rows())]
+    assert [line.split(":")[0] for line in describe_crossovers(found)] == [
+        "topk reference noncausal_self",
+        "topk reference bfloat16 noncausal_self",
+    ]
+    panels = {panel.title: panel.lines for panel in build_panels(found)}
+    assert list(panels) == [f"noncausal_self, {part}" for part in (*PARTS, *(f"bfloat16, {part}" for part in PARTS))]
+    assert [2 * time for time in panels["noncausal_self, bfloat16, forward"][0].times] == list(
+        panels["noncausal_self, forward"][0].times
+    )
+    print_summary(found, [])
+    shown = capsys.readouterr().out
+    assert "bfloat16" in shown
+    assert "device" not in shown, "all rows are on the CPU"
+    print_summary([{**row, "device": "cuda"} for row in rows()], [])
+    assert "cuda" in capsys.readouterr().out
 
 
 def test_a_record_begins_with_the_fields_that_were_promised() -> None:
@@ -178,12 +197,12 @@ def test_a_target_that_no_row_can_meet_is_an_error(target: dict[str, Any], said:
 def test_the_targets_of_headline_are_among_its_rows() -> None:
     """Each target names rows that bench=headline measures: none can go missing by a word."""
     from tests.running import CONF
-    from thresher.tools.bench.command import build_scene, check_options
+    from thresher.tools.bench.command import build_scenes, check_options
     from thresher.tools.bench.rows import build_attention_jobs, build_step_jobs
 
     cfg = options("bench=headline")
     check_options(cfg)
-    scene = build_scene(cfg)
+    (scene,) = build_scenes(cfg)
     jobs = [*build_attention_jobs(cfg, CONF, scene, None), *build_step_jobs(cfg, CONF, scene)]
     known = [
         {"mechanism": j.name, "setting": j.knobs, "n": j.n, "model": None if j.model == "attention" else j.model}

@@ -37,6 +37,7 @@ MEASURES = {
 }
 OPTIONS = "bench.yaml"  # not config.yaml, which makes a folder a run
 USUAL_HEADS, USUAL_HEAD_DIM = 8, 64
+LATE = "not measured"
 START_TOKENS = 1024  # attention of so many tokens takes about as long as the start of a process
 
 
@@ -61,17 +62,11 @@ def bench(conf: Path, arguments: Sequence[str]) -> int:
     folder = Path(cfg.run.dir)
     if (folder / OPTIONS).exists():
         raise ValueError(f"{folder} already holds a benchmark: choose another run.dir")
-    scene = build_scene(cfg)
-    jobs: list[tuple[Job, Scene]] = []
-    if "attention" in what and scene.inputs == "random":
-        jobs += [(job, scene) for job in build_attention_jobs(cfg, conf, scene, None)]
-    if "decode" in what:
-        jobs += [(job, replace(scene, inputs="random")) for job in build_decode_jobs(cfg, conf, scene)]
-    if "train_step" in what:
-        jobs += [(job, replace(scene, inputs="random")) for job in build_step_jobs(cfg, conf, scene)]
+    scenes = build_scenes(cfg)
+    jobs = [job for scene in scenes for job in _build_random_jobs(cfg, conf, scene, what)]
     folder.mkdir(parents=True, exist_ok=True)
-    if "attention" in what and scene.inputs != "random":
-        jobs = [*_build_recorded_jobs(cfg, conf, scene, folder), *jobs]
+    if "attention" in what and cfg.inputs != "random":
+        jobs = [*(job for scene in scenes for job in _build_recorded_jobs(cfg, conf, scene, folder)), *jobs]
     asked = OmegaConf.create({key: value for key, value in cfg.items() if key != "help"})
     OmegaConf.save(asked, folder / OPTIONS)
     for absent in describe_absent_peers() if cfg.peers else ():
@@ -80,18 +75,18 @@ def bench(conf: Path, arguments: Sequence[str]) -> int:
     code = 0
     try:
         with _raise_on_signals():
-            for record in _measure_rows(jobs):
+            for record in _measure_rows(jobs, cfg.limit):
                 records.append(record)
                 write_records(folder, records)
             if "overhead" in what:
-                overhead.measure_overhead(cfg, conf, scene, folder)
+                overhead.measure_overhead(cfg, conf, scenes[0], folder)
     except Stopped as end:
         code = end.code
         print(f"{end}: {len(records)} of {len(jobs)} rows are in {folder}", file=sys.stderr)
     if records:
         print_summary(records, compare_targets(_to_plain(cfg.targets), records))
         print(f"\n{folder}/{', '.join(['bench.csv', 'bench.json', *_draw_pictures(folder, records)])}")
-    return code or int(any(record["status"] != "ok" for record in records))
+    return code or int(any(record["status"] not in ("ok", LATE) for record in records))
 
 
 def check_options(cfg: DictConfig) -> list[str]:
@@ -102,25 +97,28 @@ def check_options(cfg: DictConfig) -> list[str]:
     """
     for part in as_list(cfg.what):
         check_choice("what", part, WHAT)
-    check_choice("dtype", cfg.dtype, DTYPES)
+    for dtype in as_list(cfg.dtype):
+        check_choice("dtype", dtype, DTYPES)
     check_choice("device", cfg.device, ("auto", "cpu", "cuda"))
     for name in ("repetitions", "batch", "heads", "head_dim", "threads"):
         if cfg[name] is not None and (not isinstance(cfg[name], int) or cfg[name] < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {cfg[name]}")
+    if cfg.limit is not None and not (isinstance(cfg.limit, int | float) and cfg.limit > 0):
+        raise ValueError(f"limit is a number of seconds above 0, or null for none; got {cfg.limit}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but PyTorch sees no such device")
+        raise ValueError("device=cuda, but PyTorch sees no such device; device=cpu times the processor")
     check_targets(_to_plain(cfg.targets))
     return as_list(cfg.what)
 
 
-def build_scene(cfg: DictConfig) -> Scene:
-    """Build the conditions that all rows share."""
+def build_scenes(cfg: DictConfig) -> list[Scene]:
+    """Build the conditions that rows share, for each type."""
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return Scene(
+    scene = Scene(
         batch=cfg.batch,
         heads=cfg.heads or USUAL_HEADS,
         head_dim=cfg.head_dim or USUAL_HEAD_DIM,
-        dtype=cfg.dtype,
+        dtype="float32",
         device=automatic if cfg.device == "auto" else cfg.device,
         threads=cfg.threads,
         repetitions=cfg.repetitions,
@@ -130,6 +128,16 @@ def build_scene(cfg: DictConfig) -> Scene:
         inputs=str(cfg.inputs),
         seed=cfg.seed,
     )
+    return [replace(scene, dtype=dtype) for dtype in as_list(cfg.dtype)]
+
+
+def _build_random_jobs(cfg: DictConfig, conf: Path, scene: Scene, what: Sequence[str]) -> list[tuple[Job, Scene]]:
+    """Build the jobs that draw their inputs."""
+    drawing = replace(scene, inputs="random")
+    jobs = build_attention_jobs(cfg, conf, scene, None) if "attention" in what and scene.inputs == "random" else []
+    jobs += build_decode_jobs(cfg, conf, scene) if "decode" in what else []
+    jobs += build_step_jobs(cfg, conf, scene) if "train_step" in what else []
+    return [(job, drawing) for job in jobs]
 
 
 def _build_recorded_jobs(cfg: DictConfig, conf: Path, scene: Scene, folder: Path) -> list[tuple[Job, Scene]]:
@@ -155,16 +163,22 @@ def _build_recorded_jobs(cfg: DictConfig, conf: Path, scene: Scene, folder: Path
     return jobs
 
 
-def _measure_rows(jobs: Sequence[tuple[Job, Scene]]) -> Iterator[dict[str, Any]]:
-    """Measure and print one row after another; a contender that fails its check is not timed."""
+def _measure_rows(jobs: Sequence[tuple[Job, Scene]], limit: float | None) -> Iterator[dict[str, Any]]:
+    """Measure and print one row after another.
+
+    A contender that fails its check is not timed, and nothing is that would begin after `limit` seconds.
+    """
     whole = sum(_estimate_effort(job) for job, _ in jobs)
     done, start = 0, time.monotonic()
     wrong: dict[tuple[Any, ...], str | None] = {}
     with Worker() as checker:
         for job, scene in jobs:
-            key = job.check_key
+            if done and limit is not None and time.monotonic() - start > limit:
+                yield build_record(job, scene, {}, LATE, f"it would have begun after limit={limit:g} seconds")
+                continue
+            key = *job.check_key, scene.dtype
             if job.target is not None and key not in wrong:
-                longest = max(other.n for other, _ in jobs if other.check_key == key)
+                longest = max(other.n for other, where in jobs if (*other.check_key, where.dtype) == key)
                 answer = checker.call(measure.find_fault, replace(job, n=longest), scene)
                 wrong[key] = answer.value or answer.error
             if wrong.get(key) is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from thresher.tools.bench.summary import Record, describe_crossovers, fit_exponent, group_curves, name_curve
+from thresher.tools.bench.summary import USUAL_DTYPE, Curve, Record, describe_crossovers, fit_exponent, group_curves
 
 PARTS = {"forward": ("fwd_ms",), "forward + backward": ("train_fwd_ms", "bwd_ms")}
 COLOURS = (
@@ -46,29 +46,28 @@ class Panel(NamedTuple):
 
 
 def build_panels(records: Sequence[Record]) -> list[Panel]:
-    """Build a panel for each pattern and pass of attention, with dense attention in each; none without times."""
-    lines = {key: rows for key, rows in group_curves(records).items() if key[-1] == ""}
-    names = list(dict.fromkeys(_name_curve(key) for key in lines))
+    """Build a panel for each pattern, type and pass of attention, with dense attention in each; none without times."""
+    lines = {curve: rows for curve, rows in group_curves(records).items() if not curve.model}
+    names = list(dict.fromkeys(_name_line(curve) for curve in lines))
     found = []
-    for pattern in dict.fromkeys(key[3] for key in lines):
-        here = {key: rows for key, rows in lines.items() if key[3] == pattern}
+    for pattern, dtype in dict.fromkeys((curve.pattern, curve.dtype) for curve in lines):
+        here = {_name_line(c): rows for c, rows in lines.items() if (c.pattern, c.dtype) == (pattern, dtype)}
         for word, columns in PARTS.items():
             shown = [
                 line
-                for key, rows in here.items()
-                for line in _fit_line(
-                    _name_curve(key), COLOURS[names.index(_name_curve(key)) % len(COLOURS)], rows, columns
-                )
+                for name, rows in here.items()
+                for line in _fit_line(name, COLOURS[names.index(name) % len(COLOURS)], rows, columns)
             ]
             every = [row for rows in here.values() for row in rows]
             shown += _fit_line("dense", DENSE, every, tuple(f"dense_{c}" for c in columns))
             if shown:
-                found.append(Panel(f"{pattern}, {word}", shown))
+                title = ", ".join(each for each in (pattern, dtype, word) if each != USUAL_DTYPE)
+                found.append(Panel(title, shown))
     return found
 
 
-def _name_curve(key: tuple[str, ...]) -> str:
-    return name_curve((*key[:3], "", ""))
+def _name_line(curve: Curve) -> str:
+    return str(curve._replace(dtype="", pattern=""))
 
 
 def _fit_line(name: str, colour: str, rows: Sequence[Record], columns: Sequence[str]) -> Iterator[Line]:

@@ -19,7 +19,7 @@ MORE = (
     *("what", "model", "setting", "status", "note", "inputs", "batch", "repetitions"),
     *("train_fwd_ms", "dense_train_fwd_ms", "step_ms", "dense_step_ms", "speedup_step"),
     *(f"{x}_{side}" for x in ("fwd_ms", "bwd_ms", "dense_fwd_ms", "dense_bwd_ms") for side in ("low", "high")),
-    *("threads", "machine", "torch"),
+    *("device", "threads", "machine", "torch"),
 )
 
 
@@ -37,6 +37,7 @@ def build_record(job: Job, scene: Scene, measured: Mapping[str, Any], status: st
         "model": None if job.model == "attention" else job.model,
         "setting": job.knobs,
         "status": status,
+        "device": scene.device,
         "inputs": "random" if scene.inputs == "random" else "recorded",
         "batch": scene.batch,
     }

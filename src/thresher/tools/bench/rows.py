@@ -13,7 +13,16 @@ from thresher.attention.contract import Pattern
 from thresher.attention.mechanism import Mechanism
 from thresher.attention.options import check_choice, flatten_options, nest_options
 from thresher.config import overrides
-from thresher.tools.bench.jobs import AUTO, REFERENCE, Job, Scene, build_mechanism, find_backends, load_mechanism_class
+from thresher.tools.bench.jobs import (
+    AUTO,
+    REFERENCE,
+    Job,
+    Scene,
+    build_mechanism,
+    find_backends,
+    load_mechanism_class,
+    select_backends,
+)
 from thresher.tools.bench.peers import PEERS
 
 PATTERNS = [pattern.name.lower() for pattern in Pattern]
@@ -92,7 +101,7 @@ def build_attention_jobs(cfg: DictConfig, conf: Path, scene: Scene, recorded: Ma
         check_choice("patterns", pattern, list(lengths) or PATTERNS)
     patterns = as_list(cfg.patterns) if cfg.patterns is not None else list(lengths) or USUAL_PATTERNS
     jobs = []
-    for job, own_lengths in _build_contenders(cfg, conf, recorded):
+    for job, own_lengths in _build_contenders(cfg, conf, scene.device, recorded):
         for pattern in patterns:
             wanted = own_lengths or (as_list(cfg.n) if cfg.n is not None else None)
             for n in wanted or ([lengths[pattern]] if lengths else USUAL_LENGTHS):
@@ -117,7 +126,7 @@ def build_decode_jobs(cfg: DictConfig, conf: Path, scene: Scene) -> list[Job]:
         _check_length("decode.n", n)
     jobs = [
         replace(job, pattern="causal_self", n=n, model="decode")
-        for job, _ in _build_contenders(cfg, conf, None)
+        for job, _ in _build_contenders(cfg, conf, scene.device, None)
         if job.target is not None and not load_mechanism_class(job.target).needs_source
         for n in lengths
     ]
@@ -132,7 +141,7 @@ def build_step_jobs(cfg: DictConfig, conf: Path, scene: Scene) -> list[Job]:
     for model, pattern in MODELS.items():
         sizes: Any = OmegaConf.to_container(cfg.train_step[model])
         lengths = as_list(sizes.pop("n"))
-        for job, _ in _build_contenders(cfg, conf, None):
+        for job, _ in _build_contenders(cfg, conf, scene.device, None):
             if job.target is not None:
                 jobs += [replace(job, pattern=pattern, n=n, model=model, sizes=sizes) for n in lengths]
     return select_buildable(jobs, scene)
@@ -157,8 +166,10 @@ def select_buildable(jobs: Sequence[Job], scene: Scene) -> list[Job]:
     return kept
 
 
-def choose_backends(name: str, cls: type[Mechanism], wanted: Any) -> list[str | None]:
+def choose_backends(name: str, cls: type[Mechanism], wanted: Any, device: str) -> list[str | None]:
     """Choose the backends to time a mechanism on; [None] for one without the argument `backend`.
+
+    "all" are those that the device can run.
 
     Raises:
         ValueError: It has none of those named.
@@ -175,7 +186,9 @@ def choose_backends(name: str, cls: type[Mechanism], wanted: Any) -> list[str | 
         return [str(hyperparameters(cls)["backend"])]
     for backend in as_list(wanted):
         check_choice(f"backends of {name}", backend, (ALL, AUTO, *has))
-    return list(has) if ALL in as_list(wanted) else as_list(wanted)
+    if ALL in as_list(wanted):
+        return list(select_backends(cls, device))
+    return as_list(wanted)
 
 
 def describe_absent_peers() -> list[str]:
@@ -184,7 +197,7 @@ def describe_absent_peers() -> list[str]:
 
 
 def _build_contenders(
-    cfg: DictConfig, conf: Path, recorded: Mapping[str, Any] | None
+    cfg: DictConfig, conf: Path, device: str, recorded: Mapping[str, Any] | None
 ) -> Iterator[tuple[Job, list[int] | None]]:
     """Yield contenders at each setting and backend, and their own lengths, if they have any."""
     for name in find_mechanisms(conf, cfg.mechanisms):
@@ -195,7 +208,7 @@ def _build_contenders(
         cls = load_mechanism_class(config["_target_"])
         for setting in expand_settings(cfg, name, list(usual)):
             own_lengths, kept = setting.pop("n", None), setting.pop("kept", None)
-            backends = choose_backends(name, cls, setting.pop("backend", cfg.backends))
+            backends = choose_backends(name, cls, setting.pop("backend", cfg.backends), device)
             hyper = {key: value for key, value in (usual | setting).items() if key != "backend"}
             shown = ({} if kept is None else {"kept": kept}) | setting
             for backend in backends:

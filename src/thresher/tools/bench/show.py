@@ -7,12 +7,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from thresher.tools.bench.summary import SPEEDUPS, Record, describe_crossovers
+from thresher.tools.bench.summary import SPEEDUPS, USUAL_DTYPE, Record, describe_crossovers
 
 COLUMNS = {
     "mechanism": "mechanism",
     "setting": "setting",
     "backend": "backend",
+    "device": "device",
+    "dtype": "type",
     "n": "N",
     "fwd_ms": "fwd ms",
     "bwd_ms": "bwd ms",
@@ -27,13 +29,15 @@ COLUMNS = {
     "mac_ratio": "MACs",
     "rel_error": "error",
 }
-WORDS = ("mechanism", "setting", "backend")
+WORDS = ("mechanism", "setting", "backend", "device", "dtype")
+USUAL = {"device": "cpu", "dtype": USUAL_DTYPE}  # a column of nothing else is not shown
 WIDE = 168
 
 
 def format_row(record: Record, share: float, left: str) -> str:
     """Format the line of a row that finishes."""
-    name = " ".join(str(record[key]) for key in ("mechanism", "setting", "backend", "pattern") if record[key])
+    names = [record[key] for key in ("mechanism", "setting", "backend", "pattern", "dtype") if record[key]]
+    name = " ".join(str(each) for each in names if each != USUAL_DTYPE)
     head = f"{share:4.0%}  {name} N {record['n']}"
     if record["status"] != "ok":
         return f"{head}  {record['status']}: {record['note']}  left {left}"
@@ -73,7 +77,9 @@ def print_summary(records: Sequence[Record], verdicts: Sequence[Mapping[str, Any
 def _build_table(rows: Sequence[Record], pattern: str, model: str | None) -> Table:
     kind = {None: "", "decode": ", one query with cached keys"}.get(model, f", {model}: whole training steps")
     table = Table(title=f"{pattern}{kind}", title_justify="left")
-    shown = [c for c in COLUMNS if c in ("fwd_ms", *WORDS) or any(r[c] not in (None, "") for r in rows)]
+    shown = [
+        c for c in COLUMNS if c in ("fwd_ms", "setting") or any(r[c] not in (None, "", USUAL.get(c)) for r in rows)
+    ]
     for column in shown:
         table.add_column(COLUMNS[column], justify="left" if column in WORDS else "right", no_wrap=column in WORDS)
     for i, row in enumerate(rows):

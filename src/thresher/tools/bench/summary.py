@@ -2,26 +2,40 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 Record = Mapping[str, Any]
+USUAL_DTYPE = "float32"
 SPEEDUPS = {"speedup_fwd": "forward", "speedup_fwd_bwd": "forward + backward", "speedup_step": "training step"}
 
 
-def group_curves(records: Sequence[Record]) -> dict[tuple[str, ...], list[Record]]:
+class Curve(NamedTuple):
+    """What rows have in common that differ only in length."""
+
+    mechanism: str
+    setting: str
+    backend: str
+    dtype: str
+    pattern: str
+    model: str
+
+    def __str__(self) -> str:
+        """Name it; the usual type, float32, goes without saying."""
+        shown = self._replace(
+            setting=f"({self.setting})" if self.setting else "",
+            dtype="" if self.dtype == USUAL_DTYPE else self.dtype,
+        )
+        return " ".join(word for word in shown if word)
+
+
+def group_curves(records: Sequence[Record]) -> dict[Curve, list[Record]]:
     """Group the timed rows that differ only in length, shortest first."""
-    grouped: dict[tuple[str, ...], list[Record]] = {}
+    grouped: dict[Curve, list[Record]] = {}
     for record in records:
         if record["fwd_ms"] is not None:
-            key = tuple(str(record[name] or "") for name in ("mechanism", "setting", "backend", "pattern", "model"))
-            grouped.setdefault(key, []).append(record)
-    return {key: sorted(rows, key=lambda r: int(r["n"])) for key, rows in grouped.items()}
-
-
-def name_curve(key: tuple[str, ...]) -> str:
-    """Name a curve."""
-    mechanism, setting, backend, pattern, model = key
-    return " ".join(x for x in (mechanism, f"({setting})" if setting else "", backend, pattern, model) if x)
+            curve = Curve(*(str(record[name] or "") for name in Curve._fields))
+            grouped.setdefault(curve, []).append(record)
+    return {curve: sorted(rows, key=lambda r: int(r["n"])) for curve, rows in grouped.items()}
 
 
 def find_crossover(lengths: Sequence[int], speedups: Sequence[float]) -> int | None:
@@ -56,9 +70,9 @@ def describe_speed(rows: Sequence[Record], measure: str) -> str | None:
 def describe_crossovers(records: Sequence[Record]) -> list[str]:
     """Describe the speed of each contender in each pattern, in a line each."""
     lines = []
-    for key, rows in group_curves(records).items():
+    for curve, rows in group_curves(records).items():
         said = [f"{word}: {v}" for m, word in SPEEDUPS.items() if (v := describe_speed(rows, m)) is not None]
-        lines.append(f"{name_curve(key)}: {'; '.join(said)}")
+        lines.append(f"{curve}: {'; '.join(said)}")
     return lines
 
 
