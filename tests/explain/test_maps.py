@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests.attention.configured import configured
 from thresher.attention import Attended, Call, Mechanism, Pattern, find
 from thresher.attention.dense import Dense
-from thresher.attention.maps import Weights
+from thresher.attention.maps import Weights, find_kept_pairs
 from thresher.attention.prepared import Prepared
 from thresher.attention.smyrf.mechanism import Smyrf
 from thresher.attention.topk.mechanism import TopK
@@ -23,6 +23,11 @@ PADDED = torch.arange(11) < torch.tensor([[11], [8]])
 
 def mapped(mechanism: Mechanism, *, padded: bool = False, groups: int | None = None) -> tuple[Weights, Attended]:
     """Record one call of a mechanism inside a network, and recover its map."""
+    return _record_and_map(mechanism, padded, groups)[:2]
+
+
+def _record_and_map(mechanism: Mechanism, padded: bool, groups: int | None) -> tuple[Weights, Attended, Tensor]:
+    """Record one call; return its map, what it computed, and which pairs it kept."""
     mechanism.double().eval()
     cross = mechanism.pattern.cross
     call = Call(keys=PADDED, queries=None if cross else PADDED) if padded else Call()
@@ -34,7 +39,8 @@ def mapped(mechanism: Mechanism, *, padded: bool = False, groups: int | None = N
     attend(mechanism, inputs, call)
     (recorded,) = calls
     assert recorded.name == "attn"
-    return recover_map(recorded), attended
+    kept = find_kept_pairs(mechanism, recorded.q, recorded.k, recorded.v, recorded.call)
+    return recover_map(recorded), attended, kept
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -43,8 +49,11 @@ def mapped(mechanism: Mechanism, *, padded: bool = False, groups: int | None = N
 )
 def test_the_map_times_the_values_is_the_output(name: str, padded: bool, pattern: Pattern) -> None:
     mechanism = configured()[name](num_heads=2, head_dim=8, pattern=pattern)
-    found, attended = mapped(mechanism, padded=padded)
+    before = {name: value.clone() for name, value in mechanism.state_dict().items()}
+    found, attended, pairs = _record_and_map(mechanism, padded, None)
+    assert all(torch.equal(value, before[name].to(value.dtype)) for name, value in mechanism.state_dict().items())
     assert not found.weights[~found.visible].any()
+    assert not pairs[~found.visible].any()
     if found.expected:  # sampled values: the weights are exact softmax
         inputs = draw(mechanism, lengths=LENGTHS[pattern.cross])
         softmax = scores(inputs.q, inputs.k).masked_fill(~found.visible, float("-inf")).softmax(-1).nan_to_num()
@@ -54,7 +63,7 @@ def test_the_map_times_the_values_is_the_output(name: str, padded: bool, pattern
         torch.testing.assert_close(found.weights @ found.values, attended.out, rtol=1e-6, atol=1e-9)
         assert found.error < 1e-6
     assert found.scaled == (name == "yoso")
-    kept = (found.weights != 0).sum((-2, -1)).double()
+    kept = pairs.sum((-2, -1)).double()
     if name == "yoso":  # its cost is an upper bound
         assert (kept <= attended.cost.kept).all()
     else:

@@ -19,6 +19,7 @@ from torch import Tensor
 from thresher.attention.contract import Call
 from thresher.attention.mechanism import Mechanism
 from thresher.attention.shared.functional import expand_heads
+from thresher.attention.shared.tail import silence_tails
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of A V against the output, as a share of it
 
@@ -50,9 +51,8 @@ def recover_weights(mechanism: Mechanism, q: Tensor, k: Tensor, v: Tensor, call:
     Raises:
         ValueError: The output is no weighted sum of the values, not even up to a factor for each row.
     """
-    one_hot = one_hot_like(v)
     expected = mechanism.stochastic and mechanism.needs_source
-    weights = mechanism.expectation(q, k, one_hot, call) if expected else mechanism.forward(q, k, one_hot, call).out
+    weights = _attend_to_identity(mechanism, q, k, v, call)
     values, visible = expand_heads(v, q.shape[1]), mechanism.visible(q, k, call)
     # Hidden values may hold any value, NaN included.
     values = values.masked_fill(~visible.any(2)[..., None], 0)
@@ -70,6 +70,20 @@ def recover_weights(mechanism: Mechanism, q: Tensor, k: Tensor, v: Tensor, call:
                 f"values, not even up to a factor for each row (off by {error:.1%}): it has no map to show"
             )
     return Weights(weights, visible, values, error, expected, scaled)
+
+
+@torch.no_grad()
+def find_kept_pairs(mechanism: Mechanism, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Bool[Tensor, "b h n m"]:
+    """Find the pairs that a call keeps: those that have a weight where tails have none."""
+    with silence_tails(mechanism):
+        return _attend_to_identity(mechanism, q, k, v, call) != 0
+
+
+def _attend_to_identity(mechanism: Mechanism, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    """Attend with the identity as values; in expectation, where a mechanism samples its values."""
+    if mechanism.stochastic and mechanism.needs_source:
+        return mechanism.expectation(q, k, one_hot_like(v), call)
+    return mechanism.forward(q, k, one_hot_like(v), call).out
 
 
 def one_hot_like(v: Float[Tensor, "b hk m dv"]) -> Float[Tensor, "b hk m m"]:

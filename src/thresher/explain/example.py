@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from thresher.attention.maps import find_kept_pairs
 from thresher.attention.mechanism import Mechanism
 from thresher.attention.registry import name_of
 from thresher.attention.shared.thresholds import named_thresholds
@@ -104,6 +105,7 @@ def _describe_layer(
         )
     map_ = recover_map(recorded)
     weights, visible = map_.weights[0], map_.visible[0]
+    kept = find_kept_pairs(recorded.mechanism, recorded.q, recorded.k, recorded.v, recorded.call)[0]
     effective = effective_attention(weights, map_.values[0], visible)
     cost, mechanism = recorded.attended.cost, recorded.mechanism
     thresholds = _list_thresholds(mechanism)
@@ -128,7 +130,7 @@ def _describe_layer(
             for head in range(len(weights))
         ],
     }
-    arrays = {"weights": weights, "effective": effective.weights, "kept": (weights != 0) & visible}
+    arrays = {"weights": weights, "effective": effective.weights, "kept": kept & visible}
     return about, {key: value.cpu().numpy() for key, value in arrays.items()}
 
 

@@ -11,6 +11,8 @@ there is to say about them. Kernels make these sums, running ones in causal atte
 number of tokens (`kernels/csrc/tail.h`). Where a row drops nothing it has no tail.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -48,6 +50,22 @@ def build_tail(kind: TailKind, num_heads: int) -> Tail | None:
     """
     check_choice("tail", kind, get_args(TailKind))
     return Tail(num_heads) if kind == "mean" else None
+
+
+@contextmanager
+def silence_tails(module: nn.Module) -> Iterator[None]:
+    """Give the tails inside a module a factor of 0 for a while; not between a forward and its backward."""
+    factors = [each.factor for each in module.modules() if isinstance(each, Tail)]
+    before = [factor.detach().clone() for factor in factors]
+    try:
+        with torch.no_grad():
+            for factor in factors:
+                factor.zero_()
+        yield
+    finally:
+        with torch.no_grad():
+            for factor, value in zip(factors, before, strict=True):
+                factor.copy_(value)
 
 
 def weigh_with_tail(
