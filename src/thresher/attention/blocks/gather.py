@@ -130,8 +130,9 @@ def _attend_to_rows(
         tail = factor * (mean - top).clamp_max(MAX_EXCESS).exp().masked_fill(~some, 0)
         weights = opened * share
         total = weights.sum(-1, keepdim=True) + tail * count
+        total = torch.where(total.detach() > 0, total, 1)
+        weights, tail = weights / total, tail / total
         out = (weights - opened * tail).to(v.dtype) @ v + (tail * of_v).to(v.dtype)
-        out = out / torch.where(total.detach() > 0, total, 1).to(v.dtype)
     out = out.flatten(2, 3)[:, :, : len(rows)]
     return out, kept, chosen.computed, chosen.unscored
 
