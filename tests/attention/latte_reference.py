@@ -15,7 +15,7 @@ EXACT = {"estimate": {"bits": "exact"}, "gate": {"into_scores": False}}
 
 def latte(pattern: Pattern = SELF, *, num_heads: int = 2, gate: dict[str, Any] | None = None, **others: Any) -> Latte:
     """Build LATTE by the rule of the paper, with a gradient that reaches every pair, unless it is given others."""
-    options = {"unit": "nats", **others, "gate": {"surrogate": "sigmoid", **(gate or {})}}
+    options = {"unit": "nats", "tail": "none", **others, "gate": {"surrogate": "sigmoid", **(gate or {})}}
     return Latte(num_heads, 8, pattern, **options).double()
 
 

@@ -28,7 +28,7 @@ LEAST = 1e-30
 
 
 def blocks(pattern: Pattern = SELF, heads: int = 4, queries: int = 5, **options: Any) -> Blocks:
-    options = {"threshold": 0.5, "estimate": {"bits": "exact"}, **options}
+    options = {"threshold": 0.5, "tail": "none", "estimate": {"bits": "exact"}, **options}
     block = {"queries": queries, **options.pop("block", {})}
     built = Blocks(heads, 8, pattern, block=block, **options).double()
     with torch.no_grad():

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from thresher.attention import Call, Pattern
 from thresher.attention.shared.selection import count_kept_keys, find_largest, tabulate_kept_keys
+from thresher.attention.shared.tail import TailKind
 from thresher.attention.topk.mechanism import TopK
 from thresher.testing.inputs import (
     Inputs,
@@ -22,8 +23,9 @@ from thresher.testing.inputs import (
 SELF, CAUSAL = Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF
 
 
-def topk(pattern: Pattern = SELF, heads: int = 2, **hyperparameters: object) -> TopK:
-    return TopK(heads, 8, pattern, **hyperparameters)  # type: ignore[arg-type]
+def topk(pattern: Pattern = SELF, heads: int = 2, tail: TailKind = "none", **hyperparameters: object) -> TopK:
+    """Build top-k as published, without a tail, unless it is given one."""
+    return TopK(heads, 8, pattern, tail=tail, **hyperparameters)  # type: ignore[arg-type]
 
 
 def kept_by_definition(inputs: Inputs, call: Call, mechanism: TopK) -> Tensor:

@@ -56,7 +56,7 @@ def test_outputs_and_gradients_of_tokens_do_not_depend_on_whether_factors_are_tr
 
 def test_the_gradient_of_a_factor_is_that_of_a_step_as_wide_as_its_ranks() -> None:
     """With values that say which rank they have, the gradient is the slope of the gate at each rank."""
-    mechanism = TopK(1, 1, Pattern.NONCAUSAL_CROSS, keys=8, per_head=True)
+    mechanism = TopK(1, 1, Pattern.NONCAUSAL_CROSS, keys=8, tail="none", per_head=True)
     m = 64
     k = torch.linspace(1, 0, m, dtype=torch.float64).reshape(1, 1, m, 1) * 1e-9  # equal scores but for their order
     v = torch.eye(m, dtype=torch.float64)[None, None]
@@ -83,13 +83,13 @@ def test_the_kernel_refuses_training_and_serves_the_rest() -> None:
 
 
 def test_state_has_factors_only_where_they_are_asked_for() -> None:
-    assert not TopK(2, 8, Pattern.NONCAUSAL_SELF).state_dict()
-    assert list(TopK(2, 8, Pattern.NONCAUSAL_SELF, per_head=True).state_dict()) == ["factors.offset"]
+    assert not TopK(2, 8, Pattern.NONCAUSAL_SELF, tail="none").state_dict()
+    assert list(TopK(2, 8, Pattern.NONCAUSAL_SELF, tail="none", per_head=True).state_dict()) == ["factors.offset"]
 
 
 @pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float64).min], ids=["infinite", "lowest"])
 def test_biases_that_hide_keys_leave_gradients_finite(hidden: float) -> None:
-    mechanism = build(Pattern.NONCAUSAL_SELF, keys=0.3)
+    mechanism = build(Pattern.NONCAUSAL_SELF, keys=0.3, tail="none")
     inputs = draw(mechanism)
     n = inputs.q.shape[2]
     bias = torch.zeros(1, 1, n, n, dtype=torch.float64).masked_fill(torch.ones(n, n).triu(1).bool(), hidden)

@@ -11,7 +11,11 @@ from thresher.budget.allocation import LEVELS, allocate, allocate_greedily, appl
 from thresher.budget.objectives import measure_error, project
 
 KEPT = 0.25
-MECHANISMS = [{"attention": "latte"}, {"attention": "latte", "tail": "mean"}, {"attention": "topk", "per_head": True}]
+MECHANISMS = [
+    {"attention": "latte", "tail": "none"},
+    {"attention": "latte", "tail": "mean"},
+    {"attention": "topk", "tail": "none", "per_head": True},
+]
 
 
 def curves(*scales: float) -> Tensor:

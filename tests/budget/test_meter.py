@@ -20,7 +20,7 @@ class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = find("dense")(2, 4, Pattern.NONCAUSAL_SELF)
-        self.second = find("latte")(2, 4, Pattern.CAUSAL_SELF, threshold=0.5)
+        self.second = find("latte")(2, 4, Pattern.CAUSAL_SELF, threshold=0.5, tail="none")
 
     def forward(self, x: Tensor) -> Tensor:
         for mechanism in (self.first, self.second, self.second):

@@ -175,7 +175,7 @@ def test_codes_of_another_mechanism_are_not_used() -> None:
 
 
 def test_a_cache_without_any_codes_is_refused() -> None:
-    for attention, options in (("topk", {}), ("dense", {}), ("smyrf", {"tail": "mean"})):
+    for attention, options in (("topk", {"tail": "none"}), ("dense", {}), ("smyrf", {"tail": "mean"})):
         model = build("Llama")
         sparsify(model, attention, **options)
         with pytest.raises(ValueError, match=r"no attention of this LlamaForCausalLM keeps codes or sums.*own cache"):

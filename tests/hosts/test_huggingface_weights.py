@@ -96,7 +96,7 @@ def test_a_configuration_may_ask_and_a_call_may_decline() -> None:
     config._attn_implementation = "eager"
     config.output_attentions = True
     model = transformers.BertModel(config).eval()
-    sparsify(model, "topk", keys=2)
+    sparsify(model, "topk", keys=2, tail="none")
     assert [(maps > 0).sum(-1).max().item() for maps in model(TOKENS).attentions] == [2, 2]
     assert model(TOKENS, output_attentions=False).attentions is None
     with pytest.raises(ValueError, match="exactly one of"):
@@ -106,7 +106,7 @@ def test_a_configuration_may_ask_and_a_call_may_decline() -> None:
 
 def test_generation_returns_weights_of_every_step() -> None:
     model = build("Llama")
-    sparsify(model, "topk", keys=3)
+    sparsify(model, "topk", keys=3, tail="none")
     asked = ASKED | {"return_dict_in_generate": True, "do_sample": False, "max_new_tokens": 3}
     steps = model.generate(TOKENS, **asked).attentions
     assert [maps[0].shape for maps in steps] == [(2, 4, 7, 7), (2, 4, 1, 8), (2, 4, 1, 9)]

@@ -127,7 +127,7 @@ def test_frozen_thresholds_are_told(name: str) -> None:
 
 def test_thresholds_that_are_not_to_be_trained_are_nobodys_concern() -> None:
     model = build("BERT")
-    sparsify(model, "latte", trainable=False)
+    sparsify(model, "latte", tail="none", trainable=False)
     model = adapted(model, "BERT").train()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -143,7 +143,7 @@ def test_an_adapter_that_would_leave_a_mechanism_out_is_told_before(name: str) -
             sparsify(model, attention, **inputs_of(name))
     assert not mounted(model)
     assert torch.equal(output(name, model), before)
-    sparsify(model, "topk", keys=2, **inputs_of(name))  # keeps nothing that a file could miss
+    sparsify(model, "topk", keys=2, tail="none", **inputs_of(name))  # keeps nothing that a file could miss
     assert not torch.equal(output(name, model), before)
     densify(model)
     assert torch.equal(output(name, model), before)

@@ -60,8 +60,8 @@ def test_sparse_attention_adds_state_and_renames_none(name: str) -> None:
     sparsify(hosted, "latte", threshold=0.5)
     added = hosted.state_dict().keys() - plain.state_dict().keys()
     assert plain.state_dict().keys() <= hosted.state_dict().keys()
-    parts = ("base", "eval_base", "tau", "in_spreads", "offset")
-    assert added == {f"{block}.mechanism.thresholds.{part}" for block in BLOCKS for part in parts}
+    parts = (*(f"thresholds.{part}" for part in ("base", "eval_base", "tau", "in_spreads", "offset")), "tail.factor")
+    assert added == {f"{block}.mechanism.{part}" for block in BLOCKS for part in parts}
     assert not torch.allclose(hosted(images()), plain(images()))
 
 

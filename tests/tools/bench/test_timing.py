@@ -116,4 +116,4 @@ def test_training_is_timed_with_the_gradients_of_thresholds_and_cost(monkeypatch
     gradient = torch.randn_like(inputs.v)
     contender.training(inputs, gradient, Clock("cpu"))
     dense.training(inputs, gradient, Clock("cpu"))
-    assert asked == [(2, 4), (1, 3)]  # output and cost for q, k, v and thresholds; the output for q, k, v
+    assert asked == [(2, 5), (1, 3)]  # output and cost for q, k, v, thresholds and tails; the output for q, k, v

@@ -54,7 +54,7 @@ def test_what_an_adapter_brings_is_listed_by_layer(folder: Path, adapter: Path) 
         f"{folder} is a BertModel. {adapter} belongs to it, by the names, shapes and values of its weights. It brings:"
     )
     rows = text.splitlines()[4:]
-    settings = "`latte` estimate.bits=8 tail=mean"
+    settings = "`latte` estimate.bits=8"
     assert rows[0] == f"| encoder.layer.0.attention.self | {HOST} | {settings} | thresholds in spread: 0.5, 0.75 |"
     assert rows[1] == f"| encoder.layer.1.attention.self | {HOST} | {settings} | thresholds in spread: 1.5, 1.75 |"
     assert len(rows) == 2
@@ -91,7 +91,7 @@ def test_a_name_of_timm_has_random_weights_and_says_so(tmp_path: Path) -> None:
     text = show("network=vit_tiny_patch16_224", f"adapter='{tmp_path}/adapter'", f"run.dir='{tmp_path}/out'")
     assert "is a VisionTransformer with random weights." in text
     assert "fits the names and shapes of its weights; whether it fits their values is unknown" in text
-    assert "| `topk` keys=9 tail=mean per_head=True | 3 factors: 1 |" in text
+    assert "| `topk` keys=9 per_head=True | 3 factors: 1 |" in text
     assert (tmp_path / "out" / "hosts.md").read_text() == f"{text}\n"
 
 

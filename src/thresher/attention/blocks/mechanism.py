@@ -78,7 +78,7 @@ class Blocks(Latte):
         unit: Unit = "spread",
         threshold: float = 6.9,
         always_keep: int = 0,
-        tail: TailKind = "none",
+        tail: TailKind = "mean",
         backend: Backend = "auto",
     ) -> None:
         super().__init__(

@@ -91,7 +91,7 @@ class Latte(Mechanism):
         threshold: float = 6.9,
         trainable: bool = True,
         always_keep: int = 0,
-        tail: TailKind = "none",
+        tail: TailKind = "mean",
         backend: Backend = "auto",
     ) -> None:
         super().__init__(num_heads, head_dim, pattern, backend)

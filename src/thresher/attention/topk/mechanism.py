@@ -79,7 +79,7 @@ class TopK(Mechanism):
         pattern: Pattern,
         *,
         keys: int | float = 0.15,
-        tail: TailKind = "none",
+        tail: TailKind = "mean",
         per_head: bool = False,
         chunk: int = 256,
         backend: Backend = "auto",
