@@ -109,6 +109,11 @@ def cost_without_heads(s: Seen) -> Cost:
     return Cost(*(part.mean(1) for part in s.cost))
 
 
+@breaks
+def adds_an_undeclared_loss(s: Seen) -> Attended:
+    return s.attended._replace(losses={"own": s.cost.kept})
+
+
 @breaks_output
 def squeezes_one_token(s: Seen) -> Tensor:
     return s.out.squeeze(2)

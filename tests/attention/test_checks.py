@@ -30,6 +30,7 @@ CASES = [
     Case(checks.check_shapes_and_costs, broken.keeps_more_than_visible, "more pairs are kept than are visible"),
     Case(checks.check_shapes_and_costs, broken.negative_cost, "cost.select is negative"),
     Case(checks.check_shapes_and_costs, broken.cost_without_heads, "cost.score has shape"),
+    Case(checks.check_shapes_and_costs, broken.adds_an_undeclared_loss, "losses.own is not declared"),
     Case(checks.check_sizes, broken.squeezes_one_token, "output has shape"),
     Case(checks.check_sizes, broken.nan_with_more_queries_than_keys, "output is not finite", Pattern.NONCAUSAL_CROSS),
     Case(leaks.check_hidden_tokens_change_nothing, broken.padding_in_batch_maximum, "nan change the output"),

@@ -1,7 +1,9 @@
 """The inputs and outputs of a mechanism: the pattern, the call, the attended values and their cost."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int, Int8
@@ -122,7 +124,15 @@ class Cost(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """The attended values, [b, h, n, dv] for a mechanism, and their cost."""
+    """The attended values, their cost, and auxiliary losses.
+
+    Attributes:
+        out: The attended values, [b, h, n, dv] for a mechanism.
+        cost: What they cost.
+        losses: What the module wants to be small besides the loss of the task, by name, for each example and head. Only
+            where gradients are recorded; `Metered.auxiliary` says how much each weighs.
+    """
 
     out: Float[Tensor, "*shape"]
     cost: Cost
+    losses: Mapping[str, Float[Tensor, "b h"]] = MappingProxyType({})

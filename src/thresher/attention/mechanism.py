@@ -7,6 +7,7 @@ receives prepared tokens. `forward` is the same for all mechanisms and handles m
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, final, runtime_checkable
 
 import torch
@@ -32,10 +33,12 @@ class Metered(nn.Module):
     Attributes:
         num_heads: Length of the last dimension of the costs.
         dropout: Probability of dropping a weight in training; the host sets it.
+        auxiliary: Names of the losses that `Attended.losses` may hold, and the weight of each by default.
     """
 
     num_heads: int
     dropout: float
+    auxiliary: Mapping[str, float] = MappingProxyType({})
 
     def __prepare_scriptable__(self) -> Any:  # torch.jit.script calls it
         raise ValueError(NO_TORCHSCRIPT)
@@ -144,12 +147,12 @@ class Mechanism(Metered, ABC):
             return _attend_to_nothing(x)
         if _dense:
             x.trace_all()
-            out, cost = x.attend_densely()
+            out, cost, losses = x.attend_densely()
         else:
-            out, cost = self._compute(x)
+            out, cost, losses = self._compute(x)
         if x.seen_queries is not None:
             out = out.masked_fill(~x.seen_queries[..., None], 0)
-        return Attended(add_traces(out, x.trace).to(v.dtype), cost)
+        return Attended(add_traces(out, x.trace).to(v.dtype), cost, losses)
 
     def _compute(self, x: Prepared) -> Attended:
         self.check(x)

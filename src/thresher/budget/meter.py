@@ -1,14 +1,15 @@
 """Measure compute: a meter of forward passes.
 
-`ComputeMeter` collects the cost of every mechanism during a forward pass, `budgets.py` turns the ratio of sparse to
-dense compute into a loss, and `ratio.py` averages it over an evaluation. All speak of one of two quantities:
+`ComputeMeter` collects the cost and the auxiliary losses of every mechanism during a forward pass, `budgets.py` turns
+the ratio of sparse to dense compute into a loss, `auxiliary.py` weighs the losses, and `ratio.py` averages the ratio
+over an evaluation. All speak of one of two quantities:
 
     kept   pairs that received a weight / visible pairs
     macs   multiply-accumulates spent (selection included) / those of exact attention on the visible pairs
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from thresher.attention.contract import Attended, Cost
 from thresher.attention.mechanism import Metered
 from thresher.attention.shared.functional import straight_through
+from thresher.budget.auxiliary import collect_weights
 
 Quantity = Literal["kept", "macs"]
 
@@ -38,7 +40,7 @@ def sum_compute(costs: Iterable[Cost], quantity: Quantity) -> tuple[Tensor, Tens
 
 
 class ComputeMeter:
-    """Collects the cost of every mechanism of a model while it is entered.
+    """Collects the cost and the auxiliary losses of every mechanism of a model while it is entered.
 
     Create it before `torch.compile`: later hooks do not fire. What gradient checkpointing recomputes in backward is not
     counted again; with `use_reentrant=True` costs have no gradient, and backward of a ratio says so.
@@ -53,6 +55,7 @@ class ComputeMeter:
 
     Attributes:
         calls: (name, cost) of each call since entry, in order; a module called twice appears twice.
+        weights: Names of the auxiliary losses that modules of the model may have, and the weights that they state.
 
     Raises:
         ValueError: The model holds no mechanism.
@@ -60,24 +63,31 @@ class ComputeMeter:
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[tuple[str, Cost]] = []
+        self._losses: list[Mapping[str, Tensor]] = []
         self._on = self._wants_gradient = False
         self._without_gradient: set[str] = set()
+        self._without_losses: set[str] = set()
         mechanisms = {name: m for name, m in model.named_modules() if isinstance(m, Metered)}
         if not mechanisms:
             raise ValueError(f"{type(model).__name__} holds no mechanism to meter; sparsify() it first")
+        self.weights = collect_weights(mechanisms.values())
         for name, mechanism in mechanisms.items():
             mechanism.register_forward_hook(partial(self._collect, name))
 
     def _collect(self, name: str, module: nn.Module, args: Any, attended: Attended) -> None:
         if self._on and not _in_backward():
             self.calls.append((name, attended.cost))
+            self._losses.append(attended.losses)
             lost = self._wants_gradient and not torch.is_grad_enabled()
             if lost and any(parameter.requires_grad for parameter in module.parameters()):
                 self._without_gradient.add(name)
+                if module.auxiliary:
+                    self._without_losses.add(name)
 
     def __enter__(self) -> "ComputeMeter":
-        self.calls = []
-        self._on, self._wants_gradient, self._without_gradient = True, torch.is_grad_enabled(), set()
+        self.calls, self._losses = [], []
+        self._on, self._wants_gradient = True, torch.is_grad_enabled()
+        self._without_gradient, self._without_losses = set(), set()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,6 +95,24 @@ class ComputeMeter:
 
     def costs(self) -> list[Cost]:
         return [cost for _, cost in self.calls]
+
+    def losses(self) -> dict[str, Tensor]:
+        """Average each auxiliary loss over layers, heads and examples, differentiably; none without gradients.
+
+        Raises:
+            ValueError: Gradients were on at entry, but a module with such losses ran without.
+        """
+        if self._without_losses:
+            names = ", ".join(sorted(self._without_losses))
+            raise ValueError(
+                f"{names} ran under torch.no_grad(), so auxiliary losses are missing: set use_reentrant=False in "
+                "gradient checkpointing (True runs the forward without gradients), or enter the meter without gradients"
+            )
+        found: dict[str, list[Tensor]] = {}
+        for losses in self._losses:
+            for name, loss in losses.items():
+                found.setdefault(name, []).append(loss.mean())
+        return {name: torch.stack(each).mean() for name, each in found.items()}
 
     def ratio(self, quantity: Quantity = "macs") -> Tensor:
         """Compute spent / dense over all layers, heads, examples and processes, differentiably.

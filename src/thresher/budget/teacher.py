@@ -31,7 +31,10 @@ class Teacher:
             return self.run(batch)
 
     def compare(self, batch: Any, wanted: Any = None) -> tuple[Tensor, Tensor]:
-        """Return the error of the sparse network against the dense one, and what it keeps, differentiably."""
+        """Return the error of the sparse network against the dense one, and what it keeps, differentiably.
+
+        The meter then has the costs and the auxiliary losses of the sparse run.
+        """
         wanted = self.run_dense(batch) if wanted is None else wanted
         with self.meter:
             found = self.run(batch)

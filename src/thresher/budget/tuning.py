@@ -7,7 +7,7 @@ whose weights are frozen heads really differ, and the dense network says exactly
    held-out batches is taken.
 2. Tune, by Adam, on  E / sg(E) + multiplier g + 10 g^2  with g = kept / target - 1. E is the error against the same
    network with dense attention; divided by its own value, one learning rate serves every network. The multiplier rises
-   while too much is kept.
+   while too much is kept. Mechanisms that have auxiliary losses add them, weighted, and their selectors train, too.
 3. Settle: shift all thresholds by one value, so that the target holds exactly on the held-out batches.
 
 The dense teacher is the network itself inside `dense_attention`: two forwards and one backward a step, and no second
@@ -16,7 +16,7 @@ copy of the weights.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,8 +29,10 @@ from torch import Tensor, nn
 
 from thresher.attention.options import check_choice, check_integer
 from thresher.attention.shared.offsets import HeadOffsets, named_offsets
+from thresher.attention.shared.selectors import Selector, named_selectors
 from thresher.attention.shared.tail import Tail
 from thresher.attention.shared.thresholds import Thresholds, Unit
+from thresher.budget.auxiliary import choose_weights, sum_losses
 from thresher.budget.calibration import evaluation_mode, run_model
 from thresher.budget.meter import ComputeMeter
 from thresher.budget.objectives import Objective
@@ -41,6 +43,7 @@ from thresher.budget.tuning_state import STARTS, Measurement, Start, StateFile, 
 
 LEARNING_RATES = {"nats": 0.12, "spread": 0.03, "log": 0.1}  # of offsets, by their unit
 FACTOR_RATE = 0.03
+SELECTOR_RATE = 1e-3
 MULTIPLIER_RATE = 0.05
 QUADRATIC = 10.0
 LEAST_ERROR = 1e-9  # what rounding alone makes of equal outputs
@@ -90,6 +93,7 @@ def tune(
     evaluate_every: int = 30,
     starts: Sequence[Start] = STARTS,
     units: Sequence[Unit] | None = None,
+    auxiliary: Mapping[str, float] | None = None,
     state_file: str | Path | None = None,
     progress: bool = True,
     on_step: Callable[[int, Measurement], None] | None = None,
@@ -118,6 +122,7 @@ def tune(
         units: The units of thresholds to calibrate in, "spread" and "nats"; the tuning goes on in that of the best
             start. A mechanism that takes another unit than it had gets its surrogate of a usual width there, 0.1
             spreads or 0.35 nats. By default all keep the unit that they have.
+        auxiliary: Weights of auxiliary losses by name; those left out have the weight that their mechanism states.
         state_file: Written at each evaluation. If it exists, tuning continues from it and ends, bit for bit, where it
             would have ended; the file of a finished tuning gives its result again.
         progress: Show a progress bar with the time left.
@@ -125,9 +130,9 @@ def tune(
             continues reports the steps before once more.
 
     Raises:
-        ValueError: The model has no trainable thresholds, or none that count in one of `units`; there are too few
-            batches, `kept` is out of range or out of reach, the dense network's output is not finite, or `state_file`
-            is damaged or of another tuning.
+        ValueError: The model has no trainable thresholds, none that count in one of `units`, or no auxiliary loss of a
+            name in `auxiliary`; there are too few batches, `kept` is out of range or out of reach, the dense network's
+            output is not finite, or `state_file` is damaged or of another tuning.
     """
     for start in starts:
         check_choice("starts", start, STARTS)
@@ -148,10 +153,12 @@ def tune(
     train, held = _split(batches, held_out)
     run = forward or partial(run_model, model)
     tails = {name.rpartition(".")[0]: each for name, each in model.named_modules() if isinstance(each, Tail)}
-    trained = [*heads.values(), *tails.values()]
+    selectors = dict(named_selectors(model))
+    trained = [*heads.values(), *tails.values(), *selectors.values()]
     fixed = [each for _, each in named_offsets(model) if not each.offset.requires_grad]
     with evaluation_mode(model), _frozen(model), _restored_on_error([*trained, *fixed]):
         teacher = Teacher(run, objective, ComputeMeter(model))
+        weights = choose_weights(teacher.meter.weights, auxiliary)
         exam = HeldOut(teacher, held)
         settings: dict[str, Any] = {
             "kept": kept,
@@ -164,13 +171,15 @@ def tune(
             "weights": _sum_weights(model),
         }
         settings |= {"batches": len(train), "held_out": len(held), "thresholds": list(heads), "tails": list(tails)}
+        if weights:
+            settings |= {"auxiliary": weights, "selectors": list(selectors)}
         memory = StateFile(state_file, settings)
         found = memory.read()
         now = found or begin(
             measure_starts(starts, units, model, train, kept, teacher, exam, heads.values(), trained, fixed)
         )
         load_state(trained, now.values)  # the unit, too, on which learning rates depend
-        optimizer, schedule = _build_optimizer(heads.values(), tails.values(), lr, steps)
+        optimizer, schedule = _build_optimizer(heads.values(), tails.values(), selectors.values(), lr, steps)
         if found is None:
             now.optimizer, now.schedule = optimizer.state_dict(), schedule.state_dict()
             memory.write(now)
@@ -182,7 +191,7 @@ def tune(
                     on_step(step, measured)
         batches = itertools.islice(itertools.cycle(train), now.step, steps)
         for batch in _show(batches, now.step, steps, progress):
-            _take_step(now, teacher, batch, kept, optimizer, schedule)
+            _take_step(now, teacher, batch, kept, weights, optimizer, schedule)
             if on_step is not None:
                 on_step(now.step, now.history[-1])
             if now.step % evaluate_every == 0 or now.step == steps:
@@ -206,6 +215,7 @@ def _take_step(
     teacher: Teacher,
     batch: Any,
     kept: float,
+    weights: Mapping[str, float],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
 ) -> None:
@@ -213,7 +223,7 @@ def _take_step(
     error, found = teacher.compare(batch)
     gap = found / kept - 1
     scale = error.detach().clamp_min(LEAST_ERROR)
-    loss = error / scale + now.multiplier * gap + QUADRATIC * gap**2
+    loss = error / scale + now.multiplier * gap + QUADRATIC * gap**2 + sum_losses(teacher.meter.losses(), weights)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -252,8 +262,8 @@ def _sum_weights(model: nn.Module) -> str:
 
 
 def _list_weights(model: nn.Module) -> list[nn.Parameter]:
-    """List every parameter that is no threshold, no factor of keys and no tail factor."""
-    own = {id(p) for m in model.modules() if isinstance(m, HeadOffsets | Tail) for p in m.parameters()}
+    """List every parameter that is no threshold, no factor of keys, no tail factor and no selector's."""
+    own = {id(p) for m in model.modules() if isinstance(m, HeadOffsets | Tail | Selector) for p in m.parameters()}
     return [p for p in model.parameters() if id(p) not in own]
 
 
@@ -282,13 +292,18 @@ def _restored_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _build_optimizer(
-    heads: Iterable[HeadOffsets], tails: Iterable[Tail], lr: float | None, steps: int
+    heads: Iterable[HeadOffsets],
+    tails: Iterable[Tail],
+    selectors: Iterable[Selector],
+    lr: float | None,
+    steps: int,
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Build Adam whose learning rates fall to zero."""
     groups: list[dict[str, Any]] = [
         {"params": [each.offset], "lr": LEARNING_RATES[each.unit] if lr is None else lr} for each in heads
     ]
     groups += [{"params": [each.factor], "lr": FACTOR_RATE} for each in tails]
+    groups += [{"params": list(each.parameters()), "lr": SELECTOR_RATE} for each in selectors]
     optimizer = torch.optim.Adam(groups, betas=(0.8, 0.99))
     falling = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (1 + math.cos(math.pi * step / max(steps, 1))) / 2

@@ -1,5 +1,6 @@
 """Train thresholds under a compute budget with the Trainer of transformers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from thresher.attention.shared.tail import Tail
 from thresher.attention.shared.thresholds import named_thresholds
+from thresher.budget.auxiliary import choose_weights, sum_losses
 from thresher.budget.budgets import Target
 from thresher.budget.calibration import ThresholdProbe
 from thresher.budget.meter import ComputeMeter
@@ -23,8 +25,9 @@ class SparseCallback(TrainerCallback):
 
     The budget is annealed from dense to `target`. Each head's threshold follows the quantile that keeps the share of
     the moment, and is trained around it; the callback owns the optimiser of thresholds and tail factors, because they
-    need learning rates of their own. It adds the compute loss to the loss of the model, logs `kept` and `kept_aim`, and
-    saves an adapter in each checkpoint. A Trainer that resumes from a checkpoint continues as it would have.
+    need learning rates of their own. It adds the compute loss and the auxiliary losses of mechanisms to the loss of the
+    model, logs `kept`, `kept_aim` and each of these losses, and saves an adapter in each checkpoint. A Trainer that
+    resumes from a checkpoint continues as it would have.
 
     Args:
         target: Share of the visible pairs to keep at the end, in (0, 1].
@@ -33,6 +36,7 @@ class SparseCallback(TrainerCallback):
         end: Share of the steps after which it stays.
         margin: Share of the target by which training aims below it.
         threshold_lr: Learning rate of thresholds and tail factors.
+        auxiliary: Weights of auxiliary losses by name; those left out have the weight that their mechanism states.
 
     Raises:
         ValueError: A value is out of range; the model has no trainable thresholds, or does not compute its loss itself.
@@ -47,9 +51,10 @@ class SparseCallback(TrainerCallback):
         end: float = 0.6,
         margin: float = 0.04,
         threshold_lr: float = 3e-3,
+        auxiliary: Mapping[str, float] | None = None,
     ) -> None:
         self._budget = Target(target, weight, start, end, margin=margin)
-        self._threshold_lr = threshold_lr
+        self._threshold_lr, self._auxiliary = threshold_lr, auxiliary
         self._handles: list[Any] = []
         self._values: dict[str, float | Tensor] = {}
         self._meters: dict[nn.Module, ComputeMeter] = {}  # a meter's hooks stay in its model
@@ -70,6 +75,7 @@ class SparseCallback(TrainerCallback):
         self._optimizer = torch.optim.Adam(own, lr=self._threshold_lr, betas=(0.5, 0.999))
         self._args, self._state = args, state
         self._meter = self._meters.get(model) or self._meters.setdefault(model, ComputeMeter(model))
+        self._weights = choose_weights(self._meter.weights, self._auxiliary)
         self._probe = ThresholdProbe(model)
         saved = _find_folder(args, state) / STATE
         if state.global_step and saved.is_file():
@@ -148,9 +154,12 @@ class SparseCallback(TrainerCallback):
                 "among the inputs, and neither label smoothing nor compute_loss_func"
             )
         ratio, aim = self._meter.kept(), self._budget.aim(self._progress)
+        losses = self._meter.losses()
         self._values = {"kept": ratio.detach(), "kept_aim": 1.0 if aim is None else aim}
+        self._values |= {f"auxiliary/{name}": each.detach() for name, each in losses.items()}
         parts = self._args.gradient_accumulation_steps if kwargs.get("num_items_in_batch") is not None else 1
-        loss = loss + self._budget.loss(ratio, self._progress).to(loss.dtype) / parts
+        more = self._budget.loss(ratio, self._progress) + sum_losses(losses, self._weights)
+        loss = loss + more.to(loss.dtype) / parts
         if isinstance(output, dict):
             output["loss"] = loss
             return output

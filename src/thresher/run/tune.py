@@ -121,6 +121,7 @@ def tune_network(run: Run, trainer: pl.Trainer, task: Tuning, data: Any) -> tupl
         evaluate_every=task.evaluate_every,
         starts=task.starts,
         units=task.units,
+        auxiliary=task.auxiliary,
         state_file=run.folder / TUNING,
         progress=run.config.callbacks.get("progress") is not None,
         on_step=log,

@@ -1,12 +1,9 @@
 """The training step of every task: meters compute, adds the budget to the loss, logs, refuses NaN and infinity."""
 
-import hashlib
-import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
@@ -19,11 +16,13 @@ from thresher.attention.mechanism import Mechanism
 from thresher.attention.options import check_number
 from thresher.attention.registry import name_of
 from thresher.attention.shared.offsets import find_trainable_offsets, named_offsets
+from thresher.budget.auxiliary import choose_weights, sum_losses
 from thresher.budget.budgets import Budget
 from thresher.budget.meter import ComputeMeter
 from thresher.budget.ratio import ComputeRatio
 from thresher.tasks.distillation import measure_divergence, predict_densely
 from thresher.tasks.finite import NonFiniteError, all_finite, find_bad_gradients, find_bad_layer, walk_tensors
+from thresher.tasks.seeding import seed_generators
 
 NonFinite = Literal["stop", "skip"]
 GRADIENT_LOG_EVERY = 10  # steps between measurements of the thresholds' gradients
@@ -58,6 +57,7 @@ class Task(pl.LightningModule, ABC):
         nonfinite: At a NaN or infinite loss or gradient, "stop" the training, or "skip" the step, which then changes
             only the schedules. Either waits for one value from the device in each optimiser step; None checks nothing.
         distill: Weight of the divergence of predictions from those under dense attention, see `distillation.py`.
+        auxiliary: Weights of auxiliary losses by name; those left out have the weight that their mechanism states.
 
     Attributes:
         metric: Name of the metric that measures the quality of the network, for example "acc".
@@ -78,6 +78,7 @@ class Task(pl.LightningModule, ABC):
         clip: float | None = 1.0,
         nonfinite: NonFinite | None = "stop",
         distill: float = 0.0,
+        auxiliary: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         if nonfinite not in (None, *get_args(NonFinite)):
@@ -87,6 +88,7 @@ class Task(pl.LightningModule, ABC):
         check_number("task.distill", distill, least=0.0)
         self.net = net
         self.meter = ComputeMeter(net)
+        self.auxiliary = choose_weights(self.meter.weights, auxiliary, "task.auxiliary")
         self.budget = budget
         self.attention = name_attention(net)
         self.fixed_ratio = 0.0
@@ -137,23 +139,16 @@ class Task(pl.LightningModule, ABC):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed all generators by seed, step, micro-batch and process alone."""
-        self._seed_generators(self._format_key(batch_idx))
+        seed_generators(self._format_key(batch_idx))
 
     def _format_key(self, batch_idx: int) -> str:
         return f"{self.seed}/{self.global_step}/{batch_idx}/{self.global_rank}"
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._seed_generators(f"{self.seed}/evaluation/{batch_idx}/{self.global_rank}")
+        seed_generators(f"{self.seed}/evaluation/{batch_idx}/{self.global_rank}")
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._seed_generators(f"{self.seed}/evaluation/{batch_idx}/{self.global_rank}")
-
-    @staticmethod
-    def _seed_generators(key: str) -> None:
-        number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
-        torch.manual_seed(number)
-        np.random.seed(number % 2**32)
-        random.seed(number)
+        seed_generators(f"{self.seed}/evaluation/{batch_idx}/{self.global_rank}")
 
     @property
     def progress(self) -> float:
@@ -192,7 +187,9 @@ class Task(pl.LightningModule, ABC):
             self._values |= {"train/aim": aim, "train/gap": ratio.detach() - aim}
         with torch.no_grad():
             self._values |= {f"train/{name}": value for name, value in self.training_metrics(step).items()}
-        loss = step.loss + compute_loss
+        losses = self.meter.losses()
+        self._values |= {f"train/auxiliary/{name}": value.detach() for name, value in losses.items()}
+        loss = step.loss + compute_loss + sum_losses(losses, self.auxiliary)
         if dense is not None:
             divergence = measure_divergence(step.predictions, dense, step.counted)
             self._values["train/distill"] = divergence.detach()
@@ -202,7 +199,7 @@ class Task(pl.LightningModule, ABC):
 
     def _explain_loss(self, loss: Tensor, batch: Any, batch_idx: int) -> str:
         """Explain a loss that is not finite: its batch, and the first layer with such an output."""
-        self._seed_generators(self._format_key(batch_idx))
+        seed_generators(self._format_key(batch_idx))
         layer = find_bad_layer(self.net, lambda: self.step(batch))
         where = f"first in the output of {layer}" if layer else "while all layers were finite"
         if not all(map(all_finite, walk_tensors(batch))):

@@ -15,22 +15,25 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from thresher.attention.options import check_number
 from thresher.attention.shared.offsets import find_trainable_offsets
+from thresher.attention.shared.selectors import named_selectors
 
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters of a network into groups called decay, no_decay and thresholds.
 
-    Not decayed: biases, norms and other vectors, and the parameters that the network's `no_weight_decay()` names.
-    Empty groups are left out.
+    Not decayed: biases, norms and other vectors, selectors of mechanisms, and the parameters that the network's
+    `no_weight_decay()` names. Empty groups are left out.
     """
     thresholds = list(find_trainable_offsets(net).values())
     own = set(map(id, thresholds))
     spared = set(getattr(net, "no_weight_decay", set)())
+    selecting = {id(p) for _, selector in named_selectors(net) for p in selector.parameters()}
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for name, parameter in net.named_parameters():
         if parameter.requires_grad and id(parameter) not in own:
-            (no_decay if parameter.ndim <= 1 or name in spared else decay).append(parameter)
+            is_spared = parameter.ndim <= 1 or name in spared or id(parameter) in selecting
+            (no_decay if is_spared else decay).append(parameter)
     groups = [
         {"name": "decay", "params": decay, "weight_decay": weight_decay},
         {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},

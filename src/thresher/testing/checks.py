@@ -27,6 +27,7 @@ from thresher.testing.inputs import (
     draw,
     gradients,
     last,
+    list_results,
     masks,
     noise_like,
     padded,
@@ -141,8 +142,9 @@ def check_layout_does_not_matter(mechanism: Mechanism) -> None:
         for leaves in (tokens_first, every_other):
             assert not leaves["q"].is_contiguous()
             attended, found = gradients(mechanism, inputs.with_leaves(leaves))
-            for got, reference in zip((attended.out, *attended.cost), (wanted.out, *wanted.cost), strict=True):
-                assert_close(got, reference, atol=1e-12, rtol=1e-12)
+            results = list_results(attended)
+            for name, reference in list_results(wanted).items():
+                assert_close(results[name], reference, atol=1e-12, rtol=1e-12)
             for name, gradient in wanted_gradients.items():
                 assert_close(found[name], gradient, atol=1e-6, rtol=1e-6)
 
@@ -333,20 +335,25 @@ def check_compiled_equals_eager(mechanism: Mechanism, backend: str = "inductor")
             got, got_gradients = gradients(compiled, inputs, call)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise AssertionError("the mechanism does not compile into one graph") from error
-    for new, old in zip((got.out, *got.cost), (wanted.out, *wanted.cost), strict=True):
-        assert_close(new, old, atol=1e-5, rtol=1e-5)
+    results = list_results(got)
+    for name, old in list_results(wanted).items():
+        assert_close(results[name], old, atol=1e-5, rtol=1e-5)
     got_gradients = {name.removeprefix("_orig_mod."): gradient for name, gradient in got_gradients.items()}
     for name, gradient in wanted_gradients.items():
         assert_close(got_gradients[name], gradient, atol=1e-4, rtol=1e-4)
 
 
 def assert_sound(mechanism: Mechanism, inputs: Inputs, call: Call, attended: Attended) -> None:
-    """Assert the properties of every call: shapes, finite output, valid cost."""
+    """Assert the properties of every call: shapes, finite output, valid cost, declared losses."""
     assert attended.out.shape == (*inputs.q.shape[:3], inputs.v.shape[3]), (
         f"output has shape {tuple(attended.out.shape)}"
     )
     assert attended.out.isfinite().all(), "output is not finite"
     _assert_counts(mechanism, inputs, call, attended)
+    for name, loss in attended.losses.items():
+        assert name in mechanism.auxiliary, f"losses.{name} is not declared in `auxiliary`"
+        assert loss.shape == inputs.q.shape[:2], f"losses.{name} has shape {tuple(loss.shape)}"
+        assert loss.isfinite().all(), f"losses.{name} is not finite"
 
 
 def _assert_counts(mechanism: Mechanism, inputs: Inputs, call: Call, attended: Attended) -> None:

@@ -91,7 +91,7 @@ def attend(mechanism: Mechanism, inputs: Inputs, call: Call | None = None, seed:
 def gradients(
     mechanism: Any, inputs: Inputs, call: Call | None = None, *, cost: float = 1.0
 ) -> tuple[Attended, dict[str, Tensor | None]]:
-    """Compute the result and the gradients of a random loss plus `cost` times the total cost.
+    """Compute the result and the gradients of a random loss, plus `cost` times the total cost and auxiliary losses.
 
     Gradients are those of the leaves, the bias and every trainable parameter, by name.
     """
@@ -106,6 +106,8 @@ def gradients(
     loss = (attended.out * noise_like(attended.out)).sum()
     if cost:
         loss = loss + cost * attended.cost.total.sum()
+        for each in attended.losses.values():
+            loss = loss + cost * each.sum()
     if not loss.requires_grad:
         return attended, dict.fromkeys(variables)
     found = torch.autograd.grad(loss, list(variables.values()), allow_unused=True)
@@ -221,7 +223,14 @@ def softmax_attention(mechanism: Mechanism, inputs: Inputs, call: Call) -> dict[
 
 
 def same(one: Attended, other: Attended) -> bool:
-    return all(torch.equal(a, b) for a, b in zip((one.out, *one.cost), (other.out, *other.cost), strict=True))
+    pairs = zip(list_results(one).values(), list_results(other).values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def list_results(attended: Attended) -> dict[str, Tensor]:
+    """List the output, the parts of the cost and the auxiliary losses of a call, by name."""
+    costs = {f"cost.{name}": part for name, part in attended.cost._asdict().items()}
+    return {"out": attended.out, **costs, **{f"losses.{name}": each for name, each in attended.losses.items()}}
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:

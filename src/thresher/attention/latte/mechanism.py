@@ -120,7 +120,8 @@ class Latte(Mechanism):
         done = [self.attend(part) for part in parts]
         costs = zip(*(part.cost for part in done), strict=True)
         out = torch.cat([add_traces(attended.out, part.trace) for attended, part in zip(done, parts, strict=True)])
-        return Attended(out, Cost(*map(torch.cat, costs)))
+        losses = {name: torch.cat([attended.losses[name] for attended in done]) for name in done[0].losses}
+        return Attended(out, Cost(*map(torch.cat, costs)), losses)
 
     def attend(self, x: Prepared) -> Attended:
         """Attend to all examples at once."""

@@ -42,7 +42,7 @@ def measure_decoding(job: Job, scene: Scene) -> dict[str, Any]:
         "torch": torch.__version__,
         "machine": describe_machine(scene),
     }
-    (out, cost), wanted = attend_last(mechanism, *layers[0]), attend_last_densely(cast(inputs[0], torch.float64))
+    (out, cost, _), wanted = attend_last(mechanism, *layers[0]), attend_last_densely(cast(inputs[0], torch.float64))
     row["rel_error"] = float((out.float() - wanted.float()).norm() / wanted.float().norm())
     row |= {"kept": compute_share(cost.kept, cost.visible), "mac_ratio": compute_share(cost.total, cost.dense)}
     clock = Clock(scene.device)
