@@ -20,6 +20,7 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("topk", {"keys": 2, "chunk": 3, "tail": "mean"}),
     ("latte", {"threshold": 0.4, "tail": "mean"}),
     ("latte", {"threshold": 0.4, "tail": "mean", "unit": "nats", "gate": {"surrogate": "sigmoid", "mode": "soft"}}),
+    ("blocks", {"threshold": 0.4, "block": {"queries": 3}}),
     ("smyrf", {"cluster": 3, "rounds": 3, "dedup": "count"}),
     ("smyrf", {"cluster": 3, "quantise": True, "width": 1.0}),
     ("smyrf", {"cluster": 3, "rounds": 2, "tail": "mean"}),

@@ -63,6 +63,8 @@ class Gathering(Implementation[Blocks]):
             return "the number of keys that it gathers is not known before it runs"
         if x.dropout and mechanism.tail is not None:
             return "it has no dropout of a tail"
+        if x.dropout and mechanism.pattern.causal:
+            return "the number of weights that it drops from would tell a row of later tokens"
         if not mechanism.wants_gradient(x) or mechanism.gate.mode == "hard":
             return None
         if mechanism.gate.into_scores:
