@@ -51,8 +51,12 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "blocks": {
         "block.queries": st.integers(1, 12),
+        "block.keys": st.sampled_from([1, 2, 3]),
         "block.share": st.sampled_from(["auto", "vote", "union"]),
         "block.every": st.integers(1, 4),
+        "block.heads": st.sampled_from(["own", "own", "shared"]),
+        "block.rank": st.sampled_from(["votes", "votes", "votes", "pooled", "learned"]),
+        "block.top": st.sampled_from([0, 0, 0, 2]),
         "estimate.bits": st.sampled_from([2, 4, 8, "exact"]),
         "estimate.split": st.sampled_from(["round", "truncate"]),
         "estimate.scoring": st.sampled_from(["exact", "int8"]),
@@ -167,8 +171,12 @@ class Case:
             return "conv|as many keys as queries"
         if o.get("block.share") == "union" and o["block.every"] > 1:
             return "block.every is for votes"
+        if self.name == "blocks" and (found := self._refuse_ranking()):
+            return found
         if self.pattern.causal and (o.get("block.share") == "vote" or o.get("block.every", 1) > 1):
             return "block.share=union"
+        if self.name == "blocks" and (found := self._refuse_together()):
+            return found
         if o.get("path") == "gather" and (o["sampling.draws"], o["sampling.distribution"]) != ("shared", "multinomial"):
             return "path=gather"
         if o.get("gate.mode") == "soft" and o["gate.surrogate"] != "sigmoid":
@@ -178,6 +186,26 @@ class Case:
         ):  # a single query is the last token
             return "as many keys as queries|value for every query"
         return None
+
+    def _refuse_ranking(self) -> str | None:
+        o = self.options
+        if o["block.rank"] == "votes":
+            return None
+        if o["block.keys"] == 1:
+            return "ranks tiles of several keys"
+        if o["block.every"] > 1 or o["block.heads"] == "shared":
+            return "are for block.rank=votes"
+        return "each query chooses" if (o["block.rank"], o["block.share"]) == ("pooled", "vote") else None
+
+    def _refuse_together(self) -> str | None:
+        o = self.options
+        if o["block.rank"] != "votes" and (o["estimate.bits"], o["estimate.scoring"]) != ("exact", "exact"):
+            return "no estimates of scores"
+        if o["block.rank"] == "learned" and o["gate.into_scores"]:
+            return "auxiliary loss alone"
+        if o["block.top"] and o["gate.mode"] != "hard":
+            return "set gate.mode=hard"
+        return "choose one" if o["block.top"] and o["threshold"] == float("inf") else None
 
 
 @st.composite

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.attention.blocks_reference import attend_by_definition
 from thresher.attention import Call, Pattern
 from thresher.attention.blocks import Blocks, gather
 from thresher.attention.latte import Latte
-from thresher.attention.shared.functional import expand_heads
 from thresher.budget.calibration import calibrate, draw_rows
 from thresher.testing.inputs import (
     Inputs,
@@ -24,7 +24,6 @@ from thresher.testing.inputs import (
 )
 
 SELF, CROSS = Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS
-LEAST = 1e-30
 
 
 def blocks(pattern: Pattern = SELF, heads: int = 4, queries: int = 5, **options: Any) -> Blocks:
@@ -37,74 +36,6 @@ def blocks(pattern: Pattern = SELF, heads: int = 4, queries: int = 5, **options:
         if built.tail is not None:
             built.tail.factor.copy_(torch.linspace(0.6, 1.3, heads))
     return built
-
-
-def attend_by_definition(mechanism: Blocks, inputs: Inputs, call: Call) -> dict[str, Tensor]:
-    """Compute outputs, kept pairs, MACs and gradients, block by block."""
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.leaves().items()}
-    leaves["thresholds.offset"] = mechanism.thresholds.offset.detach().clone().requires_grad_()
-    if mechanism.tail is not None:
-        leaves["tail.factor"] = mechanism.tail.factor.detach().clone().requires_grad_()
-    visible = mechanism.visible(inputs.q, inputs.k, call)
-    k, v = (expand_heads(leaves[name], mechanism.num_heads) for name in "kv")
-    scores = leaves["q"] @ k.mT * 8**-0.5 + (0 if call.bias is None else call.bias)
-    (b, h, n, m), size = scores.shape, mechanism.block.queries
-    out, kept = torch.zeros(b, h, n, v.shape[-1], dtype=torch.float64), torch.zeros(b, h)
-    estimated, unscored = torch.zeros(b, h), torch.zeros(b, h)
-    into_theta, through_gates = torch.zeros(h, dtype=torch.float64), []
-    rows = torch.empty_like(out)
-    for e in range(b):
-        for head in range(h):
-            theta = float(mechanism.thresholds.values()[head].detach())
-            for start in range(0, n, size):
-                part = slice(start, min(start + size, n))
-                shown, some = visible[e, head, part], scores[e, head, part]
-                seeing = shown.any(-1).nonzero().flatten()
-                if not len(seeing):
-                    continue
-                voters = seeing[:: mechanism.block.every]
-                shares = some[voters].masked_fill(~shown[voters], float("-inf")).softmax(-1)
-                logs = shares.mean(0).clamp_min(LEAST).log()
-                known = logs.detach()[shown.any(0)]
-                best = known.max()
-                unit = (best - known.mean()).clamp_min(1e-300) if mechanism.unit == "spread" else torch.tensor(1.0)
-                difference = (best - logs.detach()) / unit
-                keep = (difference <= theta) | (torch.arange(m) < mechanism.always_keep)
-                own = torch.zeros_like(shown)
-                if call.pairs is not None:
-                    own[torch.arange(len(shown)), some.masked_fill(~shown, float("-inf")).argmax(-1)] = True
-                keep = (keep | own) & shown
-                gate = keep.double().requires_grad_()
-                weights = gate * (some - some.detach().amax()).exp()
-                if mechanism.tail is not None:
-                    dropped = shown.double() - gate
-                    count = dropped.sum(-1, keepdim=True)
-                    mean = (some * dropped).sum(-1, keepdim=True) / torch.where(count > 0.5, count, 1)
-                    tail = leaves["tail.factor"][head] * (mean - some.detach().amax()).exp() * (count > 0.5)
-                    weights = weights + dropped * tail
-                total = weights.sum(-1, keepdim=True)
-                found = (weights / torch.where(total > 0, total, 1)) @ v[e, head]
-                out = out.clone()
-                out[e, head, part] = found
-                wanted = noise_like(rows)[e, head, part]
-                (of_gate,) = torch.autograd.grad((found * wanted).sum(), gate, retain_graph=True)
-                margin = theta - difference
-                slope = 1.5 * (1 - (margin / (3 * mechanism.thresholds.tau)) ** 2) / (3 * mechanism.thresholds.tau)
-                slope = slope.masked_fill((margin < 0) | (margin > 3 * mechanism.thresholds.tau), 0)
-                fixed = own | (torch.arange(m) < mechanism.always_keep) | ~shown
-                reached = (of_gate * slope).masked_fill(fixed, 0)
-                into_theta[head] += reached.sum()
-                if mechanism.gate.into_scores:
-                    through_gates.append((logs * reached.sum(0) / unit.clamp_min(1)).sum())
-                kept[e, head] += keep.sum()
-                estimated[e, head] += shown[voters].sum()
-                unscored[e, head] += keep.sum() - keep[voters].sum()
-    loss = (out * noise_like(rows)).sum() + sum(through_gates, torch.zeros((), dtype=torch.float64))
-    names = [name for name in leaves if name != "thresholds.offset"]
-    grads = dict(zip(names, torch.autograd.grad(loss, [leaves[name] for name in names]), strict=True))
-    share = mechanism.estimate.share
-    macs = estimated * 8 * share + kept * 8 * (1 - share) + unscored * 8 * share
-    return {"out": out.detach(), "kept": kept, "macs": macs, "thresholds.offset": into_theta, **grads}
 
 
 def generate_calls(pattern: Pattern, n: int, m: int, heads: int) -> dict[str, Call]:

@@ -13,6 +13,7 @@ from thresher.attention import Call, Mechanism, Pattern, find
 from thresher.testing import checks, leaks
 from thresher.testing.inputs import Inputs, draw, gradients, noise_like, padded
 
+EXACT: dict[str, object] = {"estimate": {"bits": "exact"}}
 VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("latte", {"threshold": 0.4, "gate": {"surrogate": "compact"}}),
     ("topk", {"chunk": 2}),
@@ -20,7 +21,9 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("topk", {"keys": 2, "chunk": 3, "tail": "mean"}),
     ("latte", {"threshold": 0.4, "tail": "mean"}),
     ("latte", {"threshold": 0.4, "tail": "mean", "unit": "nats", "gate": {"surrogate": "sigmoid", "mode": "soft"}}),
-    ("blocks", {"threshold": 0.4, "block": {"queries": 3}}),
+    ("blocks", {"threshold": 0.4, "block": {"queries": 3, "keys": 2}}),
+    ("blocks", {**EXACT, "block": {"queries": 3, "keys": 2, "rank": "pooled", "top": 2}, "gate": {"mode": "hard"}}),
+    ("blocks", {**EXACT, "block": {"queries": 3, "keys": 2, "rank": "learned"}, "threshold": 0.4}),
     ("smyrf", {"cluster": 3, "rounds": 3, "dedup": "count"}),
     ("smyrf", {"cluster": 3, "quantise": True, "width": 1.0}),
     ("smyrf", {"cluster": 3, "rounds": 2, "tail": "mean"}),

@@ -85,7 +85,7 @@ class Mechanism(Metered, ABC):
     drops_weights: ClassVar[bool] = True
     ranks_queries: bool = False
     pools_tokens: bool = False
-    slides: ClassVar[bool] = True
+    slides: bool = True
     dense_limit: ClassVar[Mapping[str, Any] | None] = None
     selective: ClassVar[Mapping[str, Any]] = {}
     precise: ClassVar[Mapping[str, Any] | None] = None

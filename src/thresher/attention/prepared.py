@@ -186,7 +186,8 @@ class Prepared:
         queries = None if self.call.queries is None else self.call.queries[:, chosen]
         keys = None if self.call.keys is None else self.call.keys[:, :last]
         tokens = self.q[:, :, chosen], self.k[:, :, :last], self.v[:, :, :last]
-        return Prepared(*tokens, Call(queries=queries, keys=keys), self.pattern, self.dropout)
+        slots = None if self.pattern.cross else self.places[:, chosen]
+        return Prepared(*tokens, Call(queries=queries, keys=keys, slots=slots), self.pattern, self.dropout)
 
     def trace_all(self) -> None:
         """Zero the tokens that are not finite, and record the rows that see them in `trace`."""

@@ -57,6 +57,9 @@ def select_queries(
     """Select the queries at ascending `rows`, and the call in which each sees the same of all `keys`."""
     n = q.shape[2]
     pairs = None if call.pairs is None else call.pairs[:, :, rows]
+    slots = None
+    if not pattern.cross:
+        slots = (rows + (keys - n))[None] if call.slots is None else call.slots[:, rows]
     if pattern is Pattern.CAUSAL_SELF and n > 1 and not (call.whole_mask and call.pairs is not None):
         # Fewer queries than keys count as the last ones; a mask keeps the own past of each.
         past = (torch.arange(keys, device=q.device) <= (rows + (keys - n))[:, None])[None, None]
@@ -66,6 +69,7 @@ def select_queries(
         keys=call.keys,
         pairs=pairs,
         whole_mask=call.whole_mask,
+        slots=slots,
         bias=None if call.bias is None else call.bias[:, :, rows],
     )
     return q[:, :, rows], seen

@@ -6,11 +6,22 @@ from thresher.attention.backends import Implementation
 from thresher.attention.blocks import kernel
 from thresher.attention.blocks.mechanism import Blocks
 from thresher.attention.contract import Attended
-from thresher.attention.latte.cpu import build_gate
+from thresher.attention.latte.cpu import DecodingOnCpu, build_gate
+from thresher.attention.latte.mechanism import Latte
 from thresher.attention.prepared import Prepared
 from thresher.attention.shared.divergence import zero_nonfinite
 from thresher.attention.shared.tail import expand_factor
 from thresher.kernels.calling import choose_sum_dtype, unify_types
+
+
+class DecodingBlocksOnCpu(DecodingOnCpu):
+    """The kernel of LATTE for the last query of a sequence, which is a block of its own."""
+
+    def explain_refusal(self, mechanism: Latte, x: Prepared) -> str | None:
+        assert isinstance(mechanism, Blocks)
+        if not mechanism.block.is_plain:
+            return f"it has no {mechanism.block.describe()}"
+        return super().explain_refusal(mechanism, x)
 
 
 class BlocksOnCpu(Implementation[Blocks]):
@@ -19,6 +30,8 @@ class BlocksOnCpu(Implementation[Blocks]):
     kernel = "blocks"
 
     def explain_refusal(self, mechanism: Blocks, x: Prepared) -> str | None:
+        if not mechanism.block.is_plain:
+            return f"it has no {mechanism.block.describe()}"
         if x.call.pairs is not None or x.call.bias is not None:
             return "it has no masks of pairs and no biases"
         if x.call.slots is not None and x.n > 1:

@@ -65,6 +65,10 @@ class Gathering(Implementation[Blocks]):
             return "it has no dropout of a tail"
         if x.dropout and mechanism.pattern.causal:
             return "the number of weights that it drops from would tell a row of later tokens"
+        if mechanism.block.heads == "shared":
+            return "it lets each head choose alone; set block.heads=own"
+        if mechanism.needs_loss:
+            return "the auxiliary loss of block.rank=learned needs a map of all pairs"
         if not mechanism.wants_gradient(x) or mechanism.gate.mode == "hard":
             return None
         if mechanism.gate.into_scores:
