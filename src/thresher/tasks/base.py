@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 import pytorch_lightning as pl
@@ -78,7 +79,7 @@ class Task(pl.LightningModule, ABC):
         clip: float | None = 1.0,
         nonfinite: NonFinite | None = "stop",
         distill: float = 0.0,
-        auxiliary: Mapping[str, float] | None = None,
+        auxiliary: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         if nonfinite not in (None, *get_args(NonFinite)):

@@ -80,8 +80,9 @@ class Blocks(Latte):
         threshold: Initial threshold in that unit, at least 0; of no effect with `block.top`.
         always_keep: Number of leading keys (class token, sink) that are kept where visible, with all of their tile.
         tail: "mean" gives dropped keys the weight of their mean score, "none" no weight; see `shared/tail.py`.
-        backend: "reference" is PyTorch; "cpu" is the kernel, and "gather" PyTorch that gathers the keys of a block, in
-            memory linear in tokens; both raise an error where they cannot compute a call; "auto" is the first that can.
+        backend: "reference" is PyTorch; "cpu" is the kernel, "gather" PyTorch that gathers the keys of a block, in
+            memory linear in tokens, and "flex" is FlexAttention over tiles; each raises an error where it cannot
+            compute a call; "auto" is the first that can, but never "flex".
 
     Raises:
         ValueError: A hyper-parameter outside its range, a vote in a causal pattern, or options that exclude each other.
