@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ class Tuning(Task):
         units: The units of thresholds to calibrate in, see `thresher.tune`; None is the one that they have.
         batches: Batches of the training data to tune on, used in turn.
         held_out: Batches of the validation data to choose the best step by, and to settle on.
+        auxiliary: Weights of auxiliary losses by name; those left out have the weight that their mechanism states.
         num_classes: See `Classification`.
         class_counts: See `TextClassification`.
         vocabulary: See `LanguageModeling`.
@@ -80,6 +82,7 @@ class Tuning(Task):
         units: Sequence[Unit] | None = None,
         batches: int = 32,
         held_out: int = 6,
+        auxiliary: Mapping[str, float] = MappingProxyType({}),
         num_classes: int | None = None,
         class_counts: Sequence[int] | None = None,
         vocabulary: int | None = None,
@@ -112,7 +115,7 @@ class Tuning(Task):
         given = {name: value for name, value in own.items() if value is not None}
         judge = _build_judge(net, given, task) if labels else None
         self._judges = () if judge is None else (judge,)  # in a tuple, so that its network is not registered twice
-        super().__init__(net, **task)
+        super().__init__(net, auxiliary=auxiliary, **task)
 
     def step(self, batch: Any) -> Step:
         for judge in self._judges:
