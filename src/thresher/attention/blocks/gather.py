@@ -23,6 +23,7 @@ from thresher.attention.shared.functional import (
     masked_softmax,
     promote_to_fp32,
 )
+from thresher.attention.shared.tail import sum_visible_tokens
 
 PAIRS = 2**22  # whose estimates are in memory at a time
 
@@ -91,14 +92,6 @@ class Gathering(Implementation[Blocks]):
         outs, *counts = zip(*parts, strict=True)
         kept, computed, unscored = (torch.stack(each).sum(0) for each in counts)
         return Attended(torch.cat(outs, 2), mechanism.count_block_cost(x, kept, computed, unscored))
-
-
-def sum_visible_tokens(x: Prepared) -> tuple[Tensor, Tensor]:
-    """Sum the keys and the values that each query sees, [b, h, #n, width]; running sums where attention is causal."""
-    k, v = promote_to_fp32(x.k), promote_to_fp32(x.v)
-    if x.causal_shift is None:
-        return k.sum(2, keepdim=True), v.sum(2, keepdim=True)
-    return k.cumsum(2)[:, :, x.causal_shift :], v.cumsum(2)[:, :, x.causal_shift :]
 
 
 def _attend_to_rows(

@@ -80,9 +80,9 @@ class Blocks(Latte):
         threshold: Initial threshold in that unit, at least 0; of no effect with `block.top`.
         always_keep: Number of leading keys (class token, sink) that are kept where visible, with all of their tile.
         tail: "mean" gives dropped keys the weight of their mean score, "none" no weight; see `shared/tail.py`.
-        backend: "reference" is PyTorch; "cpu" is the kernel, "gather" PyTorch that gathers the keys of a block, in
-            memory linear in tokens, and "flex" is FlexAttention over tiles; each raises an error where it cannot
-            compute a call; "auto" is the first that can, but never "flex".
+        backend: "reference" is PyTorch; "cpu" is the kernel for CPUs, "triton" those for CUDA, "gather" PyTorch that
+            gathers the keys of a block, in memory linear in tokens, and "flex" is FlexAttention over tiles; each raises
+            an error where it cannot compute a call; "auto" is the first that can, but never "flex".
 
     Raises:
         ValueError: A hyper-parameter outside its range, a vote in a causal pattern, or options that exclude each other.
@@ -234,10 +234,7 @@ class Blocks(Latte):
 
     def _compare_tiles(self, logs: Tensor, seen: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute the difference of each tile from the best one of its row, and the unit of differences."""
-        with torch.no_grad():
-            best = fill_hidden(logs, seen, float("-inf")).amax(-1, keepdim=True)
-            best = best.masked_fill(best == float("-inf"), 0)
-            unit = measure_spread(logs, best, seen) if self.unit == "spread" else torch.ones_like(best)
+        best, unit = self._find_best(logs, seen)
         # As in LATTE, the gradient is divided by the unit, but never enlarged.
         if self.block.top:
             chosen = choose_best(logs, seen, own, self.block.top)
@@ -246,6 +243,25 @@ class Blocks(Latte):
         if own is not None:
             difference = difference.scatter(-1, own.expand(*logs.shape[:3], 1), float("-inf"))
         return difference, unit
+
+    def rate_votes(
+        self, votes: Float[Tensor, "b h blocks m"], seen: Bool[Tensor, "#b #h #blocks m"] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the logs of votes, and without gradient the best one of each block and the unit of differences.
+
+        Args:
+            votes: The mean probability that a block gives to each key.
+            seen: The keys that any row of a block sees; None means all.
+        """
+        logs = votes.clamp_min(LEAST_VOTE).log()
+        return logs, *self._find_best(logs, seen)
+
+    @torch.no_grad()
+    def _find_best(self, logs: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Find the best tile of each row, and the unit of differences from it."""
+        best = fill_hidden(logs, seen, float("-inf")).amax(-1, keepdim=True)
+        best = best.masked_fill(best == float("-inf"), 0)
+        return best, measure_spread(logs, best, seen) if self.unit == "spread" else torch.ones_like(best)
 
     def find_voters(self, x: Prepared) -> Bool[Tensor, "#b #h n"]:
         """Find the rows that vote: of those of a block that see any key, each `every`-th, beginning with the first."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from thresher.attention.options import check_choice
 from thresher.attention.prepared import Prepared
-from thresher.attention.shared.functional import MAX_EXCESS, clamp_from_below
+from thresher.attention.shared.functional import MAX_EXCESS, clamp_from_below, promote_to_fp32
 
 TailKind = Literal["none", "mean"]
 
@@ -103,6 +103,14 @@ def weigh_with_tail(
 def expand_factor(tail: Tail | None, x: Prepared, dtype: torch.dtype) -> Float[Tensor, " g"] | None:
     """Return the factor of each group of a kernel's call, for every example and head; None without a tail."""
     return None if tail is None else tail.values().to(dtype).expand(x.batch, x.heads).flatten()
+
+
+def sum_visible_tokens(x: Prepared) -> tuple[Tensor, Tensor]:
+    """Sum the keys and the values that each query sees, [b, h, #n, width]; running sums where attention is causal."""
+    k, v = promote_to_fp32(x.k), promote_to_fp32(x.v)
+    if x.causal_shift is None:
+        return k.sum(2, keepdim=True), v.sum(2, keepdim=True)
+    return k.cumsum(2)[:, :, x.causal_shift :], v.cumsum(2)[:, :, x.causal_shift :]
 
 
 def count_tail_cost(x: Prepared, kept: Float[Tensor, "b h"]) -> Float[Tensor, "b h"]:
