@@ -103,6 +103,7 @@ ONLY_IN = {
     "onnxscript": {"tools/export/programs.py"},
     "ray": {"tools/sweep/launchers.py"},
     "submitit": {"tools/sweep/launchers.py"},
+    "triton": {"kernels/triton"},
 }
 
 

@@ -241,5 +241,5 @@ def test_what_gathering_cannot_compute_is_refused(options: dict[str, Any], call:
 
 
 def test_a_backend_that_a_mechanism_lacks_is_refused() -> None:
-    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu; got 'gather'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, triton; got 'gather'"):
         Latte(2, 8, SELF, backend="gather")

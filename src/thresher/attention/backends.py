@@ -1,9 +1,9 @@
 """Choose the code that computes a call: PyTorch, which defines the mechanism, or a faster implementation.
 
-`backend=reference` is PyTorch. `backend=cpu` is the CPU kernel, `backend=gather` PyTorch that gathers kept keys,
-`backend=flex` PyTorch's FlexAttention; each is an error where it cannot compute the call. `backend=auto` is the first
-implementation that can: it supports the device and the features of the call, and its kernel builds on this machine. If
-there is none, it is the reference.
+`backend=reference` is PyTorch. `backend=cpu` is the CPU kernel, `backend=triton` the kernels for CUDA, `backend=gather`
+PyTorch that gathers kept keys, `backend=flex` PyTorch's FlexAttention; each is an error where it cannot compute the
+call. `backend=auto` is the first implementation that can: it supports the device and the features of the call, and its
+kernel builds on this machine. If there is none, it is the reference.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ from thresher.attention.options import check_choice
 from thresher.attention.prepared import Prepared
 from thresher.kernels.build import KernelError, can_use, load_library
 
-Backend = Literal["auto", "reference", "cpu", "gather", "flex"]
+Backend = Literal["auto", "reference", "cpu", "triton", "gather", "flex"]
 M = TypeVar("M")
 READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

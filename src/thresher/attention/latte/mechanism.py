@@ -66,8 +66,8 @@ class Latte(Mechanism):
         trainable: Whether thresholds receive gradients; they never do with `gate.mode=hard`.
         always_keep: Number of leading keys (class token, sink) that are kept where visible.
         tail: "mean" gives dropped keys the weight of their mean score, "none" no weight; see `shared/tail.py`.
-        backend: "reference" is PyTorch; "cpu" is the kernel and raises an error where the kernel cannot compute a
-            call; "auto" is the kernel where it can.
+        backend: "reference" is PyTorch; "cpu" is the kernel for CPUs and "triton" those for CUDA, which raise an error
+            where they cannot compute a call; "auto" is a kernel where one can.
 
     Raises:
         ValueError: A hyper-parameter outside its range.
