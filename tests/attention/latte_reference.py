@@ -13,10 +13,17 @@ SELF, CAUSAL = Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF
 EXACT = {"estimate": {"bits": "exact"}, "gate": {"into_scores": False}}
 
 
-def latte(pattern: Pattern = SELF, *, num_heads: int = 2, gate: dict[str, Any] | None = None, **others: Any) -> Latte:
+def latte(
+    pattern: Pattern = SELF,
+    *,
+    num_heads: int = 2,
+    head_dim: int = 8,
+    gate: dict[str, Any] | None = None,
+    **others: Any,
+) -> Latte:
     """Build LATTE by the rule of the paper, with a gradient that reaches every pair, unless it is given others."""
     options = {"unit": "nats", "tail": "none", **others, "gate": {"surrogate": "sigmoid", **(gate or {})}}
-    return Latte(num_heads, 8, pattern, **options).double()
+    return Latte(num_heads, head_dim, pattern, **options).double()
 
 
 def scores_of(inputs: Inputs, bias: Tensor | None = None) -> Tensor:

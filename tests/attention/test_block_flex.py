@@ -32,7 +32,7 @@ def fresh_compiler() -> Iterator[None]:
 
 def build(pattern: Pattern, backend: Any, block: dict[str, Any], **options: Any) -> Blocks:
     sizes = {"queries": 64, "keys": 64, **block}
-    options = {"estimate": {"bits": "exact"}, "gate": {"mode": "hard"}, "threshold": 0.5, **options}
+    options = {"estimate": {"bits": "exact"}, "gate": {"mode": "hard"}, "threshold": 0.5, "tail": "none", **options}
     return Blocks(2, 16, pattern, block=sizes, backend=backend, **options).double()
 
 

@@ -54,7 +54,7 @@ def attend_by_moba(
 @pytest.mark.parametrize("top", [1, 2, 3])
 def test_pooled_keys_and_a_number_of_tiles_are_moba(pattern: Pattern, top: int) -> None:
     options = {"block": {"keys": 4, "rank": "pooled", "top": top, "queries": 5}, **EXACT, **HARD}
-    mechanism = Blocks(4, 8, pattern, backend="reference", **options).double()
+    mechanism = Blocks(4, 8, pattern, tail="none", backend="reference", **options).double()
     inputs = draw(mechanism, lengths=(23, 23), groups=2, value_dim=5, spread=1.3)
     for call in (Call(), padded(pattern, lengths=(23, 23)), padded(pattern, lengths=(23, 23), left=True)):
         shown = torch.ones(2, 23, dtype=torch.bool) if call.keys is None else call.keys
@@ -77,7 +77,8 @@ def test_pooled_keys_and_a_number_of_tiles_are_moba(pattern: Pattern, top: int) 
 
 def test_a_row_of_moba_keeps_its_own_tile_first() -> None:
     """Queries that point away from the keys of their own tile keep it all the same, and nothing else with one tile."""
-    mechanism = Blocks(1, 2, CAUSAL, block={"keys": 2, "rank": "pooled", "top": 1}, **EXACT, **HARD).double()
+    block = {"keys": 2, "rank": "pooled", "top": 1}
+    mechanism = Blocks(1, 2, CAUSAL, block=block, tail="none", **EXACT, **HARD).double()
     k = torch.tensor([[9.0, 0.0], [9.0, 0.0], [-9.0, 0.0], [-9.0, 0.0]], dtype=torch.float64)[None, None]
     q, v = torch.ones_like(k), torch.arange(8, dtype=torch.float64).view(1, 1, 4, 2)
     out = attend(mechanism, Inputs(q, k, v, None)).out

@@ -276,7 +276,7 @@ def test_t10_a_causal_case_is_counted_as_by_hand(
     est_bits: int | str, keep: Tensor, score: float, value: float, select: float
 ) -> None:
     """Ten visible pairs of four dimensions: dense costs 10 * (4 + 4)."""
-    mechanism = Latte(1, 4, CAUSAL, threshold=1.0, unit="nats", estimate={"bits": est_bits}).double()
+    mechanism = latte(CAUSAL, num_heads=1, head_dim=4, threshold=1.0, estimate={"bits": est_bits})
     assert torch.equal(kept_by(mechanism, by_hand())[0, 0], keep)
     for training in (True, False):
         cost = attend(mechanism.train(training), by_hand()).cost
