@@ -9,8 +9,9 @@ from torch import Tensor
 from thresher.attention import Call, Pattern
 from thresher.attention.blocks import Blocks
 from thresher.attention.blocks.gate import LOSS
+from thresher.attention.blocks.tiles import average_keys, average_tiles
 from thresher.attention.shared.functional import expand_heads
-from thresher.testing.inputs import Inputs, attend, draw, gradients, noise_like, padded
+from thresher.testing.inputs import Inputs, attend, draw, first, gradients, last, noise_like, padded
 
 SELF, CAUSAL, CROSS = Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_CROSS
 EXACT: dict[str, Any] = {"estimate": {"bits": "exact"}}
@@ -84,6 +85,19 @@ def test_a_row_of_moba_keeps_its_own_tile_first() -> None:
     out = attend(mechanism, Inputs(q, k, v, None)).out
     torch.testing.assert_close(out[0, 0, 2], v[0, 0, 2])
     torch.testing.assert_close(out[0, 0, 3], v[0, 0, 2:].mean(0))
+
+
+@pytest.mark.parametrize(("pattern", "n", "m"), [(SELF, 23, 23), (CROSS, 13, 22), (CAUSAL, 17, 17), (CAUSAL, 6, 19)])
+def test_products_with_mean_keys_are_means_of_products(pattern: Pattern, n: int, m: int) -> None:
+    mechanism = Blocks(2, 8, pattern).double()
+    inputs = draw(mechanism, lengths=(n, m))
+    for call in (Call(), Call(keys=first([m, 9], m)), Call(keys=last([m - 1, 7], m), queries=first([n - 1, n], n))):
+        x = mechanism.prepare(inputs.q, inputs.k, inputs.v, call)
+        wanted, seen = average_tiles(x.q @ x.k.mT, x, 4)
+        got, of_got = average_keys(x.q, x.k, x, 4)
+        seen = seen.expand_as(wanted)
+        assert torch.equal(of_got.expand_as(wanted), seen)
+        torch.testing.assert_close(got[seen], wanted[seen], rtol=1e-12, atol=1e-12)
 
 
 def learned(pattern: Pattern, **options: Any) -> Blocks:

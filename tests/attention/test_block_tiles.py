@@ -179,5 +179,7 @@ def test_a_number_of_tiles_leaves_nothing_to_calibrate() -> None:
     mechanism = blocks(block={"top": 2}, gate={"mode": "hard"})
     inputs = draw(mechanism, lengths=(9, 9))
     model = torch.nn.ModuleDict({"attention": mechanism})
-    with pytest.raises(ValueError, match=r"block\.top=2 fixes how many tiles a row keeps"):
+    with pytest.raises(ValueError, match="has no thresholds to calibrate"):
         calibrate(model, [inputs], 0.3, forward=lambda batch: mechanism(batch.q, batch.k, batch.v, Call()))
+    with pytest.raises(ValueError, match=r"block\.top=2 fixes how many tiles a row keeps"):
+        mechanism.measure_differences(inputs.q, inputs.k, Call())

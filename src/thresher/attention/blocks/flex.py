@@ -105,7 +105,8 @@ def choose_tiles(
     for start in range(0, x.n, step):
         rows = range(start, min(start + step, x.n))
         part = x.rows(rows)
-        gate = mechanism.thresholds(mechanism.compare(part)[1], part.visible, mechanism.always_keep, surrogate=False)
+        difference = mechanism.compare_to_choose(part)
+        gate = mechanism.thresholds(difference, part.visible, mechanism.always_keep, surrogate=False)
         of_tiles = sum_tiles(gate.keep.expand(part.shape).int(), block.keys)
         keep[:, :, rows.start : rows.stop, : of_tiles.shape[-1]] = of_tiles > 0
         of_blocks = mechanism.sum_blocks(of_tiles)

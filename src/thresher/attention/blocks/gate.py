@@ -30,11 +30,10 @@ class TileGate(Selector):
         self.of_queries, self.of_keys = nn.Parameter(same.clone()), nn.Parameter(same.clone())
 
     def forward(
-        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], scale: float
-    ) -> Float[Tensor, "b h n m"]:
-        """Compute the products of projected queries and keys; tokens get no gradient."""
-        q, k = q.detach() @ self.of_queries.to(q.dtype), k.detach() @ self.of_keys.to(k.dtype)
-        return q @ k.mT * scale
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"]
+    ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h m d"]]:
+        """Project queries and keys; tokens get no gradient."""
+        return q.detach() @ self.of_queries.to(q.dtype), k.detach() @ self.of_keys.to(k.dtype)
 
 
 def measure_gate_loss(

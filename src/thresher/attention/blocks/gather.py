@@ -146,7 +146,7 @@ def _weigh(scores: Tensor, chosen: Chosen, threshold: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _choose_keys(mechanism: Blocks, part: Prepared) -> Chosen:
-    difference = mechanism.compare(part)[1]
+    difference = mechanism.compare_to_choose(part)
     gate = mechanism.thresholds(difference, part.visible, mechanism.always_keep, surrogate=False)
     rows = gate.keep.expand(part.shape)
     chosen = mechanism.sum_blocks(rows) > 0

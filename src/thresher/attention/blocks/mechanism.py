@@ -19,7 +19,8 @@ Trains     theta, one for each head, by the gate's gradient summed over the rows
 Patterns   all four, by union where attention is causal: in a vote later queries of a block would decide about the keys
            of earlier ones. The rows of a vote depend on each other, so hide padding among the queries, too. A row pools
            those keys of a tile that it sees; tiles count from the first key, so a cache must not drop keys.
-Emulates   pooled keys: this file averages the scores of all pairs over tiles, which equals the product with the mean.
+Emulates   pooled keys: the reference averages the scores of all pairs over tiles, biases among them, which equals the
+           product with the mean key. Gathered keys and FlexAttention use that mean.
 Why        a block's keys can be gathered once, and the rest is a product of dense matrices, which is fast everywhere.
 Ours       all of it: the vote on probabilities, which keep what few rows need much; the floor of votes; and that each
            row keeps its own best key where a mask of pairs could leave it without one.
@@ -37,6 +38,7 @@ from thresher.attention.backends import Backend
 from thresher.attention.blocks.gate import LOSS, WEIGHT, TileGate, measure_gate_loss
 from thresher.attention.blocks.options import BlockGateOptions, BlockOptions
 from thresher.attention.blocks.tiles import (
+    average_keys,
     average_tiles,
     choose_best,
     count_ranked_tiles,
@@ -126,7 +128,7 @@ class Blocks(Latte):
         self.votes = self.block.share != "union" and not pattern.causal and self.block.rank != "pooled"
         self.ranks_queries = self.votes
         self.pools_tokens = self.votes or not self.estimate.is_exact or self.block.heads == "shared"
-        self.slides = self.block.keys == 1
+        self.slides, self.thresholds.decides = self.block.keys == 1, not self.block.top
         self.always_keep = -(-always_keep // self.block.keys) * self.block.keys
         self.tile_gate: TileGate | None = None
         if self.block.rank == "learned":
@@ -185,14 +187,21 @@ class Blocks(Latte):
         scores, estimate = self.score(x)
         chosen = straight_through(estimate, scores) if self.gate.into_scores else estimate
         logs, seen = self.rank(x, chosen if self.tile_gate is None else self._score_by_gate(self.tile_gate, x))
-        own = find_own_tile(x, self.block.keys) if self.block.rank == "pooled" else None
-        difference, unit = self._compare_tiles(logs, seen, own)
-        if self.votes:
-            difference, unit = self.expand_blocks(difference, x.n), self.expand_blocks(unit, x.n)
+        difference, unit = self._compare_tiles(logs, seen, x)
         if self._may_hide_the_best(x):
             best = fill_hidden(estimate, x.visible, float("-inf")).argmax(-1, keepdim=True)
             difference = difference.scatter(-1, best // self.block.keys, float("-inf"))
         return scores, expand_tiles(difference, self.block.keys, x.m), None if self.unit == "nats" else unit
+
+    def compare_to_choose(self, x: Prepared) -> Float[Tensor, "b h n m"]:
+        """Compute the differences alone, by pooled keys without a score for each pair; for calls without such masks."""
+        if self.block.rank == "votes":
+            return self.compare(x)[1]
+        q, k = promote_to_fp32(x.q), promote_to_fp32(x.k)
+        if self.tile_gate is not None:
+            q, k = self.tile_gate(q, k)
+        ranked = self._pool_rows(*average_keys(q * x.scale, k, x, self.block.keys), x)
+        return expand_tiles(self._compare_tiles(*ranked, x)[0], self.block.keys, x.m)
 
     def _may_hide_the_best(self, x: Prepared) -> bool:
         """Tell whether a mask of pairs could hide all that is kept from one of the rows that choose together."""
@@ -211,9 +220,13 @@ class Blocks(Latte):
                 return logs, logs.new_ones((1, 1, 1, logs.shape[-1]), dtype=torch.bool)
             seen = find_seen_tiles(x, size).expand(x.batch, x.heads, x.n, -1).long()
             return logs, self._sum_voters(seen, x) > 0
-        means, seen = average_tiles(scores, x, size)
+        return self._pool_rows(*average_tiles(scores, x, size), x)
+
+    def _pool_rows(self, means: Tensor, seen: Tensor, x: Prepared) -> tuple[Tensor, Tensor]:
+        """Average over the rows of a block that see a tile, if they choose together."""
         if not self.votes:
             return means, seen
+        means = means.masked_fill(~seen, 0)
         rows = self.sum_blocks(seen.expand(x.batch, x.heads, x.n, -1))
         return self.sum_blocks(means) / rows.clamp_min(1), rows > 0
 
@@ -221,8 +234,8 @@ class Blocks(Latte):
     def _score_by_gate(gate: TileGate, x: Prepared) -> Float[Tensor, "b h n m"]:
         q, k = (promote_to_fp32(each) for each in (x.q, x.k))
         finite = (zero_nonfinite(each, trace) for each, trace in zip((q, k), x.score_traces, strict=True))
-        scores: Tensor = gate(*finite, x.scale)
-        return scores
+        q, k = gate(*finite)
+        return q @ k.mT * x.scale
 
     def _sum_voters(self, rows: Shaped[Tensor, "b h n m"], x: Prepared) -> Shaped[Tensor, "b h rows m"]:
         """Sum over the rows that choose together: those of a block, of one head or of all that share keys."""
@@ -232,13 +245,21 @@ class Blocks(Latte):
             return rows
         return rows.unflatten(1, (groups, -1)).sum(2).repeat_interleave(x.heads // groups, 1)
 
-    def _compare_tiles(self, logs: Tensor, seen: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute the difference of each tile from the best one of its row, and the unit of differences."""
+    def _compare_tiles(self, logs: Tensor, seen: Tensor, x: Prepared) -> tuple[Tensor, Tensor]:
+        """Compute the difference of each tile from the best one, and the unit of differences, for each row."""
+        own = find_own_tile(x, self.block.keys) if self.block.rank == "pooled" else None
+        difference, unit = self._compare_ranked(logs, seen, own)
+        if self.votes:
+            difference, unit = self.expand_blocks(difference, x.n), self.expand_blocks(unit, x.n)
+        return difference, unit
+
+    def _compare_ranked(self, logs: Tensor, seen: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Do the same for each row of `logs`, which may be of a block."""
         best, unit = self._find_best(logs, seen)
-        # As in LATTE, the gradient is divided by the unit, but never enlarged.
         if self.block.top:
             chosen = choose_best(logs, seen, own, self.block.top)
             return torch.full_like(logs, float("inf")).masked_fill(chosen, float("-inf")), unit
+        # As in LATTE, the gradient is divided by the unit, but never enlarged.
         difference = attach_slope(((best - logs) / unit).detach(), (-1 / unit.clamp_min(1)).expand_as(logs), logs)
         if own is not None:
             difference = difference.scatter(-1, own.expand(*logs.shape[:3], 1), float("-inf"))

@@ -63,6 +63,32 @@ def average_tiles(
     return sum_tiles(shown, size) / count.clamp_min(1), count > 0
 
 
+def average_keys(
+    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], x: Prepared, size: int
+) -> tuple[Float[Tensor, "b h n tiles"], Bool[Tensor, "#b #h #n tiles"]]:
+    """Do the same as `average_tiles` for the products of queries and keys, from the means of keys.
+
+    For calls without masks of pairs. Of its own tile a causal row sees the keys up to its own, by running sums.
+
+    Args:
+        q: Queries.
+        k: Keys; zero where hidden.
+        x: The call, with the tokens in order.
+        size: Keys in a tile.
+    """
+    shown = k.new_ones(1, 1, x.m) if x.call.keys is None else x.call.keys[:, None].to(k.dtype)
+    tiles = F.pad(k, (0, 0, 0, -x.m % size)).unflatten(2, (-1, size))
+    counts = split_tiles(shown, size)
+    products = q @ tiles.sum(3).mT / counts.sum(-1).clamp_min(1)[:, :, None]
+    if x.causal_shift is None:
+        return products, find_seen_tiles(x, size)
+    past = slice(x.causal_shift, x.causal_shift + x.n)
+    sums, number = tiles.cumsum(3).flatten(2, 3)[:, :, past], counts.cumsum(-1).flatten(-2)[..., past]
+    own = torch.arange(past.start, past.stop, device=k.device)[:, None] // size
+    of_own = (q * sums).sum(-1, keepdim=True) / number.clamp_min(1)[..., None]
+    return products.scatter(-1, own.expand(*q.shape[:3], 1), of_own), find_seen_tiles(x, size)
+
+
 def choose_best(
     logs: Float[Tensor, "b h rows tiles"],
     seen: Bool[Tensor, "#b #h #rows tiles"],

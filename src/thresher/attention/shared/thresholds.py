@@ -98,6 +98,10 @@ class Thresholds(HeadOffsets):
             it, and code reads `unit`, which waits for no device.
         surrogate: Step that gives the gate its slope: "sigmoid", "compact" or "inside".
 
+    Attributes:
+        decides: Whether these thresholds decide what is kept. A mechanism that keeps a number of keys instead sets this
+            to False, and nothing calibrates or reports them.
+
     Raises:
         ValueError: `initial` is negative or not a number, `tau` is not positive, or there is no such unit.
     """
@@ -126,7 +130,7 @@ class Thresholds(HeadOffsets):
         self.register_buffer("eval_base", self.base.clone())
         self.register_buffer("tau", torch.tensor(float(tau)))
         self.register_buffer(IN_SPREADS, torch.tensor(unit == "spread"))
-        self.surrogate = surrogate
+        self.surrogate, self.decides = surrogate, True
 
     def values(self) -> Float[Tensor, " h"]:
         """Return the thresholds of the current mode, differentiable with respect to `offset`."""
@@ -228,7 +232,7 @@ class Thresholds(HeadOffsets):
 
 
 def named_thresholds(model: nn.Module) -> Iterator[tuple[str, Thresholds]]:
-    """Iterate over mechanisms with thresholds: dotted name and thresholds."""
+    """Iterate over mechanisms with thresholds that decide: dotted name and thresholds."""
     for name, offsets in named_offsets(model):
-        if isinstance(offsets, Thresholds):
+        if isinstance(offsets, Thresholds) and offsets.decides:
             yield name, offsets
