@@ -113,6 +113,23 @@ def test_kernels_are_compared_where_pairs_are_dropped() -> None:
     assert float(cost.kept.detach().sum() / cost.visible.sum()) < 0.5
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and its kernels are tried")
+def test_kernels_for_gpus_are_listed_with_what_is_known_of_them(
+    no_compiler: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backends, "available", lambda: ["blocks", "dense", "latte"])
+    rows = {row["mechanism"]: row for row in backends.try_backends()}
+    assert {name: row["triton"] for name, row in rows.items()} == {"blocks": "off", "dense": "none", "latte": "off"}
+    assert rows["latte"]["triton_why"] == machine.explain_missing_cuda()
+    assert doctor(CONF, []) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "No GPU has run them" in said
+    wrong = [row | {"triton": "wrong", "triton_why": "its output is off"} for row in rows.values()]
+    monkeypatch.setattr(backends, "try_backends", lambda: wrong)
+    assert doctor(CONF, []) == 1
+    assert "failed: backend=triton of latte: its output is off" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so that requiring one does not fail")
 def test_what_is_required_and_missing_fails(no_compiler: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor(CONF, ["require=[cuda]"]) == 1

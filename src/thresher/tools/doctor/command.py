@@ -37,6 +37,9 @@ def doctor(conf: Path, arguments: Sequence[str]) -> int:
         show.print_backends(report["backends"])
     failed = [f"require=cpu: the kernel of {r['mechanism']} is off" for r in _find_off(report["backends"], cfg.require)]
     failed += [f"the kernel of {r['mechanism']}: {r['why']}" for r in report["backends"] if r["kernel"] == "wrong"]
+    failed += [
+        f"backend=triton of {r['mechanism']}: {r['triton_why']}" for r in report["backends"] if r["triton"] == "wrong"
+    ]
     if "cuda" in _as_list(cfg.require) and not torch.cuda.is_available():
         failed.append(f"require=cuda: {machine.explain_missing_cuda()}")
     if cfg.network is not None:

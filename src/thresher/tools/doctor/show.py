@@ -12,6 +12,10 @@ from thresher.tools.doctor.machine import find_extras
 
 WIDE = 140
 COLOURS = {"on": "green", "off": "yellow", "wrong": "red", "none": "dim"}
+VERIFIED = (
+    "backend=triton: on CPUs triton's interpreter compares outputs and gradients with PyTorch, and the kernels compile "
+    "for sm_80, sm_90 and sm_100; the tests do both. No GPU has run them, unless this table says on."
+)
 CHANGES = ("padding", "future", "neighbours")
 
 
@@ -36,14 +40,17 @@ def print_machine(versions: Mapping[str, str | None], found: Mapping[str, Any]) 
 
 
 def print_backends(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table of kernels."""
-    table = Table(title="backends (PyTorch, backend=reference, is on for all)", title_justify="left")
-    for head in ("attention=", "backend=cpu", ""):
-        table.add_column(head)
-    for row in rows:
-        colour = COLOURS[row["kernel"]]
-        table.add_row(row["mechanism"], f"[{colour}]{row['kernel']}[/]", escape(row["why"]))
-    _console().print(table)
+    """Print tables of kernels, for CPUs and for GPUs, and what has been verified of the latter."""
+    console = _console()
+    of_gpus = [row for row in rows if row["triton"] != "none"]
+    for backend, some, state, why in (("cpu", rows, "kernel", "why"), ("triton", of_gpus, "triton", "triton_why")):
+        table = Table(title=f"backend={backend} (PyTorch, backend=reference, is on for all)", title_justify="left")
+        for head in ("attention=", f"backend={backend}", ""):
+            table.add_column(head)
+        for row in some:
+            table.add_row(row["mechanism"], f"[{COLOURS[row[state]]}]{row[state]}[/]", escape(row[why]))
+        console.print(table)
+    console.print(VERIFIED)
 
 
 def print_progress(row: Mapping[str, Any]) -> None:
