@@ -118,7 +118,7 @@ def count_tail_cost(x: Prepared, kept: Float[Tensor, "b h"]) -> Float[Tensor, "b
 
     A head that keeps all `kept` of its pairs has no tail.
     """
-    tokens = torch.zeros(x.batch, x.heads, device=x.device)
+    tokens: Tensor | int = 0
     for number, seen in ((x.n, x.seen_queries), (x.m, x.seen_keys)):
         tokens = tokens + (number if seen is None else seen.sum(-1))
-    return tokens * (x.head_dim + x.value_dim) * (kept.detach() < x.pairs)
+    return (kept.detach() < x.pairs).float() * (tokens * (x.head_dim + x.value_dim))

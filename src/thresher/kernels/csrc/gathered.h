@@ -51,14 +51,14 @@ inline void totals<float>(const Vector<float> (&sum)[ROWS_AT_ONCE], float* to) {
 }
 #endif
 
-template <class T, class Y>
-inline T dot(const T* x, const Y* y, int64_t d) {
+template <class X, class Y, class T = Number<X>>
+inline T dot(const X* x, const Y* y, int64_t d) {
     constexpr int64_t LANES = Wide<T>::LANES;
     Vector<T> sum{};
     int64_t c = 0;
-    for (; c + LANES <= d; c += LANES) sum += load(x + c) * load_numbers(y + c);
+    for (; c + LANES <= d; c += LANES) sum += load_numbers(x + c) * load_numbers(y + c);
     T all = total<T>(sum);
-    for (; c < d; ++c) all += x[c] * as_number(y[c]);
+    for (; c < d; ++c) all += as_number(x[c]) * as_number(y[c]);
     return all;
 }
 

@@ -169,16 +169,22 @@ struct TailGradient {
 
     TailGradient() = default;
 
+    // `less_factor` is the weight of a dropped key before its factor, `products` the product of the gradient of the
+    // output with the sum of the values of the `dropped` keys, `constant` that with the output.
+    TailGradient(T tail_factor, T dropped, T less_factor, T products, T constant) {
+        if (less_factor == T(0)) return;
+        factor = less_factor * (products - dropped * constant);
+        weight = less_factor * tail_factor;
+        through = factor * tail_factor / dropped;
+    }
+
     // `less_factor` is the result of weigh_tail; `sum` sums the scores of kept keys, `products` the products of their
     // values with the gradient of the output; `constant` is the product of the output with its gradient.
     TailGradient(const RowTail<T>& tail, int64_t dv, T less_factor, int64_t number, T sum, T products, T constant,
-                 const T* grad) {
-        if (less_factor == T(0)) return;
-        const T dropped = tail.number - T(number);
-        mean = (tail.scores - sum) / dropped;
-        factor = less_factor * (dot(grad, tail.values, dv) - products - dropped * constant);
-        weight = less_factor * tail.factor;
-        through = factor * tail.factor / dropped;
+                 const T* grad)
+        : TailGradient(tail.factor, tail.number - T(number), less_factor,
+                       less_factor == T(0) ? T(0) : dot(grad, tail.values, dv) - products, constant) {
+        if (less_factor != T(0)) mean = (tail.scores - sum) / (tail.number - T(number));
     }
 };
 
