@@ -93,14 +93,15 @@ def generate_calls(pattern: Pattern, n: int, m: int, heads: int) -> dict[str, Ca
     return calls
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("dedup", ["none", "count"])
 @pytest.mark.parametrize(("pattern", "n", "m"), [*SIZES, *DECODING], ids=str)
 def test_outputs_and_gradients_are_those_of_the_definition(
-    pattern: Pattern, n: int, m: int, dedup: str, rounds: int
+    pattern: Pattern, n: int, m: int, dedup: str, rounds: int, backend: str
 ) -> None:
     """Equal widths of keys and values take PyTorch's fused attention, different ones do not."""
-    mechanism = smyrf(pattern, heads=4, rounds=rounds, dedup=dedup)
+    mechanism = smyrf(pattern, heads=4, rounds=rounds, dedup=dedup, backend=backend)
     inputs = draw(mechanism, lengths=(n, m), groups=2, value_dim=8 if rounds == 1 or m % 2 else 5, spread=1.3)
     for call_name, call in generate_calls(pattern, n, m, 4).items():
         attended, found = gradients(mechanism, inputs, call, cost=0)

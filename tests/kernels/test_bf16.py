@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.tails import WITHOUT, draw_tail
 from tests.kernels.threads import check_threads
 from thresher.attention import Call, Mechanism, Pattern
 from thresher.attention.latte.mechanism import Latte
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 DIMS = [1, 20, 33, 64, 70, 130]  # a half pair alone or at the end, whole vectors of pairs, and a rest of them
 ROUNDED = 2**-8  # of a number that becomes bf16
-NAMES = ["smyrf", "topk"]
+NAMES = ["smyrf", "smyrf with a tail", "topk"]
 
 
 def made(name: str, pattern: Pattern = Pattern.NONCAUSAL_SELF, head_dim: int = 64, backend: str = "cpu") -> Mechanism:
@@ -33,6 +34,7 @@ def made(name: str, pattern: Pattern = Pattern.NONCAUSAL_SELF, head_dim: int = 6
     of: dict[str, Mechanism] = {
         "latte": Latte(2, head_dim, pattern, threshold=1.0, gate={"surrogate": "inside"}, backend=backend),  # type: ignore[arg-type]
         "smyrf": Smyrf(2, head_dim, pattern, cluster=17, rounds=2, backend=backend),  # type: ignore[arg-type]
+        "smyrf with a tail": Smyrf(2, head_dim, pattern, cluster=17, rounds=2, tail="mean", backend=backend),  # type: ignore[arg-type]
         "topk": TopK(2, head_dim, pattern, keys=24, backend=backend),  # type: ignore[arg-type]
     }
     return of[name].eval()
@@ -163,12 +165,13 @@ def test_operators_keep_the_rules_of_torch() -> None:
     part = smyrf.Part(
         slots, slots, tile_cluster=token.new_empty(0), query_cluster=of, key_cluster=of, causal=False, times=1
     )
-    given = {"q": q, "k": k, "v": v, "shift": 0, **{name: [x] for name, x in part._asdict().items()}}
-    torch.library.opcheck(smyrf.attend_in_parts, (), given)
-    given |= dict(zip("qkv", bare, strict=True))
-    out, row_max, row_sum, _, _ = smyrf.attend_in_parts(**given)
-    results = {"grad": noise_like(out), "out": out, "row_max": row_max, "row_sum": row_sum}
-    torch.library.opcheck(smyrf.back, (), results | given)
+    for tail in (WITHOUT, draw_tail(q)):
+        given = {"q": q, "k": k, "v": v, "shift": 0, **tail, **{name: [x] for name, x in part._asdict().items()}}
+        torch.library.opcheck(smyrf.attend_in_parts, (), given)
+        given = {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
+        results = dict(zip(smyrf.RESULTS, smyrf.attend_in_parts(**given), strict=True))
+        del results["meetings"], results["repeats"]
+        torch.library.opcheck(smyrf.back, (), {"grad": noise_like(results["out"])} | results | given)
 
 
 @pytest.mark.slow

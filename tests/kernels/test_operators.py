@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import thresher.attention
-from tests.kernels.tails import DECODED_WITHOUT, WITHOUT
+from tests.kernels.tails import DECODED_WITHOUT, WITHOUT, draw_tail
 from thresher.attention.blocks import kernel as blocks
 from thresher.attention.latte import kernel as latte
 from thresher.attention.mca import kernel as mca
@@ -131,13 +131,15 @@ def clustered(sizes: Sizes, dtype: torch.dtype) -> Arguments:
     token_q, token_k = (x.unflatten(1, (2, x.shape[1] // 2)) for x in tokens)
     query_cluster, key_cluster = (x.div(max(x.shape[1] // 2, 1), rounding_mode="floor")[None] for x in tokens)
     part = smyrf.Part(token_q, token_k, tokens[0].new_empty(0), query_cluster, key_cluster, causal=False, times=1)
-    return {**qkv(sizes, dtype), "shift": 0, **{name: [x] for name, x in part._asdict().items()}}
+    given = qkv(sizes, dtype)
+    return {**given, "shift": 0, **draw_tail(given["q"]), **{name: [x] for name, x in part._asdict().items()}}
 
 
 def clustered_back(sizes: Sizes, dtype: torch.dtype) -> Arguments:
     given = clustered(sizes, dtype)
-    out, row_max, row_sum, _, _ = smyrf.attend_in_parts(**given)
-    return {"grad": noise_like(out), "out": out, "row_max": row_max, "row_sum": row_sum, **given}
+    results = dict(zip(smyrf.RESULTS, smyrf.attend_in_parts(**given), strict=True))
+    del results["meetings"], results["repeats"]
+    return {"grad": noise_like(results["out"]), **results, **given}
 
 
 def ranking(sizes: Sizes, dtype: torch.dtype) -> Arguments:

@@ -4,9 +4,10 @@ from thresher.attention.backends import Implementation
 from thresher.attention.contract import Attended
 from thresher.attention.prepared import Prepared
 from thresher.attention.shared.functional import promote_to_fp32
+from thresher.attention.shared.tail import expand_factor
 from thresher.attention.smyrf import kernel
 from thresher.attention.smyrf.mechanism import Smyrf
-from thresher.kernels.calling import unify_types
+from thresher.kernels.calling import choose_sum_dtype, unify_types
 
 
 class SmyrfOnCpu(Implementation[Smyrf]):
@@ -21,8 +22,6 @@ class SmyrfOnCpu(Implementation[Smyrf]):
             return "it has no masks of pairs and no biases"
         if x.dropout:
             return "it has no dropout of attention weights"
-        if mechanism.tail is not None:
-            return "it has no tail (tail=mean)"
         if mechanism.dedup == "count" and mechanism.rounds > 1:
             return "it does not divide by the number of meetings (dedup=count)"
         return None
@@ -51,5 +50,6 @@ class SmyrfOnCpu(Implementation[Smyrf]):
                 )
             )
         q, k, v = unify_types(q, k, v)
-        out, meetings, repeats = kernel.attend(q, k, v, parts, x.m - x.n)
+        factor = expand_factor(mechanism.tail, x, choose_sum_dtype(q))
+        out, meetings, repeats = kernel.attend(q, k, v, parts, x.m - x.n, factor)
         return mechanism.finish(x, clusters, out, meetings.float(), (meetings - repeats).float())
