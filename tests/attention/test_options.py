@@ -16,7 +16,7 @@ FINE = {
     "gate.tau": (1.5,),
     "alpha": (0, 1.5),
     "width": (1.5,),
-    **dict.fromkeys(("always_keep", "conv", "dense_below", "hash.bits", "sampling.seed"), (0,)),
+    **dict.fromkeys(("always_keep", "block.top", "conv", "dense_below", "hash.bits", "sampling.seed"), (0,)),
 }
 DEFAULTS = {name: hyperparameters(find(name)) for name in available()}
 OPTIONS = {

@@ -104,7 +104,7 @@ def _attend_to_rows(
     chosen = _choose_keys(mechanism, part)
     k, v = (_gather_tokens(tokens, chosen.gathered) for tokens in (promote_to_fp32(part.k), part.v))
     scores = q @ k.mT
-    kept = chosen.kept.to(threshold.dtype)
+    kept = chosen.kept
     if chosen.slope is not None:
         kept = attach_slope(kept, chosen.slope.sum((2, 3, 4)).to(kept.dtype), threshold)
     if sums is None or mechanism.tail is None:
