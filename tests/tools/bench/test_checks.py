@@ -82,7 +82,7 @@ class Backed(TopK):
             return Mechanism.forward(self, q, k, v, call)
         if self.quirk == "deaf":
             return Mechanism.forward(self, q, k.detach() + 0 * k, v, call)
-        out, cost = Mechanism.forward(self, q, k, v, call)
+        out, cost, _ = Mechanism.forward(self, q, k, v, call)
         if self.quirk == "weak":
             return Attended(out * 0.98, cost)
         return Attended(out, Cost(*cost[:4], cost.kept * 1.5, cost.visible))

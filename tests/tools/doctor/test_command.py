@@ -35,7 +35,7 @@ class Kernelled(TopK):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Attended:
         quirk = self.quirk if self.is_kernel else "right"
-        out, cost = Mechanism.forward(self, q, k.detach() + 0 * k if quirk == "deaf" else k, v, call)
+        out, cost, _ = Mechanism.forward(self, q, k.detach() + 0 * k if quirk == "deaf" else k, v, call)
         if quirk == "weak" or (quirk == "weak in evaluation" and not self.training):
             out = out * 0.98
         if quirk == "greedy":
