@@ -139,22 +139,22 @@ def test_backends_are_chosen_by_name_or_all_of_them() -> None:
 def test_all_backends_are_those_that_the_device_can_run() -> None:
     from thresher.attention import find
 
-    assert choose_backends("latte", find("latte"), "all", "cpu") == ["reference", "cpu"]
+    assert choose_backends("latte", find("latte"), "all", "cpu") == ["reference", "cpu", "triton"]
     assert "cpu" not in choose_backends("blocks", find("blocks"), "all", "cuda")
     assert {"reference", "cpu", "gather"} <= set(choose_backends("blocks", find("blocks"), "all", "cpu"))
     with pytest.raises(ValueError, match="backends of topk must be one of all, auto, reference, cpu"):
         choose_backends("topk", find("topk"), "gather", "cpu")
 
 
-def test_the_rows_of_a_gpu_are_every_backend_in_both_types() -> None:
+def test_the_rows_of_a_gpu_are_its_backends_in_both_types() -> None:
     cfg = options("bench=gpu", "device=cpu")
     assert check_options(cfg) == ["attention"]
     scenes = build_scenes(cfg)
     assert [(each.dtype, each.device) for each in scenes] == [("bfloat16", "cpu"), ("float32", "cpu")]
     found = {(j.name, j.backend, j.pattern, j.n) for j in build_attention_jobs(cfg, CONF, scenes[0], None)}
-    assert {(name, pattern, n) for name, _, pattern, n in found} == {
-        (name, pattern, n)
-        for name in ("blocks", "latte")
+    assert found == {
+        (name, backend, pattern, n)
+        for name, backend in (("blocks", "triton"), ("blocks", "gather"), ("latte", "triton"))
         for pattern in ("noncausal_self", "causal_self")
         for n in (4096, 16384)
     }
