@@ -189,13 +189,20 @@ class Prepared:
         slots = None if self.pattern.cross else self.places[:, chosen]
         return Prepared(*tokens, Call(queries=queries, keys=keys, slots=slots), self.pattern, self.dropout)
 
-    def trace_all(self) -> None:
-        """Zero the tokens that are not finite, and record the rows that see them in `trace`."""
-        traces = [trace_vectors(x) for x in (self.q, self.k, self.v)]
-        sizes = (self.n, self.m)
-        self.trace = trace_rows(traces[0], traces[1] + traces[2], self.call, self.pattern, sizes)
+    def trace_all(self, *, values: bool = True) -> Float[Tensor, "b h m"]:
+        """Zero the tokens that are not finite, and record the rows that see them in `trace`.
+
+        Args:
+            values: Whether to record rows that see a value that is not finite, too.
+
+        Returns:
+            The traces of values.
+        """
+        of_q, of_k, of_v = traces = [trace_vectors(x) for x in (self.q, self.k, self.v)]
+        self.trace = trace_rows(of_q, of_k + of_v if values else of_k, self.call, self.pattern, (self.n, self.m))
         q, k, v = (zero_nonfinite(x, trace) for x, trace in zip((self.q, self.k, self.v), traces, strict=True))
         self._tokens = q, k, v
+        return of_v
 
     @property
     def score_traces(self) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h m"]]:

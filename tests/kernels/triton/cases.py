@@ -28,6 +28,7 @@ class Case(NamedTuple):
         spread: Of the scores.
         seed: One with which rounding in fp32 changes no decision.
         broken: Name of a fault that the kernels have.
+        nan: Whether a value is NaN.
     """
 
     mechanism: str
@@ -42,6 +43,7 @@ class Case(NamedTuple):
     spread: float = 1.3
     seed: int = 0
     broken: str = ""
+    nan: bool = False
 
 
 def build_call(case: Case) -> Call:
@@ -79,6 +81,7 @@ CASES: dict[str, Case] = {
     ),
     "votes in fp16": Case("blocks", SELF, (37, 37), VOTE | TAIL, "left", torch.float16),
     "votes in bf16": Case("blocks", SELF, (37, 37), VOTE | TAIL, dtype=torch.bfloat16),
+    "votes, a value is NaN": Case("blocks", SELF, (23, 23), VOTE, nan=True),
     "unions": Case("blocks", SELF, (41, 41), UNION | TAIL | {"gate": {"into_scores": True}}, "left", value_dim=5),
     "causal unions": Case("blocks", CAUSAL, (41, 41), UNION | TAIL, "right", groups=1),
     "causal unions, last queries": Case("blocks", CAUSAL, (23, 41), UNION | NATS | {"always_keep": 1}),
@@ -88,6 +91,7 @@ CASES: dict[str, Case] = {
     "latte, last queries": Case("latte", CAUSAL, (23, 53), LATTE | TAIL | NATS, spread=2.0),
     "latte, cross": Case("latte", CROSS, (23, 53), LATTE | {"gate": {"into_scores": False}, "estimate": {"bits": 8}}),
     "latte without keys": Case("latte", CAUSAL_CROSS, (23, 37), LATTE | TAIL, "no keys"),
+    "latte, a value is NaN": Case("latte", CAUSAL, (23, 23), LATTE, nan=True),
     "latte in fp16": Case("latte", CAUSAL, (37, 37), LATTE | TAIL, "none", torch.float16),
     "latte in bf16": Case("latte", SELF, (37, 37), LATTE | TAIL, "right", torch.bfloat16, seed=1),
 }

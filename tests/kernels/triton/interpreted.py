@@ -65,11 +65,14 @@ def run_case(case: Case) -> dict[str, Any]:
         return found
 
     ours, exact = build(case, "triton"), build(case, "reference").double()
-    plain = build(case, "gather" if case.mechanism == "blocks" and not ours.gate.into_scores else "reference")
+    gathers = case.mechanism == "blocks" and not ours.gate.into_scores and not case.nan
+    plain = build(case, "gather" if gathers else "reference")
     drawn = draw(
         ours, lengths=case.lengths, groups=case.groups, value_dim=case.value_dim, spread=case.spread, seed=case.seed
     )
     inputs, call = cast(drawn, case.dtype), build_call(case)
+    if case.nan:
+        inputs.v[0, 0, 5] = torch.nan
     module, name, fault = FAULTS.get(case.broken, (pieces, "multiply", pieces.multiply))
     before = getattr(module, name)
     gpu.attend = record
@@ -97,7 +100,10 @@ def run_case(case: Case) -> dict[str, Any]:
 def measure(
     found: tuple[Attended, dict[str, Tensor | None]], wanted: tuple[Attended, dict[str, Tensor | None]]
 ) -> dict[str, float]:
-    """Measure errors of the output, of costs and of all gradients, each divided by the norm of what is right."""
+    """Measure errors of the output, of costs and of all gradients, each divided by the norm of what is right.
+
+    Numbers that should be NaN must be, and no others; otherwise the error is NaN.
+    """
     named = [
         {"out": attended.out, **attended.cost._asdict(), **{name: x for name, x in others.items() if x is not None}}
         for attended, others in (found, wanted)
@@ -105,8 +111,10 @@ def measure(
     assert named[0].keys() == named[1].keys()
     errors = {}
     for name, right in named[1].items():
-        off = (named[0][name].detach().double() - right.detach().double()).norm()
-        errors[name] = float(off / right.detach().double().norm().clamp_min(1e-30))
+        one, other = named[0][name].detach().double(), right.detach().double()
+        if torch.equal(one.isnan(), other.isnan()):
+            one, other = one.nan_to_num(0), other.nan_to_num(0)
+        errors[name] = float((one - other).norm() / other.norm().clamp_min(1e-30))
     return errors
 
 

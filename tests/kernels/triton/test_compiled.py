@@ -3,6 +3,7 @@
 What a call would launch is compiled instead. That shows that it compiles, not that it is right or fast.
 """
 
+import re
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from thresher.testing.inputs import draw, gradients, padded
 triton = pytest.importorskip("triton")
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block of threads may have
-PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}  # of tiles of 64
+NUMBERS = {"choice": "s8|i8", "forward": "f16|tf32", "backward": "f16|tf32"}  # that are multiplied
 POINTERS = {
     torch.bool: "*i1",
     torch.int8: "*i8",
@@ -36,9 +38,11 @@ class Compiler:
         capability: Compute capability, 80 for 8.0.
         warps: Number of warps.
         stages: Number of stages of its loops.
+        newest: Whether products must be the newest that there are.
     """
 
-    def __init__(self, capability: int, warps: int = 4, stages: int = 2) -> None:
+    def __init__(self, capability: int, warps: int = 4, stages: int = 2, newest: bool = True) -> None:
+        self.products = [PRODUCTS[capability]] if newest else [*PRODUCTS.values()]
         self.capability, self.options = capability, {"num_warps": warps, "num_stages": stages}
         self.compiled: list[str] = []
 
@@ -57,7 +61,9 @@ class Compiler:
         source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=constants)
         target = triton.backends.compiler.GPUTarget("cuda", self.capability, 32)
         built = triton.compile(source, target=target, options={**self.options, "enable_fp_fusion": False})
-        assert PRODUCTS[self.capability] in built.asm["ptx"], f"{name} has no products on tensor cores"
+        products = "|".join(map(re.escape, self.products))
+        numbers = NUMBERS[launch.BODIES[name]]
+        assert re.search(rf"({products})\S*[.:]\S*({numbers})", built.asm["ptx"]), f"{name} has no such products"
         assert 0 < built.metadata.shared <= SHARED[self.capability], f"{name} needs {built.metadata.shared} bytes"
         self.compiled.append(name)
 
@@ -102,10 +108,25 @@ def test_tiles_compile(capability: int, monkeypatch: pytest.MonkeyPatch) -> None
 def test_heads_of_every_size_compile(
     head_dim: int, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the most warps and stages that are tuned; in fp32 as torch.set_float32_matmul_precision("high") wants."""
+    """With the most warps and stages that are tuned, in fp32 as torch.set_float32_matmul_precision("high") wants.
+
+    Tiles of less than 64 take older products.
+    """
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    compiler = Compiler(capability, warps=max(launch.WARPS), stages=max(launch.STAGES))
+    compiler = Compiler(capability, warps=max(launch.WARPS), stages=max(launch.STAGES), newest=False)
     assert len(compile_call(monkeypatch, compiler, Latte, Pattern.NONCAUSAL_SELF, dtype, head_dim)) == 5
+
+
+@pytest.mark.parametrize(
+    ("shared", "said"), [(SHARED, "attend_lists has no such products"), ({80: 1024}, "describe_rows needs .* bytes")]
+)
+def test_products_in_exact_fp32_and_too_large_tiles_are_found(
+    shared: dict[int, int], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact fp32 has no tensor cores; so the two assertions above can fail."""
+    monkeypatch.setitem(SHARED, 80, shared[80])
+    with pytest.raises(AssertionError, match=said):
+        compile_call(monkeypatch, Compiler(80), Latte, Pattern.NONCAUSAL_SELF, torch.float32, 16)
 
 
 class Recorder(Compiler):

@@ -18,7 +18,7 @@ from thresher.kernels.triton.launch import explain_missing_triton
 pytestmark = pytest.mark.skipif(explain_missing_triton() is not None, reason=str(explain_missing_triton()))
 
 FEW = ("tail.factor", "thresholds.offset")  # of one number a head, whose rounding varies
-ROUNDING = 1e-6
+ROUNDING = 3e-7  # that is allowed where PyTorch happens to round less: 2.5 units of fp32
 NEEDS = {"future": {"kept", "out", "q"}, "padding": {"kept"}, "slope": {"thresholds.offset"}}
 
 
@@ -39,8 +39,8 @@ def list_faults(found: dict[str, Any]) -> list[str]:
     faults = [] if found["kept"][0] == found["kept"][1] else ["kept"]
     faults += [] if found["visited"] == found["expected"] else ["visited"]
     for name, error in found["ours"].items():
-        least = ROUNDING if name in FEW else ROUNDING / 10
-        if error > max(2 * found["plain"][name], least):
+        least = 4 * ROUNDING if name in FEW else ROUNDING
+        if not error <= max(2 * found["plain"][name], least):  # NaN is none
             faults.append(name)
     return faults
 

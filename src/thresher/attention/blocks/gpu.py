@@ -19,6 +19,7 @@ from thresher.attention.latte.gpu import (
     encode_tokens,
     expand_thresholds,
     explain_refusal,
+    read_output,
 )
 from thresher.attention.prepared import Prepared
 from thresher.kernels.triton import lists
@@ -47,16 +48,17 @@ class BlocksOnGpu(Implementation[Blocks]):
         return refused and f"{refused}; backend={others} it"
 
     def run(self, mechanism: Blocks, x: Prepared) -> Attended:
-        x.trace_all()
+        of_values = x.trace_all(values=mechanism.tail is not None)
         size = mechanism.block.queries
         with torch.autocast(x.device.type, enabled=False):
             codes, masks = encode_tokens(mechanism, x), build_masks(x)
             if mechanism.votes:
-                found = attend_to_lists(mechanism, x, masks, _list_votes(mechanism, x, codes, masks), size, None, None)
+                listed = _list_votes(mechanism, x, codes, masks)
+                found = attend_to_lists(mechanism, x, of_values, masks, listed, size, None, None)
             else:
                 rows = lists.describe_rows(codes, masks, mechanism.unit == "spread", mass=False)
                 listed = _list_unions(mechanism, x, codes, masks, rows)
-                found = attend_to_lists(mechanism, x, masks, listed, size, codes, rows)
+                found = attend_to_lists(mechanism, x, of_values, masks, listed, size, codes, rows)
         of_rows, computed = (each.unflatten(0, (x.batch, x.heads)) for each in (found.of_rows, found.computed))
         kept = count_kept(found, mechanism, x)
         if mechanism.votes:
@@ -66,7 +68,7 @@ class BlocksOnGpu(Implementation[Blocks]):
             computed = computed.sum(-1).to(kept.dtype)
             unscored = torch.zeros_like(computed)
         cost = mechanism.count_block_cost(x, kept, computed, unscored)
-        return Attended(found.out.unflatten(0, (x.batch, x.heads)), cost)
+        return Attended(read_output(found, mechanism, x), cost)
 
 
 def _list_unions(mechanism: Blocks, x: Prepared, codes: Codes, masks: Masks, rows: Rows) -> Lists:

@@ -34,7 +34,7 @@ class LatteOnGpu(Implementation[Latte]):
         return refused and f"{refused}; backend=reference computes it"
 
     def run(self, mechanism: Latte, x: Prepared) -> Attended:
-        x.trace_all()
+        of_values = x.trace_all(values=mechanism.tail is not None)
         with torch.autocast(x.device.type, enabled=False):
             codes, masks, threshold = encode_tokens(mechanism, x), build_masks(x), expand_thresholds(mechanism, x)
             rows = lists.describe_rows(codes, masks, mechanism.unit == "spread", mass=False)
@@ -44,9 +44,9 @@ class LatteOnGpu(Implementation[Latte]):
                 codes, masks, rows, threshold.detach(), mechanism.always_keep, size, blocks, tile=size
             )
             listed, transposed = lists.list_marks([marks]), lists.list_marks([marks.mT])
-            found = attend_to_lists(mechanism, x, masks, listed, size, codes, rows, transposed)
+            found = attend_to_lists(mechanism, x, of_values, masks, listed, size, codes, rows, transposed)
         kept = count_kept(found, mechanism, x)
-        return Attended(found.out.unflatten(0, (x.batch, x.heads)), mechanism.count_cost(kept, x))
+        return Attended(read_output(found, mechanism, x), mechanism.count_cost(kept, x))
 
 
 def explain_refusal(mechanism: Latte, x: Prepared) -> str | None:
@@ -117,6 +117,7 @@ def choose_tile(x: Prepared) -> int:
 def attend_to_lists(
     mechanism: Latte,
     x: Prepared,
+    of_values: Tensor,
     masks: Masks,
     listed: Lists,
     size: int,
@@ -146,8 +147,15 @@ def attend_to_lists(
         always_keep=mechanism.always_keep,
         tau=mechanism.thresholds.tau.float() if needs_slope else None,
         into_scores=mechanism.gate.into_scores,
+        value_trace=of_values.float().flatten(0, 1).contiguous(),
     )
     return attend(q, k, v, expand_thresholds(mechanism, x), tail, setting)
+
+
+def read_output(found: Found, mechanism: Latte, x: Prepared) -> Tensor:
+    """Return the outputs, [b, h, n, dv]; without a tail, rows that keep a value that is not finite are NaN."""
+    out = found.out if mechanism.tail is not None else found.out + found.trace[..., None]
+    return out.unflatten(0, (x.batch, x.heads))
 
 
 def count_kept(found: Found, mechanism: Latte, x: Prepared) -> Tensor:

@@ -44,6 +44,7 @@ class Setting(NamedTuple):
         always_keep: Number of leading keys that are kept where visible.
         tau: A third of the width of the gate's step, []; None if the gate has no gradient.
         into_scores: Whether that gradient reaches scores.
+        value_trace: Traces of values, fp32 [g, m]; rows with a tail trace all that they see elsewhere.
     """
 
     masks: Masks
@@ -57,6 +58,7 @@ class Setting(NamedTuple):
     always_keep: int
     tau: Tensor | None
     into_scores: bool
+    value_trace: Tensor
 
 
 class Found(NamedTuple):
@@ -68,6 +70,7 @@ class Found(NamedTuple):
         of_rows: Those of each query, int32 [g, n].
         computed: Number of visible pairs of each query and its list, int32 [g, n].
         visited: Number of tiles of keys that each program read, int32 [g, programs].
+        trace: The sum of the traces of the values that each query keeps, [g, n]; [g, 0] with a tail.
     """
 
     out: Tensor
@@ -75,6 +78,7 @@ class Found(NamedTuple):
     of_rows: Tensor
     computed: Tensor
     visited: Tensor
+    trace: Tensor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, tail: Tail | None, setting: Setting) -> Found:
@@ -112,6 +116,7 @@ class _Attend(torch.autograd.Function):
         out, top, total = (q.new_empty(*shape, dtype=torch.float32) for shape in ((g, n, dv), (g, n), (g, n)))
         of_rows, computed, visited = (q.new_empty(g, number, dtype=torch.int32) for number in (n, n, blocks * parts))
         dropped = mean = raw = None
+        trace = out.new_empty(g, n if factor is None else 0)
         if factor is not None:
             dropped, mean, raw = torch.empty_like(out), torch.empty_like(top), torch.empty_like(top)
         launch(
@@ -128,6 +133,8 @@ class _Attend(torch.autograd.Function):
             kept_out=of_rows,
             computed_out=computed,
             visited_out=visited,
+            value_trace=setting.value_trace,
+            trace_out=trace,
             dropped_out=dropped,
             mean_out=mean,
             tail_out=raw,
@@ -141,8 +148,8 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, threshold, out, top, total, of_rows, factor, seen, dropped, mean, raw)
         ctx.setting, ctx.parts = setting, parts
         ctx.running = values is not None and values.shape[1] == n
-        ctx.mark_non_differentiable(of_rows, computed, visited)
-        return out, of_rows.sum(-1).float(), of_rows, computed, visited
+        ctx.mark_non_differentiable(of_rows, computed, visited, trace)
+        return out, of_rows.sum(-1).float(), of_rows, computed, visited, trace
 
     @staticmethod
     @once_differentiable

@@ -22,9 +22,9 @@ from thresher.kernels.triton.pieces import (
 
 @triton.jit
 def attend_lists(
-    q, k, v, threshold, factor, score_total, value_total, seen, scale,
+    q, k, v, threshold, value_trace, factor, score_total, value_total, seen, scale,
     index, starts, counts, shown_q, shown_k, q_codes, q_units, k_codes, k_units, best_in, unit_in,
-    out, top_out, total_out, kept_out, computed_out, visited_out, dropped_out, mean_out, tail_out,
+    out, top_out, total_out, kept_out, computed_out, visited_out, trace_out, dropped_out, mean_out, tail_out,
     n, m, shift, size, blocks, parts, always_keep, step,
     D: tl.constexpr, DV: tl.constexpr, PADDED: tl.constexpr, PADDED_V: tl.constexpr, PADDED_C: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr, GATED: tl.constexpr, CAUSAL: tl.constexpr,
@@ -33,6 +33,7 @@ def attend_lists(
 ):  # fmt: skip
     """Compute outputs, row statistics for backward, counts of pairs, and the number of visited tiles.
 
+    Without a tail, rows have the sum of the traces of their kept values, 0 or NaN.
     With RUNNING, the sums of visible values, [groups, n, DV], differ from row to row; otherwise they are [groups, DV].
     """
     part = tl.program_id(0) % parts
@@ -60,6 +61,7 @@ def attend_lists(
     computed = tl.zeros((ROWS,), tl.int32)
     kept_scores = tl.zeros((ROWS,), tl.float32)
     kept_values = tl.zeros((ROWS, PADDED_V), tl.float32)
+    trace = tl.zeros((ROWS,), tl.float32)
     visited = 0
     for at in range(0, entries, 1 if TILES else KEYS):
         if TILES:
@@ -86,6 +88,9 @@ def attend_lists(
         if TAIL:
             kept_scores += tl.sum(tl.where(keep, scores, 0), 1)
             kept_values += multiply(keep.to(tl.float32), values, PRECISION, UPCAST)
+        else:
+            of_values = tl.load(value_trace + group * m + keys, mask=listed, other=0)
+            trace += tl.sum(tl.where(keep, of_values[None, :], 0), 1)
         kept += tl.sum(keep.to(tl.int32), 1)
         computed += tl.sum(visible.to(tl.int32), 1)
         top = higher
@@ -108,6 +113,8 @@ def attend_lists(
         store_rows(dropped_out + group * n * DV, rows, valid, of_dropped, DV, PADDED_V)
         tl.store(mean_out + group * n + rows, mean, mask=valid)
         tl.store(tail_out + group * n + rows, tail, mask=valid)
+    else:
+        tl.store(trace_out + group * n + rows, trace, mask=valid)
     total = tl.where(total > 0, total, 1)
     store_rows(out + group * n * DV, rows, valid, summed / total[:, None], DV, PADDED_V)
     tl.store(top_out + group * n + rows, top, mask=valid)
