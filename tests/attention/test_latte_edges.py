@@ -345,7 +345,7 @@ def test_dropout_follows_the_renormalisation() -> None:
         ({"always_keep": -1}, "always_keep must be a whole number, at least 0; got -1"),
         ({"gate": {"surrogate": "step"}}, "gate.surrogate must be one of sigmoid, compact, inside; got 'step'"),
         ({"gate": {"surrogate": "compact", "mode": "soft"}}, "gate.surrogate=compact is for gate.mode=ste"),
-        ({"backend": "gpu"}, "backend must be one of auto, reference, cpu; got 'gpu'"),
+        ({"backend": "gpu"}, "backend must be one of auto, reference, cpu, triton; got 'gpu'"),
     ],
     ids=str,
 )
