@@ -10,7 +10,9 @@ from tests.attention.broken import AsNoisyAsEver, Biased, Noisy
 from tests.running import CONF
 from tests.tools.bench.small import broken, job, scene
 from thresher.attention import Attended, Call, Cost, Mechanism, Pattern
+from thresher.attention.latte import Latte
 from thresher.attention.topk.mechanism import TopK
+from thresher.kernels.build import can_use
 from thresher.tools.bench.checks import check, check_backend
 from thresher.tools.bench.inputs import draw_inputs
 from thresher.tools.bench.jobs import Job, find_backends
@@ -142,3 +144,16 @@ def test_a_tie_that_rounding_breaks_is_no_failure() -> None:
 def test_the_type_that_is_timed_is_the_one_checked() -> None:
     assert find_fault(job("topk", 48), scene(dtype="bfloat16")) is None
     assert "q is off softmax attention's by" in str(find_fault(broken("rounds_coarsely"), scene(dtype="bfloat16")))
+
+
+def test_backends_that_a_mechanism_lacks_are_not_found() -> None:
+    assert "triton" in find_backends(Latte)
+    assert "gather" not in find_backends(Latte)
+    assert "triton" not in find_backends(TopK)
+
+
+@pytest.mark.skipif(not can_use("latte"), reason="there is no C++ compiler that builds the kernel")
+def test_the_dense_limit_may_have_options_that_a_backend_refuses() -> None:
+    """There estimates are exact, which the kernel does not compute."""
+    latte = Job("latte", "thresher.attention.latte.Latte", {"threshold": 0.5}, None, "", "cpu", "noncausal_self", 64)
+    assert find_fault(latte, scene()) is None

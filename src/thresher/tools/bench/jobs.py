@@ -113,23 +113,22 @@ def load_mechanism_class(target: str) -> type[Mechanism]:
 def find_backends(cls: type[Mechanism]) -> list[str]:
     """Find the values of a mechanism's argument `backend`, except "auto"; none if it has no such argument.
 
-    A `Literal` annotation lists them, and of these count the reference and what the mechanism implements; for a plain
-    string, each known backend is tried.
+    A `Literal` annotation lists candidates; for a plain string, each known backend is one. Those that build are found.
     """
     if "backend" not in hyperparameters(cls):
         return []
     hint = get_type_hints(cls.__init__)["backend"]
-    if get_origin(hint) is Literal:
-        own = {implementation.backend for implementation in cls.implementations}
-        return [name for name in get_args(hint) if name != AUTO and (not own or name in {REFERENCE, *own})]
+    candidates = [name for name in get_args(hint) if name != AUTO] if get_origin(hint) is Literal else BACKENDS
     pattern = next(pattern for pattern in Pattern if pattern in cls.supports)
-    return [name for name in BACKENDS if _can_build(cls, pattern, name)]
+    return [name for name in candidates if _can_build(cls, pattern, name)]
 
 
 def select_backends(cls: type[Mechanism], device: str) -> list[str]:
-    """Select the backends that run on a type of device."""
+    """Select the backends that run on a type of device; the interpreter of triton on CPUs is for tests."""
     elsewhere = {each.backend for each in cls.implementations if each.device not in (None, device)}
     here = {each.backend for each in cls.implementations if each.device in (None, device)}
+    if device == "cpu":
+        elsewhere, here = elsewhere | {"triton"}, here - {"triton"}
     return [name for name in find_backends(cls) if name not in elsewhere - here]
 
 
