@@ -22,7 +22,15 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("latte", {"threshold": 0.4, "tail": "mean"}),
     ("latte", {"threshold": 0.4, "tail": "mean", "unit": "nats", "gate": {"surrogate": "sigmoid", "mode": "soft"}}),
     ("blocks", {"threshold": 0.4, "block": {"queries": 3, "keys": 2}}),
-    ("blocks", {**EXACT, "block": {"queries": 3, "keys": 2, "rank": "pooled", "top": 2}, "gate": {"mode": "hard"}}),
+    (
+        "blocks",
+        {
+            **EXACT,
+            "block": {"queries": 3, "keys": 2, "rank": "pooled", "top": 2},
+            "gate": {"mode": "hard"},
+            "backend": "reference",  # gathered sums are as long as the longest list, and round accordingly
+        },
+    ),
     ("blocks", {**EXACT, "block": {"queries": 3, "keys": 2, "rank": "learned"}, "threshold": 0.4}),
     ("smyrf", {"cluster": 3, "rounds": 3, "dedup": "count"}),
     ("smyrf", {"cluster": 3, "quantise": True, "width": 1.0}),

@@ -56,15 +56,21 @@ def test_a_checkpoint_is_tested_with_each_mechanism(
     run_folder = path.parent.parent  # whose best checkpoint is taken
     rows = run_dropin(["experiment=dropin_vit", f"ckpt={run_folder}", f"run.dir='{tmp_path}'", *FEW, *WITHOUT], CONF)
     by_name = {(row["attention"], *row["setting"].values()): row for row in rows}
-    assert list(by_name) == [("dense",), ("latte", 0.5), ("topk", 0.5), ("topk", 10000), ("mean",)]
+    assert list(by_name) == [
+        ("dense",),
+        ("latte", "none", 0.5),
+        ("topk", "none", 0.5),
+        ("topk", "none", 10000),
+        ("mean",),
+    ]
     assert all(by_name["dense",][name] == metrics[f"test/{name}"] for name in ("acc", "loss", "kept", "compute"))
-    assert by_name["topk", 10000]["loss"] == pytest.approx(metrics["test/loss"], abs=1e-5)
-    assert by_name["latte", 0.5]["kept"] == pytest.approx(0.5, abs=0.03)
+    assert by_name["topk", "none", 10000]["loss"] == pytest.approx(metrics["test/loss"], abs=1e-5)
+    assert by_name["latte", "none", 0.5]["kept"] == pytest.approx(0.5, abs=0.03)
     assert by_name["mean",]["loss"] != metrics["test/loss"]
     assert json.loads((tmp_path / "dropin.json").read_text()) == rows
     assert "</svg>" in (tmp_path / "dropin.svg").read_text()
     assert json.loads((tmp_path / "data.json").read_text())["parts"][2]["examples"] == 2000
-    assert "latte kept 0.5" in capsys.readouterr().out
+    assert "latte tail none, kept 0.5" in capsys.readouterr().out
 
 
 def save_bert(folder: Path) -> Path:

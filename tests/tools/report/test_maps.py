@@ -26,13 +26,14 @@ def test_maps_on_the_page_are_those_in_the_files(runs: Path) -> None:
     assert problems == []
     assert [(example["run"], example["example"]) for example in found] == [(1, 0), (1, 3)]
     for i, layer in enumerate(found[1]["layers"]):
+        kept = np.unpackbits(stored(runs)[f"layer.{i}.kept"], axis=-1, count=49).astype(bool)
         for kind in ("weights", "effective"):
             wanted = stored(runs)[f"layer.{i}.{kind}"].astype(float)
+            wanted = np.where(kept, wanted, 0) if kind == "weights" else wanted
             signed = np.frombuffer(base64.b64decode(layer[kind]["bytes"]), np.int8).reshape(wanted.shape) / 127
             largest = np.reshape(layer[kind]["largest"], (*wanted.shape[:2], 1))
             off = np.abs(np.sign(signed) * signed**2 * largest - wanted)
             assert (off <= 0.016 * largest).all()
-        kept = np.unpackbits(stored(runs)[f"layer.{i}.kept"], axis=-1, count=49).astype(bool)
         bytes_ = np.frombuffer(base64.b64decode(layer["weights"]["bytes"]), np.int8).reshape(kept.shape)
         np.testing.assert_array_equal(bytes_ != 0, kept)
 

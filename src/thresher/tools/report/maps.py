@@ -1,7 +1,7 @@
 """Attention maps written by `eval.py explain=true`, encoded for the page.
 
 The page gets each row of a map as its largest magnitude, and the rest as signed bytes: +-127 sqrt(|a| / largest), with
-an error of at most 1.6 % of the largest. A kept pair is never 0.
+an error of at most 1.6 % of the largest. A kept pair is never 0, and the others, to which a tail gives weights, are 0.
 """
 
 import base64
