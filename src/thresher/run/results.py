@@ -45,6 +45,7 @@ SHOWN = {
     "train/seconds": "training seconds",
 }
 SPARSE_OPTIONS = ("attention", "compute")  # groups that the dense baseline replaces
+SPARSE_LOSSES = ("task.distill", "task.auxiliary.")  # which it refuses
 MANY_HEADS = 8  # more do not fit beside each other on a terminal
 RUN_OPTIONS = ("run", "ckpt_path", "train", "optimized_metric", "logger")  # keys that do not change the schedule
 
@@ -167,7 +168,7 @@ def suggest_commands(run: Run, best: str) -> dict[str, str]:
             shlex.quote(override)
             for key, override in by_key.items()
             if key.replace("@", ".").partition(".")[0] not in (*SPARSE_OPTIONS, *RUN_OPTIONS)
-            and not key.startswith(places)
+            and not key.startswith((*places, *SPARSE_LOSSES))
         ]
         commands["train the dense baseline of the same schedule"] = " ".join(
             ["python train.py attention=dense compute=free", *kept]
