@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import flex_attention as private
 
 from thresher.attention import Call, Pattern
-from thresher.attention.blocks import Blocks, flex
+from thresher.attention.blocks import Blocks, flex, gather
 from thresher.attention.blocks.tiles import sum_tiles
 from thresher.testing.inputs import Inputs, attend, draw, first, gradients, padded
 
@@ -62,7 +62,7 @@ CASES = [
 def test_outputs_and_costs_are_those_of_the_reference(
     pattern: Pattern, block: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flex, "PAIRS", 2 * 2 * 128 * N)  # two blocks at a time
+    monkeypatch.setattr(gather, "PAIRS", 2 * 2 * 128 * N)  # two blocks at a time
     reference, own = build_both(pattern, block)
     n = 130 if pattern.cross else N
     inputs = draw_peaked(reference, (n, N))

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from thresher.attention.backends import Implementation
-from thresher.attention.blocks.gather import PAIRS
+from thresher.attention.blocks.gather import split_rows
 from thresher.attention.blocks.mechanism import Blocks
 from thresher.attention.blocks.tiles import sum_tiles
 from thresher.attention.contract import Attended
@@ -97,17 +97,15 @@ def choose_tiles(
         Which tiles each row keeps, the number of kept pairs in each tile of a block, and of each head the numbers of
         kept pairs, computed pairs, and kept pairs of rows that do not vote.
     """
-    block = mechanism.block
-    step = block.queries * max(PAIRS // (x.batch * x.heads * block.queries * x.m), 1)
-    tiles = -(-x.m // block.keys)
+    size = mechanism.block.keys
+    tiles = -(-x.m // size)
     keep = torch.zeros(x.batch, x.heads, x.n, tiles, dtype=torch.bool, device=x.device)
     pairs, counts = [], []
-    for start in range(0, x.n, step):
-        rows = range(start, min(start + step, x.n))
+    for rows in split_rows(mechanism, x):
         part = x.rows(rows)
         difference = mechanism.compare_to_choose(part)
         gate = mechanism.thresholds(difference, part.visible, mechanism.always_keep, surrogate=False)
-        of_tiles = sum_tiles(gate.keep.expand(part.shape).int(), block.keys)
+        of_tiles = sum_tiles(gate.keep.expand(part.shape).int(), size)
         keep[:, :, rows.start : rows.stop, : of_tiles.shape[-1]] = of_tiles > 0
         of_blocks = mechanism.sum_blocks(of_tiles)
         pairs.append(torch.nn.functional.pad(of_blocks, (0, tiles - of_blocks.shape[-1])))

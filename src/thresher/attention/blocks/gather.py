@@ -5,6 +5,7 @@ Backward computes a group of blocks again, so memory grows with the number of to
 the largest of these blocks; reading it waits for the device once for each group.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -79,19 +80,23 @@ class Gathering(Implementation[Blocks]):
 
     def run(self, mechanism: Blocks, x: Prepared) -> Attended:
         x.trace_all()
-        size = mechanism.block.queries
-        step = size * max(PAIRS // (x.batch * x.heads * size * x.m), 1)
         with torch.autocast(x.device.type, enabled=False):
             sums = None if mechanism.tail is None else sum_visible_tokens(x)
             parts = [
-                checkpoint(
-                    _attend_to_rows, mechanism, x, range(start, min(start + step, x.n)), sums, use_reentrant=False
-                )
-                for start in range(0, x.n, step)
+                checkpoint(_attend_to_rows, mechanism, x, rows, sums, use_reentrant=False)
+                for rows in split_rows(mechanism, x)
             ]
         outs, *counts = zip(*parts, strict=True)
         kept, computed, unscored = (torch.stack(each).sum(0) for each in counts)
         return Attended(torch.cat(outs, 2), mechanism.count_block_cost(x, kept, computed, unscored))
+
+
+def split_rows(mechanism: Blocks, x: Prepared) -> Iterator[range]:
+    """Split rows into whole blocks, but for the last, few enough to have estimates for all keys in memory."""
+    size = mechanism.block.queries
+    step = size * max(PAIRS // (x.batch * x.heads * size * x.m), 1)
+    for start in range(0, x.n, step):
+        yield range(start, min(start + step, x.n))
 
 
 def _attend_to_rows(

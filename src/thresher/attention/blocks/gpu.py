@@ -93,8 +93,7 @@ def _list_votes(mechanism: Blocks, x: Prepared, codes: Codes, masks: Masks) -> L
         votes = lists.add_votes(codes, masks, rows, size, blocks).unflatten(0, (x.batch, x.heads))
         count = counts[:, :, blocks.start : blocks.stop, None]
         seen = (count > 0 if shown is None else (count > 0) & shown).expand(votes.shape)
-        logs, best, unit = mechanism.rate_votes(votes / count.clamp_min(1), seen)
-        difference = (best - logs) / unit
+        difference = mechanism.compare_votes(votes / count.clamp_min(1), seen)
         keep = mechanism.thresholds(difference, seen, mechanism.always_keep, surrogate=False).keep
         marks.append(keep.flatten(0, 1))
         differences.append(difference.flatten(0, 1))

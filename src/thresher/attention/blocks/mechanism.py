@@ -70,6 +70,11 @@ BLOCK, GATE = BlockOptions(), BlockGateOptions()
 LEAST_VOTE = 1e-30  # smaller ones count as much, so that logarithms stay finite
 
 
+def take_logs(votes: Float[Tensor, "b h rows tiles"]) -> Float[Tensor, "b h rows tiles"]:
+    """Take logarithms of votes, finite also where there is none."""
+    return votes.clamp_min(LEAST_VOTE).log()
+
+
 class Blocks(Latte):
     """Attention in which blocks of queries share the keys that they vote for.
 
@@ -215,7 +220,7 @@ class Blocks(Latte):
             voters = self.find_voters(x)[..., None].expand(x.batch, x.heads, -1, -1).long()
             shares = sum_tiles(masked_softmax(scores, x.visible) * voters, size)
             votes = self._sum_voters(shares, x) / self._sum_voters(voters, x).clamp_min(1)
-            logs = votes.clamp_min(LEAST_VOTE).log()
+            logs = take_logs(votes)
             if x.visible is None:
                 return logs, logs.new_ones((1, 1, 1, logs.shape[-1]), dtype=torch.bool)
             seen = find_seen_tiles(x, size).expand(x.batch, x.heads, x.n, -1).long()
@@ -255,7 +260,10 @@ class Blocks(Latte):
 
     def _compare_ranked(self, logs: Tensor, seen: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
         """Do the same for each row of `logs`, which may be of a block."""
-        best, unit = self._find_best(logs, seen)
+        with torch.no_grad():
+            best = fill_hidden(logs, seen, float("-inf")).amax(-1, keepdim=True)
+            best = best.masked_fill(best == float("-inf"), 0)
+            unit = measure_spread(logs, best, seen) if self.unit == "spread" else torch.ones_like(best)
         if self.block.top:
             chosen = choose_best(logs, seen, own, self.block.top)
             return torch.full_like(logs, float("inf")).masked_fill(chosen, float("-inf")), unit
@@ -265,24 +273,16 @@ class Blocks(Latte):
             difference = difference.scatter(-1, own.expand(*logs.shape[:3], 1), float("-inf"))
         return difference, unit
 
-    def rate_votes(
-        self, votes: Float[Tensor, "b h blocks m"], seen: Bool[Tensor, "#b #h #blocks m"] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the logs of votes, and without gradient the best one of each block and the unit of differences.
+    def compare_votes(
+        self, votes: Float[Tensor, "b h blocks m"], seen: Bool[Tensor, "#b #h #blocks m"]
+    ) -> Float[Tensor, "b h blocks m"]:
+        """Compute the difference of each key from the best one of its block.
 
         Args:
             votes: The mean probability that a block gives to each key.
-            seen: The keys that any row of a block sees; None means all.
+            seen: The keys that any row of a block sees.
         """
-        logs = votes.clamp_min(LEAST_VOTE).log()
-        return logs, *self._find_best(logs, seen)
-
-    @torch.no_grad()
-    def _find_best(self, logs: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Find the best tile of each row, and the unit of differences from it."""
-        best = fill_hidden(logs, seen, float("-inf")).amax(-1, keepdim=True)
-        best = best.masked_fill(best == float("-inf"), 0)
-        return best, measure_spread(logs, best, seen) if self.unit == "spread" else torch.ones_like(best)
+        return self._compare_ranked(take_logs(votes), seen, None)[0]
 
     def find_voters(self, x: Prepared) -> Bool[Tensor, "#b #h n"]:
         """Find the rows that vote: of those of a block that see any key, each `every`-th, beginning with the first."""

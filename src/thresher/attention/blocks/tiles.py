@@ -117,4 +117,5 @@ def count_ranked_tiles(x: Prepared, size: int, together: int) -> tuple[Float[Ten
         missing = -x.n % together
         seen = F.pad(seen, (0, 0, 0, missing)).unflatten(2, (-1, together)).any(3)
     tokens = seen.any(-1).sum(-1) + seen.any(-2).sum(-1)
-    return tuple(each.float().expand(x.batch, x.heads) for each in (seen.sum((-2, -1)), tokens))  # type: ignore[return-value]
+    ranked = seen.sum((-2, -1))
+    return ranked.float().expand(x.batch, x.heads), tokens.float().expand(x.batch, x.heads)

@@ -104,14 +104,14 @@ def expand_thresholds(mechanism: Latte, x: Prepared) -> Tensor:
     return mechanism.thresholds.values().float().expand(x.batch, x.heads).flatten()
 
 
-def unify_types(x: Prepared) -> torch.dtype:
-    """Return the type to which the tokens of a call are converted."""
+def find_common_type(x: Prepared) -> torch.dtype:
+    """Find the type to which the tokens of a call are converted."""
     return functools.reduce(torch.promote_types, (each.dtype for each in (x.q, x.k, x.v)))
 
 
 def choose_tile(x: Prepared) -> int:
     """Choose the number of keys in a tile."""
-    return lists.choose_tile(unify_types(x), (x.head_dim, x.value_dim))
+    return lists.choose_tile(find_common_type(x), (x.head_dim, x.value_dim))
 
 
 def attend_to_lists(
@@ -126,7 +126,7 @@ def attend_to_lists(
     transposed: Lists | None = None,
 ) -> Found:
     """Attend by the kernels, with the tail and the gradients of the gate that a mechanism has."""
-    q, k, v = (each.to(unify_types(x)).flatten(0, 1) for each in (x.q, x.k, x.v))
+    q, k, v = (each.to(find_common_type(x)).flatten(0, 1) for each in (x.q, x.k, x.v))
     tail = None
     factor = expand_factor(mechanism.tail, x, torch.float32)
     if factor is not None:
