@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.clusters import assign_once
 from tests.kernels.threads import check_threads, with_threads
 from thresher.attention import Call, Pattern
 from thresher.attention.smyrf import kernel
-from thresher.attention.smyrf.clusters import Clusters
 from thresher.attention.smyrf.layout import compute_ranks
 from thresher.attention.smyrf.mechanism import Smyrf
 from thresher.kernels.build import can_use
@@ -60,18 +60,10 @@ def test_outputs_gradients_and_costs_are_those_of_pytorch(
 def test_rounding_is_within_twice_that_of_pytorch(
     pattern: Pattern, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Clusters are those of fp32 in all three: a hash that is rounded otherwise would be another result altogether."""
+    """Clusters are those of fp32 in all three."""
     ours, plain = pair(pattern, 32, cluster=50)
     inputs = draw(ours, lengths=(400, 400), dtype=torch.float32, spread=spread)
-    assigned: list[list[Clusters]] = []
-    original = Smyrf.assign
-
-    def once(self: Smyrf, *given: object) -> list[Clusters]:
-        if not assigned:
-            assigned.append(original(self, *given))  # type: ignore[arg-type]
-        return assigned[0]
-
-    monkeypatch.setattr(Smyrf, "assign", once)
+    assign_once(monkeypatch)
     wide = Inputs(*(x.double() for x in (inputs.q, inputs.k, inputs.v)))
     found = []
     for mechanism, given in ((ours, inputs), (plain, inputs), (plain, wide)):
